@@ -1,9 +1,9 @@
 """Which logical tensors a spec has, and how each tensor parallel rank stores them.
 
-A *logical* tensor is one plain matrix of the neutral decoder (``layers.3.q.weight``). A *stored* tensor is what lies in a
-rank file (``layers.3.qkv.weight``): a list of *segments*, each a slice of one logical tensor along one axis. The map is
-invertible, so conversion, opening at another tensor parallel degree, and export are one question asked in different
-directions: which boxes of which tensors make these rows?
+A *logical* tensor is one plain matrix of the neutral decoder (``layers.3.q.weight``). A *stored* tensor is what lies
+in a rank file (``layers.3.qkv.weight``): a list of *segments*, each a slice of one logical tensor along one axis. The
+map is invertible, so conversion, opening at another tensor parallel degree, and export are one question asked in
+different directions: which boxes of which tensors make these rows?
 
 Stored tensors are listed in the order in which the decoder touches them.
 """
@@ -38,7 +38,8 @@ LAID_OUT = frozenset(
 class Segment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """``stored[offset : offset + stop - start]`` along ``axis`` is ``logical[start:stop]`` along the same axis.
 
-    ``tensor`` None means padding: zeros, which the runtime masks. ``replicated`` marks that several ranks hold the slice.
+    ``tensor`` None means padding: zeros, which the runtime masks. ``replicated`` marks that several ranks hold the
+    slice.
     """
 
     tensor: str | None

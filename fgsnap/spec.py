@@ -1,8 +1,8 @@
 """The neutral decoder spec: what a decoder-only transformer computes, by features and never by family name.
 
-A converter writes it, the manifest stores it, the runtime executes it. Every field that is at its default is left out of
-the stored form and an unknown field is refused, so a spec that uses a newer feature is refused by that feature's name,
-and one that does not is read by every version.
+A converter writes it, the manifest stores it, the runtime executes it. Every field that is at its default is left out
+of the stored form and an unknown field is refused, so a spec that uses a newer feature is refused by that feature's
+name, and one that does not is read by every version.
 
 Shapes below use: T tokens, H width, D head dim, V vocabulary, I inner width of an MLP, E experts.
 """
@@ -108,7 +108,10 @@ class Alibi(Part):
 
 
 class QueryTemperature(Part):
-    """Queries scaled by position: ``logn`` log_base(position) beyond base, ``step`` 1 + scale ln(1 + floor((p+1)/base))."""
+    """Queries scaled by position p.
+
+    ``logn``: log_base(p) beyond base; ``step``: 1 + scale ln(1 + floor((p + 1) / base)).
+    """
 
     kind: Literal["logn", "step"]
     base: int
@@ -133,11 +136,11 @@ class Latent(Part):
 
 
 class Attention(Part):
-    """Softmax attention. ``kv_heads`` < ``heads`` is grouped-query attention; query head h reads key head h * kv / heads.
+    """Softmax attention; query head h reads key head h * kv_heads / heads (grouped-query attention).
 
     ``window`` w: a query at position p sees keys at p - w + 1 ... p. ``chunk`` c: keys of the same multiple of c only.
-    ``scale`` multiplies q.k; ``softcap`` s: s tanh(score / s) after the scale. ``sinks``: one learned logit a head in the
-    softmax denominator. ``rope`` is an index into DecoderSpec.ropes; None means no rotation.
+    ``scale`` multiplies q.k; ``softcap`` s: s tanh(score / s) after the scale. ``sinks``: one learned logit a head in
+    the softmax denominator. ``rope`` is an index into DecoderSpec.ropes; None means no rotation.
     """
 
     heads: int
@@ -184,8 +187,8 @@ class Router(Part):
     """How tokens pick experts.
 
     ``score`` over all experts then top-k, or with ``select_first`` top-k of the logits and then score over the k.
-    ``groups`` limits the choice to the best ``kept_groups``, ranked by ``group_rank``. ``selection_bias`` is a learned bias
-    that picks but does not weigh.
+    ``groups`` limits the choice to the best ``kept_groups``, ranked by ``group_rank``. ``selection_bias`` is a
+    learned bias that picks but does not weigh.
     """
 
     score: Literal["softmax", "sigmoid"]
@@ -278,7 +281,7 @@ class DecoderSpec(Part):
         return self.layer_kinds[self.layers[index]]
 
     def kv_values_per_token(self) -> int:
-        """Key and value numbers cached for one token over all layers; times the dtype's bytes gives KV bytes a token."""
+        """Keys and values cached for one token over all layers, in numbers; times the dtype's size gives bytes."""
         return sum(_kv_values(self.layer(i).attention) for i in range(self.depth))
 
 

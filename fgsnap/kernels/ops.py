@@ -1,7 +1,8 @@
 """The interface between the decoder and a kernel backend, and the choice of one.
 
-Each backend has its own tensor type; outside ``kernels`` a tensor is opaque. Letters in shapes: T tokens of the step over
-all sequences, S sequences, H width, N query heads, K key-value heads, D head dim, V vocabulary rows, R rows of logits.
+Each backend has its own tensor type; outside ``kernels`` a tensor is opaque. Letters in shapes: T tokens of the step
+over all sequences, S sequences, H width, N query heads, K key-value heads, D head dim, V vocabulary rows, R rows of
+logits.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ class Ops(Protocol):
     def append(self, qkv: Tensor, cache: Tensor, plan: Tensor, args: AttentionArgs, rope: Tensor | None) -> Tensor:
         """Rotate q and k of qkv [T, (N + 2K) D] at their positions, write k and v into the cache: q [T, N D].
 
-        The rotation pairs dimension i with i + dims / 2 of the first ``dims`` (twice the table's frequencies) of a head.
+        The rotation pairs dimension i with i + dims / 2 among the first dims = 2 * len(frequencies) of each head.
         """
         ...
 
@@ -149,7 +150,7 @@ class Ops(Protocol):
         multiplier: float,
         softcap: float | None,
     ) -> Tensor:
-        """float32 logits of the plan's rows of x [T, H]: [R, V]; rows of ``weight`` from ``vocab_size`` on are left out."""
+        """float32 logits of the plan's rows of x [T, H]: [R, V]; weight rows from ``vocab_size`` on are left out."""
         ...
 
     def sample(self, logits: Tensor, how: Sequence[Sampling]) -> list[Sampled]:

@@ -1,7 +1,7 @@
 """What the server process and the engine worker say to each other: msgpack frames on one socket pair.
 
-A frame is a 4-byte little-endian length and a msgpack-encoded message. Both ends are fgsnap's own processes; the length is
-capped all the same, so that a broken peer cannot ask for unbounded memory.
+A frame is a 4-byte little-endian length and a msgpack-encoded message. Both ends are fgsnap's own processes; the
+length is capped all the same, so that a broken peer cannot ask for unbounded memory.
 """
 
 from __future__ import annotations

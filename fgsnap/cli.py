@@ -1,0 +1,473 @@
+"""The command line: what users type, and nothing of how it is done.
+
+Only click and the errors are imported here; each command imports what it runs in its own body, so that ``--help`` costs
+what Python and click cost. Results go to stdout, bars and hints to stderr.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import click
+
+from fgsnap import __version__
+from fgsnap.errors import FgsnapError, UsageError
+
+if TYPE_CHECKING:
+    from fgsnap.snapshot import Manifest, Snapshot
+
+JSON_SCHEMA_VERSION = 1
+BACKENDS = ("auto", "native", "reference")
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("bfloat16", "float16", "float32")
+
+Command = Callable[..., None]
+
+
+def option(*names: str, **settings: Any) -> Callable[[Command], Command]:
+    """A click option whose environment twin is FGSNAP_ and its long name, and whose default shows in the help."""
+    long_name = next(name for name in names if name.startswith("--")).split("/")[0]
+    settings.setdefault("envvar", "FGSNAP_" + long_name.removeprefix("--").replace("-", "_").upper())
+    settings.setdefault("show_default", settings.get("default") is not None and not settings.get("is_flag"))
+    return click.option(*names, **settings)
+
+
+json_option = option("--json", "as_json", is_flag=True, envvar="FGSNAP_JSON", help="Print the result as JSON.")
+progress_option = option(
+    "--progress/--no-progress", default=None, envvar="FGSNAP_PROGRESS", show_default=False,
+    help="Show a progress bar (default: only on a terminal).",
+)  # fmt: skip
+
+
+def engine_options(command: Command) -> Command:
+    """The options that ``serve`` and ``run`` share."""
+    for decorate in reversed(
+        (
+            option("--backend", type=click.Choice(BACKENDS), default="auto", help="Which kernels compute."),
+            option("--device", type=click.Choice(DEVICES), default="auto", help="Where the reference computes."),
+            option(
+                "--dtype", type=click.Choice(("auto", *DTYPES)), default="auto",
+                help="Precision of activations and KV cache; auto is that of the weights.",
+            ),
+            option("--tp", type=click.IntRange(min=1), default=1, help="Tensor parallel degree to serve at."),
+            option("--max-model-len", type=click.IntRange(min=1), help="Longest context; default: the model's."),
+            option("--max-batch-tokens", type=click.IntRange(min=1), default=512, help="Token budget of one forward."),
+            option("--kv-memory", type=ByteSize(), default="2GiB", help="Memory for the KV cache."),
+            option("--threads", type=click.IntRange(min=1), help="CPU threads; default: what this process may use."),
+        )
+    ):  # fmt: skip
+        command = decorate(command)
+    return command
+
+
+class ByteSize(click.ParamType[int]):
+    """Bytes, as ``2GiB``, ``512M`` or a plain number; units are powers of 1024."""
+
+    name = "size"
+    _units: ClassVar[dict[str, int]] = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        text = str(value).strip().upper().removesuffix("B").removesuffix("I")
+        unit = text[-1:] if text[-1:] in self._units else ""
+        try:
+            size = int(float(text.removesuffix(unit)) * self._units[unit])
+        except (ValueError, OverflowError):
+            size = 0
+        if size <= 0:
+            self.fail(f"{value!r} is not a size; write it as 2GiB or 512MiB.", param, ctx)
+        return size
+
+
+class SuggestingGroup(click.Group):
+    """A group that answers a mistyped command with the ones that exist."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            from difflib import get_close_matches
+
+            close = get_close_matches(args[0], self.list_commands(ctx), n=1)
+            hint = f"Did you mean 'fgsnap {close[0]}'?" if close else "Run 'fgsnap --help' for what each one does."
+            raise UsageError(
+                f"There is no command '{args[0]}'.", f"Commands: {', '.join(self.list_commands(ctx))}.", hint
+            )
+        return super().resolve_command(ctx, args)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of a user's first day, not of the alphabet
+
+
+@click.group(
+    cls=SuggestingGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Start with: fgsnap convert ORG/NAME -o snap/ && fgsnap serve snap/",
+)
+@click.version_option(__version__, "--version", prog_name="fgsnap", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Turn a Hugging Face checkpoint into a verified snapshot, and serve it at once.
+
+    Exit codes: 0 ok, 1 failed, 2 usage, 3 snapshot refused, 4 not found, 5 network (try again), 6 this host cannot,
+    130 and 143 interrupted. FGSNAP_DEBUG=1 shows the trace of an error.
+    """
+
+
+@cli.command()
+@click.argument("source")
+@option("-o", "--output", type=click.Path(path_type=Path), help="Directory of the new snapshot.")
+@option("--tp", type=click.IntRange(min=1), default=1, help="Tensor parallel degree: one rank file each.")
+@option("--dtype", type=click.Choice(DTYPES), help="Cast the weights; default: as in the checkpoint.")
+@option("--revision", help="Branch, tag or commit of a Hub repository.")
+@option("--dry-run", is_flag=True, help="Print the plan and write nothing; needs only config.json.")
+@option("--workers", type=click.IntRange(min=1), help="Threads that read, hash and write.")
+@option("--canary/--no-canary", default=True, help="Record a float32 forward that every start is checked against.")
+@json_option
+@progress_option
+def convert(
+    source: str,
+    output: Path | None,
+    tp: int,
+    dtype: str | None,
+    revision: str | None,
+    dry_run: bool,
+    workers: int | None,
+    canary: bool,
+    as_json: bool,
+    progress: bool | None,
+) -> None:
+    """Turn a checkpoint into a snapshot.
+
+    SOURCE is a local Hugging Face folder, a .gguf file, ORG/NAME or hf://ORG/NAME@REV.
+
+    \b
+    Examples:
+      fgsnap convert HuggingFaceTB/SmolLM2-135M-Instruct -o snap/
+      fgsnap convert ./checkpoint --tp 4 --dtype bfloat16 -o snap/
+      fgsnap convert ./checkpoint --tp 8 --dry-run
+    """
+    if dry_run:
+        _print_plan(source, tp, dtype, revision, as_json)
+        return
+    if output is None:
+        raise UsageError("convert needs -o DIR.", "It names the directory of the new snapshot.", "Add: -o snap/")
+    _end_on_sigterm()
+    from fgsnap.convert.pipeline import convert as run_conversion
+
+    result = run_conversion(
+        source, output, tp=tp, dtype=dtype, revision=revision, workers=workers, canary=canary,
+        progress=_bar(progress, "convert"),
+    )  # fmt: skip
+    if as_json:
+        _print_json({"id": result.id, "path": str(result.path), "bytes": result.bytes, "seconds": result.seconds})
+        return
+    rate = result.bytes / max(result.seconds, 1e-9)
+    click.echo(f"{result.path}  id {result.id[:12]}  {size(result.bytes)} in {result.seconds:.1f} s ({size(rate)}/s)")
+    click.echo(f"Next: fgsnap serve {result.path}", err=True)
+
+
+def _print_plan(source: str, tp: int, dtype: str | None, revision: str | None, as_json: bool) -> None:
+    import msgspec
+
+    from fgsnap.convert.plan import plan_source
+
+    plan = plan_source(source, tp=tp, dtype=dtype, revision=revision)
+    if as_json:
+        _print_json(msgspec.to_builtins(plan))
+        return
+    for rank in plan.ranks:
+        click.echo(f"{rank.file}  {len(rank.tensors)} tensors  {size(rank.bytes)}")
+    click.echo(f"total      {size(plan.bytes)} in {len(plan.ranks)} rank file(s), {plan.dtype}")
+    click.echo(f"KV cache   {plan.kv_bytes_per_token} bytes a token")
+    click.echo(f"peak memory of the conversion about {size(plan.peak_memory)}")
+    click.echo(f"tensor parallel degrees that work: {', '.join(map(str, plan.possible_tp))}")
+
+
+@cli.command()
+@click.argument("snapshot", type=click.Path(path_type=Path))
+@option("--host", default="127.0.0.1", help="Address to listen on.")
+@option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0 picks a free one.")
+@engine_options
+@option("--served-model-name", help="Name clients use; default: the checkpoint's.")
+@option("--api-key-file", type=click.Path(path_type=Path), help="File of accepted API keys, one a line.")
+@option(
+    "--verify", type=click.Choice(("manifest", "touch", "full")), default="manifest",
+    help="What is hashed: before start only the manifest; touch: the rest too, while serving; full: all before start.",
+)  # fmt: skip
+@option("--startup-report", type=click.Path(path_type=Path), help="Write the phases of start-up to this JSON file.")
+@option("--grace", type=click.FloatRange(min=0), default=30.0, help="Seconds that SIGTERM lets open requests finish.")
+def serve(snapshot: Path, **settings: Any) -> None:
+    """Serve a snapshot over the OpenAI API.
+
+    \b
+    Examples:
+      fgsnap serve snap/
+      fgsnap serve snap/ --port 8080 --backend native --kv-memory 4GiB
+    """
+    from fgsnap.runtime.launch import ServeOptions
+    from fgsnap.runtime.launch import serve as run_server
+
+    _only_tp1(settings.pop("tp"))
+    sys.exit(run_server(ServeOptions(snapshot=str(snapshot), **_plain(settings))))
+
+
+@cli.command()
+@click.argument("snapshot", type=click.Path(path_type=Path))
+@click.argument("prompt")
+@engine_options
+@option("--max-tokens", type=click.IntRange(min=1), default=256, help="Most tokens to generate.")
+@option("--temperature", type=click.FloatRange(min=0), default=0.0, help="0 is greedy.")
+@option("--top-k", type=click.IntRange(min=0), default=0, help="Sample among the k most likely; 0: off.")
+@option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Sample within this probability.")
+@option("--seed", type=int, help="Makes sampling repeatable.")
+@option("--stop", multiple=True, help="End at this text; may be given several times.")
+@option("--raw", is_flag=True, help="Continue the prompt as plain text, without the chat template.")
+@json_option
+def run(snapshot: Path, prompt: str, **settings: Any) -> None:
+    """Answer one prompt on stdout, without a server.
+
+    A snapshot with a chat template answers as a chat; --raw continues the text instead. A prompt of '-' is read from
+    stdin.
+
+    \b
+    Examples:
+      fgsnap run snap/ "What is the capital of France?"
+      fgsnap run snap/ "Once upon a time" --raw --temperature 0.8 --seed 7
+    """
+    _only_tp1(settings.pop("tp"))
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    _answer(snapshot, prompt, settings)
+
+
+@cli.command()
+@click.argument("snapshot", type=click.Path(path_type=Path))
+@option("--tensors", is_flag=True, help="List every stored tensor.")
+@json_option
+def inspect(snapshot: Path, tensors: bool, as_json: bool) -> None:
+    """Show what a snapshot holds, from its manifest alone."""
+    from fgsnap.snapshot import open_snapshot
+
+    opened = open_snapshot(snapshot)
+    try:
+        if as_json:
+            import msgspec
+
+            _print_json({"id": opened.id, "manifest": msgspec.to_builtins(opened.manifest)})
+        else:
+            _print_summary(opened, tensors)
+    finally:
+        opened.close()
+
+
+def _print_summary(opened: Snapshot, tensors: bool) -> None:
+    manifest = opened.manifest
+    spec, origin = manifest.spec, manifest.provenance
+    kind = spec.layer_kinds[0].attention
+    weights = sum(entry.bytes for entry in manifest.tensors)
+    dtypes = ", ".join(sorted({entry.dtype for entry in manifest.tensors}))
+    revision = f" at {origin.revision[:12]}" if origin.revision else ""
+    rows = {
+        "id": opened.id,
+        "source": f"{origin.source}{revision}",
+        "weights": f"{size(weights)} in {manifest.tp} rank file(s), {dtypes}",
+        "decoder": f"{spec.depth} layers, width {spec.width}, {kind.heads} heads, {kind.kv_heads} KV heads, "
+        f"vocabulary {spec.vocab_size}",
+        "context": f"{spec.max_length} tokens, KV {spec.kv_values_per_token()} values a token",
+        "text": f"eos {', '.join(map(str, manifest.text.eos_token_ids)) or 'none'}, "
+        f"chat template {manifest.text.template or 'none'}",
+        "canary": "none: recorded without one" if opened.canary is None else f"{len(opened.canary.tokens)} positions",
+        "converter": f"fgsnap {origin.converter}",
+    }
+    for name, value in rows.items():
+        click.echo(f"{name:<10} {value}")
+    if tensors:
+        _print_tensors(manifest)
+
+
+def _print_tensors(manifest: Manifest) -> None:
+    for entry in manifest.tensors:
+        shape = "x".join(map(str, entry.shape))
+        click.echo(f"{entry.file}  {entry.offset:>12}  {entry.bytes:>12}  {entry.dtype:<9} {shape:<14} {entry.name}")
+
+
+@cli.command()
+@click.argument("snapshot", type=click.Path(path_type=Path))
+@json_option
+@progress_option
+def verify(snapshot: Path, as_json: bool, progress: bool | None) -> None:
+    """Hash every byte of a snapshot and compare it with the manifest."""
+    from fgsnap.snapshot import verify as run_verification
+
+    report = run_verification(snapshot, progress=_bar(progress, "verify"))
+    if as_json:
+        _print_json({"id": report.id, "files": report.files, "bytes": report.bytes})
+    else:
+        click.echo(f"ok  id {report.id}  {report.files} files, {size(report.bytes)}")
+
+
+@cli.command()
+@click.argument("snapshot", type=click.Path(path_type=Path))
+@option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory of the new checkpoint.")
+@json_option
+@progress_option
+def export(snapshot: Path, output: Path, as_json: bool, progress: bool | None) -> None:
+    """Write a snapshot back as a Hugging Face safetensors checkpoint, bit for bit."""
+    _end_on_sigterm()
+    from fgsnap.convert.export import export as run_export
+
+    result = run_export(snapshot, output, progress=_bar(progress, "export"))
+    for note in result.notes:
+        click.echo(note, err=True)
+    if as_json:
+        _print_json({"path": str(result.path), "bytes": result.bytes, "notes": list(result.notes)})
+    else:
+        click.echo(f"{result.path}  {result.tensors} tensors, {size(result.bytes)}")
+
+
+@cli.command()
+@json_option
+def env(as_json: bool) -> None:
+    """Describe this host and installation, ready to paste into a report."""
+    from fgsnap.environment import describe
+
+    report = describe()
+    if as_json:
+        _print_json(report)
+        return
+    for name, value in report.items():
+        click.echo(f"{name:<22} {value if isinstance(value, str) else ', '.join(value) or 'none'}")
+
+
+@cli.command()
+@json_option
+def version(as_json: bool) -> None:
+    """Print the version."""
+    if as_json:
+        _print_json({"version": __version__})
+    else:
+        click.echo(f"fgsnap {__version__}")
+
+
+def _answer(path: Path, prompt: str, settings: dict[str, Any]) -> None:
+    from fgsnap.runtime.generate import answer
+
+    streamed = not settings["as_json"]
+    result = answer(path, prompt, emit=_emit if streamed else None, **_plain(settings, drop=("as_json",)))
+    if streamed:
+        click.echo()
+    else:
+        _print_json(
+            {
+                "text": result.text,
+                "finish_reason": result.finish_reason,
+                "prompt_tokens": result.prompt_tokens,
+                "completion_tokens": result.completion_tokens,
+            }
+        )
+
+
+def _emit(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _only_tp1(tp: int) -> None:
+    if tp != 1:
+        raise UsageError(
+            f"This version serves at tensor parallel degree 1, not {tp}.",
+            "Every snapshot opens at degree 1, whatever degree it was converted at.",
+            "Leave --tp out.",
+        )
+
+
+def _plain(settings: dict[str, Any], drop: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The settings with paths as strings, for values that cross a process border."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in settings.items() if k not in drop}
+
+
+def _end_on_sigterm() -> None:
+    """Let SIGTERM unwind the stack as Ctrl-C does, so that what is half written is removed."""
+    import signal
+
+    def leave(*_: object) -> None:
+        raise SystemExit(143)
+
+    signal.signal(signal.SIGTERM, leave)
+
+
+def size(count: float) -> str:
+    """A byte count for people: 1.5 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    import json
+
+    click.echo(json.dumps({"schema_version": JSON_SCHEMA_VERSION, **value}, indent=2))
+
+
+def _bar(wanted: bool | None, title: str) -> Callable[[int, int], None] | None:
+    """A progress callback (bytes done, bytes in all), or None where no bar is wanted."""
+    if wanted is None:
+        wanted = sys.stderr.isatty()
+    if not wanted:
+        return None
+    from tqdm import tqdm
+
+    bar: Any = None
+
+    def advance(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=title, file=sys.stderr)
+        bar.update(done - bar.n)
+        if done >= total:
+            bar.close()
+
+    return advance
+
+
+def run_cli(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code; every foreseen error is at most three lines on stderr."""
+    try:
+        result = cli.main(list(arguments), prog_name="fgsnap", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except FgsnapError as error:
+        return _fail(error, error.lines(), error.exit_code)
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "fgsnap"
+        return _fail(error, [f"Error: {error.format_message()}", f"Run '{command} --help' for its options."], 2)
+    except click.ClickException as error:
+        return _fail(error, [f"Error: {error.format_message()}"], error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("Interrupted.", err=True)
+        return 130
+    except BrokenPipeError:
+        # The reader left (fgsnap ... | head): nothing more to say, and nowhere to say it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        return _fail(error, [f"Error: {error.strerror or error}{where}.", "Set FGSNAP_DEBUG=1 to see where."], 1)
+
+
+def _fail(error: Exception, lines: list[str], code: int) -> int:
+    if os.environ.get("FGSNAP_DEBUG"):
+        import traceback
+
+        traceback.print_exception(error)
+    first, *rest = lines
+    click.echo(first if first.startswith("Error: ") else f"Error: {first}", err=True)
+    for line in rest:
+        click.echo(line, err=True)
+    return code

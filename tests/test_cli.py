@@ -1,0 +1,114 @@
+"""The command line as scripts see it: output, exit codes, three-line errors, and what it does not import."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fgsnap import __version__
+from fgsnap.cli import ByteSize, cli, size
+
+COMMANDS = ("convert", "serve", "run", "inspect", "verify", "export", "env", "version")
+HEAVY = ("torch", "transformers", "huggingface_hub", "numpy", "gguf", "starlette", "uvicorn", "tokenizers")
+
+
+def fgsnap(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fgsnap", *arguments], capture_output=True, text=True, env={**os.environ, **env}
+    )
+
+
+def test_help_lists_every_command_and_the_exit_codes():
+    done = fgsnap("--help")
+    assert done.returncode == 0
+    assert all(f"  {command}" in done.stdout for command in COMMANDS)
+    assert "3 snapshot refused" in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command):
+    done = fgsnap(command, "--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith("Usage: ")
+
+
+def test_version_is_printed_by_both_spellings_and_as_json():
+    assert fgsnap("version").stdout == fgsnap("--version").stdout == f"fgsnap {__version__}\n"
+    assert json.loads(fgsnap("version", "--json").stdout) == {"schema_version": 1, "version": __version__}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["conver"], 2, "Did you mean 'fgsnap convert'"),
+        (["convert"], 2, "SOURCE"),
+        (["convert", "x"], 2, "-o DIR"),
+        (["serve", "--prt", "1"], 2, "--port"),
+        (["serve", "x", "--kv-memory", "lots"], 2, "is not a size"),
+        (["serve", "x", "--tp", "2"], 2, "degree 1"),
+        (["inspect", "nowhere"], 4, "nowhere"),
+        (["verify", "nowhere"], 4, "nowhere"),
+        (["serve", "nowhere"], 4, "nowhere"),
+        (["run", "nowhere", "hello"], 4, "nowhere"),
+        (["export", "nowhere", "-o", "out"], 4, "nowhere"),
+        (["convert", "./nowhere", "-o", "out"], 4, "nowhere"),
+    ],
+)
+def test_an_error_is_three_short_lines_and_its_exit_code(arguments, code, words, tmp_path):
+    done = subprocess.run([sys.executable, "-m", "fgsnap", *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert 1 <= len(lines) <= 3
+    assert lines[0].startswith("Error: ")
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_trace():
+    assert "Traceback" in fgsnap("inspect", "nowhere", FGSNAP_DEBUG="1").stderr
+
+
+def test_every_flag_has_an_environment_twin():
+    for command in cli.commands.values():
+        for parameter in command.params:
+            if parameter.param_type_name == "option" and parameter.name != "help":
+                flag = next(name for name in parameter.opts if name.startswith("--"))
+                assert parameter.envvar == "FGSNAP_" + flag[2:].replace("-", "_").upper()
+
+
+def test_a_flag_can_come_from_the_environment():
+    assert json.loads(fgsnap("version", FGSNAP_JSON="1").stdout)["version"] == __version__
+
+
+def test_help_version_and_env_import_nothing_heavy():
+    for arguments in (["--help"], ["version"], ["env"]):
+        program = (
+            "import sys; from fgsnap.cli import run_cli; code = run_cli(sys.argv[1:]);"
+            f"loaded = [m for m in {HEAVY!r} if m in sys.modules]; sys.exit(code or (9 if loaded else 0))"
+        )
+        done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, (arguments, done.stderr)
+
+
+def test_env_names_backends_and_hides_secrets():
+    done = fgsnap("env", "--json", HF_TOKEN="hf_secret_value")
+    report = json.loads(done.stdout)
+    assert report["fgsnap"] == __version__
+    assert report["backend native"].startswith(("yes", "no: "))
+    assert "hf_secret_value" not in done.stdout
+    assert "HF_TOKEN=(set)" in report["environment"]
+
+
+@pytest.mark.parametrize(("text", "value"), [("2GiB", 2 << 30), ("512M", 512 << 20), ("4096", 4096), ("1.5kb", 1536)])
+def test_byte_sizes(text, value):
+    assert ByteSize().convert(text, None, None) == value
+
+
+def test_sizes_are_printed_for_people():
+    assert [size(n) for n in (0, 1023, 1536, 5 << 30)] == ["0 B", "1023 B", "1.5 KiB", "5.0 GiB"]

@@ -1,0 +1,123 @@
+"""The import arrows of the package, held statically and in fresh processes.
+
+Import time is a feature of the serve path: what it must never load is named here.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "fgsnap"
+STDLIB = sys.stdlib_module_names
+
+# Which of fgsnap's own modules each part may import, by prefix. The first match counts.
+INNER = {
+    "fgsnap.errors": (),
+    "fgsnap.spec": ("fgsnap.errors",),
+    "fgsnap.layout": ("fgsnap.errors", "fgsnap.spec"),
+    "fgsnap.snapshot": ("fgsnap.errors", "fgsnap.spec", "fgsnap.layout", "fgsnap"),
+    "fgsnap.kernels": ("fgsnap.errors", "fgsnap.kernels"),
+    "fgsnap.convert": (
+        "fgsnap.errors", "fgsnap.spec", "fgsnap.layout", "fgsnap.snapshot", "fgsnap.convert", "fgsnap",
+    ),
+    "fgsnap.runtime": (
+        "fgsnap.errors", "fgsnap.spec", "fgsnap.layout", "fgsnap.snapshot", "fgsnap.kernels", "fgsnap.runtime",
+        "fgsnap",
+    ),
+}  # fmt: skip
+
+# Third-party packages each part may name anywhere in its source.
+OUTER = {
+    "fgsnap.errors": set(),
+    "fgsnap.spec": {"msgspec"},
+    "fgsnap.layout": {"msgspec"},
+    "fgsnap.snapshot": {"msgspec", "blake3"},
+    "fgsnap.kernels.reference": {"torch"},
+    "fgsnap.kernels": set(),
+    "fgsnap.convert": {"msgspec", "numpy", "gguf", "huggingface_hub", "tokenizers"},
+    "fgsnap.runtime": {"msgspec", "starlette", "uvicorn", "prometheus_client", "tokenizers", "minijinja"},
+    "fgsnap.cli": {"click", "tqdm", "msgspec"},
+    "fgsnap": set(),
+}
+
+
+def modules() -> list[tuple[str, Path]]:
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        found.append((name, path))
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: a relative import hides where it points"
+            found.add(node.module)
+    return found
+
+
+def rule(table: dict, name: str):
+    return next((table[prefix] for prefix in table if name == prefix or name.startswith(prefix + ".")), None)
+
+
+@pytest.mark.parametrize(("name", "path"), modules(), ids=lambda value: value if isinstance(value, str) else "")
+def test_the_arrows_between_modules(name, path):
+    allowed = rule(INNER, name)
+    if allowed is not None:
+        inner = {found for found in imports(path) if found.split(".")[0] == "fgsnap"}
+        strays = {f for f in inner if not any(f == a or (a != "fgsnap" and f.startswith(a + ".")) for a in allowed)}
+        assert not strays, f"{name} may not import {sorted(strays)}"
+
+
+@pytest.mark.parametrize(("name", "path"), modules(), ids=lambda value: value if isinstance(value, str) else "")
+def test_the_libraries_each_part_may_use(name, path):
+    outer = {found.split(".")[0] for found in imports(path)} - STDLIB - {"fgsnap"}
+    assert outer <= rule(OUTER, name), f"{name} may not import {sorted(outer - rule(OUTER, name))}"
+
+
+def test_the_table_knows_every_module():
+    """A new top-level module must be given its place in the tables above."""
+    top = {name for name, _ in modules() if name.count(".") == 1}
+    assert top - {"fgsnap.__main__", "fgsnap.cli", "fgsnap.environment"} <= set(INNER)
+
+
+def test_the_package_itself_imports_nothing():
+    assert not imports(PACKAGE / "__init__.py")
+
+
+NEVER = ("transformers", "huggingface_hub", "torch", "numpy", "fastapi", "openai", "boto3", "pydantic", "safetensors")
+
+
+@pytest.mark.parametrize(
+    ("module", "forbidden"),
+    [
+        ("fgsnap.cli", (*NEVER, "msgspec", "tokenizers", "starlette", "uvicorn", "fgsnap.convert", "fgsnap.runtime")),
+        ("fgsnap.snapshot", (*NEVER, "tokenizers", "starlette", "fgsnap.convert", "fgsnap.runtime")),
+        ("fgsnap.runtime.engine", (*NEVER, "starlette", "uvicorn", "fgsnap.convert")),
+        ("fgsnap.runtime.worker", (*NEVER, "starlette", "uvicorn", "tokenizers", "minijinja", "fgsnap.convert")),
+        ("fgsnap.runtime.server", (*NEVER, "fgsnap.convert", "fgsnap.kernels.native")),
+        ("fgsnap.kernels.native", NEVER),
+        ("fgsnap.convert.pipeline", ("torch", "transformers", "fgsnap.runtime")),
+    ],
+)
+def test_what_a_module_never_loads(module, forbidden):
+    program = f"import {module}, sys; print([m for m in {forbidden!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_serve_path_stays_small():
+    """Modules loaded by the server process; the usual stack of this field loads 1,543 before torch."""
+    program = "import fgsnap.runtime.launch, fgsnap.runtime.server, fgsnap.runtime.text, sys; print(len(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) <= 450
