@@ -30,7 +30,7 @@ LAID_OUT = frozenset(
     norm.rms norm.ln norm.l2 norm.weight norm.bias norm.unit_offset norm.float32_weight
     embedding.scale embedding.round_scale head.tied head.bias head.multiplier head.softcap
     rope.linear rope.dynamic rope.llama3 rope.yarn rope.longrope rope.proportional_head_dim
-    linear.factor
+    yarn.beta_fast yarn.beta_slow yarn.truncate
     """.split()
 )
 

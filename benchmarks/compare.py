@@ -1,0 +1,143 @@
+"""The same tokens through transformers and through a snapshot; the parity tests and the parity benchmark stand on it.
+
+Tiny checkpoints have random weights that are large enough for every part to matter: attention that is far from uniform,
+norms away from 1, biases away from 0.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+
+from fgsnap.kernels.ops import Batch, Sampling
+from fgsnap.runtime.decoder import Decoder
+
+TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TINY = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def tiny_checkpoint(
+    folder: Path, family: Literal["llama", "mistral"], dtype: str = "float32", seed: int = 0, **changes: Any
+) -> Path:
+    """Save a random checkpoint of ``family`` with transformers' own classes; ``changes`` go into its config."""
+    # A dict of rope parameters is written back to by transformers, so each checkpoint gets its own.
+    settings = {**TINY, **{key: dict(value) if isinstance(value, dict) else value for key, value in changes.items()}}
+    torch.manual_seed(seed)
+    if family == "llama":
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
+    else:
+        model = transformers.MistralForCausalLM(transformers.MistralConfig(**settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.normal_(1.0, 0.2)
+            elif name.endswith("bias"):
+                parameter.normal_(0.0, 0.3)
+            else:
+                parameter.normal_(0.0, 1.5 * parameter.shape[-1] ** -0.5)
+    model.to(TORCH[dtype]).save_pretrained(folder)
+    return folder
+
+
+def random_sequences(lengths: Sequence[int], vocabulary: int, seed: int = 0) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.randrange(vocabulary) for _ in range(length)] for length in lengths]
+
+
+class Transformers:
+    """A checkpoint as transformers runs it."""
+
+    def __init__(self, folder: Path, dtype: str) -> None:
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=TORCH[dtype]).eval()
+
+    def logits(self, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Float64 logits [all tokens, V], each sequence in one forward of its own."""
+        with torch.inference_mode():
+            return torch.cat([self._model(torch.tensor([list(tokens)])).logits[0].double() for tokens in sequences])
+
+    def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
+        """The ``count`` most likely next tokens, one after the other, whatever they are."""
+        tokens: list[int] = []
+        ids, cache = list(prompt), None
+        with torch.inference_mode():
+            while len(tokens) < count:
+                out = self._model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                tokens.append(int(out.logits[0, -1].argmax()))
+                ids = tokens[-1:]
+        return tokens
+
+
+class Fgsnap:
+    """A decoder fed as an engine would: ragged steps over a paged cache whose blocks lie in random order."""
+
+    def __init__(self, decoder: Decoder, seed: int = 0) -> None:
+        self._decoder = decoder
+        self._random = random.Random(seed)
+
+    def logits(self, sequences: Sequence[Sequence[int]], chunk: int) -> torch.Tensor:
+        """Float64 logits [all tokens, V]; every step carries up to ``chunk`` tokens of every unfinished sequence."""
+        tables = self._tables([len(tokens) for tokens in sequences])
+        found: list[list[torch.Tensor]] = [[] for _ in sequences]
+        done = 0
+        while done < max(map(len, sequences)):
+            live = [s for s, tokens in enumerate(sequences) if done < len(tokens)]
+            parts = [sequences[s][done : done + chunk] for s in live]
+            rows = self._step(parts, done, [tables[s] for s in live])
+            for s, own in zip(live, rows.split([len(part) for part in parts]), strict=True):
+                found[s].append(own)
+            done += chunk
+        return torch.cat([part for parts in found for part in parts])
+
+    def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
+        """The ``count`` most likely next tokens, one after the other, whatever they are."""
+        table = self._tables([len(prompt) + count])[0]
+        tokens: list[int] = []
+        part, done = list(prompt), 0
+        while len(tokens) < count:
+            last = (len(part) - 1,)
+            batch = Batch(part, range(done, done + len(part)), (0, len(part)), (done + len(part),), (table,), last)
+            tokens.append(self._decoder.sample(self._decoder.forward(batch), [Sampling()])[0].token)
+            part, done = tokens[-1:], done + len(part)
+        return tokens
+
+    def _step(self, parts: list[Sequence[int]], done: int, tables: list[list[int]]) -> torch.Tensor:
+        tokens = [token for part in parts for token in part]
+        starts = [sum(map(len, parts[:s])) for s in range(len(parts) + 1)]
+        positions = [done + i for part in parts for i in range(len(part))]
+        lengths = [done + len(part) for part in parts]
+        logits = self._decoder.forward(Batch(tokens, positions, starts, lengths, tables, range(len(tokens))))
+        flat = torch.frombuffer(bytearray(self._decoder.ops.floats(logits)), dtype=torch.float32)
+        return flat.view(len(tokens), -1).double()
+
+    def _tables(self, lengths: list[int]) -> list[list[int]]:
+        free = list(range(self._decoder.blocks))
+        self._random.shuffle(free)
+        need = [-(-length // self._decoder.block_size) for length in lengths]
+        assert sum(need) <= len(free), "the decoder was made with too few blocks"
+        return [[free.pop() for _ in range(count)] for count in need]
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference as a share of the largest logit."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def mean_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Root of the mean squared difference."""
+    return float((found - expected).square().mean().sqrt())

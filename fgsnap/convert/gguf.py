@@ -1,0 +1,417 @@
+"""A GGUF file as a source: header parsed here with care, blocks dequantised by the ``gguf`` library, row by row.
+
+The header is read with Python integers, each checked against what is left of the file, before anything of that size is
+allocated or mapped. The metadata becomes a Hugging Face style config, so that the families need not know GGUF; the
+tensors keep GGUF's names, and q and k keep GGUF's row order (adjacent pairs), which the family's rules undo.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import struct
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from fgsnap.convert.source import NUMPY_DTYPES, SourceTensor, digest, map_file, show
+from fgsnap.errors import SourceError, UnsupportedModel
+from fgsnap.spec import DType
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+MAX_TENSORS = 200_000
+MAX_KEYS = 10_000
+MAX_NAME_BYTES = 1024
+MAX_ARRAY = 1 << 22
+ARRAY, STRING = 9, 8
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+NUMBERS = {"I8", "I16", "I32", "I64", "F64"}
+UNQUANTISED: dict[str, DType] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+AGAIN = "Download the file again; if it stays so, it is damaged where it came from."
+
+
+class Place(NamedTuple):
+    """Where a tensor lies, and in which ggml type, whose blocks of ``block`` elements take ``block_bytes``."""
+
+    offset: int
+    type: str
+    block: int
+    block_bytes: int
+
+
+class Gguf:
+    """One GGUF file of the ``llama`` architecture, open for reading."""
+
+    kind: Literal["hf", "gguf"] = "gguf"
+    revision: str | None = None
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.label = path.name
+        self._map = _map(path)
+        header = _Header(self._map, path.name)
+        self.metadata = header.metadata
+        self.tensors, self.others, self._places = header.tensors, header.others, header.places
+        self.default_dtype: DType | None = _default_dtype(self._places)
+        _check_whole_model(path.name, self.metadata)
+        _check_types(path.name, self._places)
+        self.config = config(self.metadata, self.tensors, self._rope_factors())
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray[Any, Any]:
+        tensor, place = self.tensors[name], self._places[name]
+        assert 0 <= start <= stop <= tensor.shape[0]
+        inner = tensor.shape[1:]
+        width = math.prod(inner)
+        row_bytes = width // place.block * place.block_bytes
+        begin, count = place.offset + start * row_bytes, (stop - start) * row_bytes
+        raw: np.ndarray[Any, Any] = np.frombuffer(self._map, np.uint8, count, begin)
+        if place.type in UNQUANTISED:
+            return raw.view(NUMPY_DTYPES[tensor.dtype]).reshape(stop - start, *inner)
+        return _dequantise(raw.reshape(stop - start, row_bytes), place.type).reshape(stop - start, *inner)
+
+    def text_files(self) -> dict[str, bytes]:
+        from fgsnap.convert import gguf_tokenizer
+
+        return {"config.json": _json(self.config), **gguf_tokenizer.text_files(self.metadata, self.label)}
+
+    def file_digests(self) -> dict[str, str]:
+        return {self.path.name: digest(self.path)}
+
+    def close(self) -> None:
+        """Nothing to do: the file is closed already, and the map goes with the last array over it."""
+
+    def _rope_factors(self) -> list[float] | None:
+        """The divisors of the rope frequencies, where the file stores them as a tensor."""
+        if "rope_freqs.weight" not in self.tensors:
+            return None
+        return [float(value) for value in self.rows("rope_freqs.weight", 0, self.tensors["rope_freqs.weight"].shape[0])]
+
+
+class _Header:
+    """A cursor over the header; every read is checked against the end of the file first."""
+
+    def __init__(self, data: mmap.mmap, label: str) -> None:
+        self.data = data
+        self.label = label
+        self.at = 0
+        self.size = len(data)
+        self._check_start()
+        count, keys = self._number("Q"), self._number("Q")
+        if count > MAX_TENSORS or keys > MAX_KEYS:
+            raise self._bad(
+                f"It claims {count} tensors and {keys} keys, above the limits {MAX_TENSORS} and {MAX_KEYS}."
+            )
+        self.metadata = self._read_metadata(keys)
+        found = [self._tensor() for _ in range(count)]
+        self.tensors: dict[str, SourceTensor] = {}
+        self.places: dict[str, Place] = {}
+        self.others: dict[str, str] = {}
+        self._place(found)
+
+    def _check_start(self) -> None:
+        if self._take(4) != MAGIC:
+            raise self._bad("It does not start with the letters GGUF.")
+        version = self._number("I")
+        if version not in VERSIONS:
+            why = "It is big-endian." if version & 0xFFFF == 0 else f"It has version {version}; known are 2 and 3."
+            raise self._bad(why)
+
+    def _read_metadata(self, keys: int) -> dict[str, Any]:
+        metadata: dict[str, Any] = {}
+        for _ in range(keys):
+            key = self._name()
+            if key in metadata:
+                raise self._bad(f"The key {show(key)} occurs twice.")
+            metadata[key] = self._value(self._number("I"), key)
+        return metadata
+
+    def _value(self, kind: int, key: str) -> Any:
+        if kind == STRING:
+            return self._text(key)
+        if kind in SCALARS:
+            return self._number(SCALARS[kind])
+        if kind != ARRAY:
+            raise self._bad(f"The key {show(key)} has the unknown type {kind}.")
+        inner, count = self._number("I"), self._number("Q")
+        least = 8 if inner == STRING else struct.calcsize(SCALARS.get(inner, "Q"))
+        if count > MAX_ARRAY or count * least > self.size - self.at:
+            raise self._bad(
+                f"The key {show(key)} claims {count} values; the file or the limit {MAX_ARRAY} ends before."
+            )
+        if inner == STRING:
+            return [self._text(key) for _ in range(count)]
+        if inner not in SCALARS:
+            raise self._bad(f"The key {show(key)} is an array of the unsupported type {inner}.")
+        raw = self._take(count * least)
+        return list(struct.unpack(f"<{count}{SCALARS[inner]}", raw))
+
+    def _tensor(self) -> tuple[str, tuple[int, ...], int, int]:
+        """One entry of the tensor table: name, shape (rows first), ggml type, offset in the data section."""
+        name = self._name()
+        rank = self._number("I")
+        if not 1 <= rank <= 4:
+            raise self._bad(f"The tensor {show(name)} has {rank} dimensions.")
+        shape = tuple(reversed([self._number("Q") for _ in range(rank)]))
+        return name, shape, self._number("I"), self._number("Q")
+
+    def _place(self, found: list[tuple[str, tuple[int, ...], int, int]]) -> None:
+        """Settle where each tensor's bytes lie; all of them inside the file, none over another."""
+        align = self.metadata.get("general.alignment", 32)
+        if type(align) is not int or not 0 < align <= 1 << 20 or align & (align - 1):
+            raise self._bad(f"general.alignment is {show(align)}, not a power of two.")
+        data = (self.at + align - 1) // align * align
+        ends: list[tuple[int, int, str]] = []
+        for name, shape, kind, offset in found:
+            if name in self.places:
+                raise self._bad(f"The tensor {show(name)} occurs twice.")
+            place = self._place_one(name, shape, kind, data + offset)
+            length = math.prod(shape) // place.block * place.block_bytes
+            if offset % align or place.offset + length > self.size:
+                where = f"bytes {place.offset} to {place.offset + length}"
+                raise self._bad(f"The tensor {show(name)} needs {where}; the file has {self.size}.")
+            self.places[name] = place
+            if place.type in NUMBERS:
+                self.others[name] = place.type
+            else:
+                self.tensors[name] = SourceTensor(name, UNQUANTISED.get(place.type, "float32"), shape)
+            ends.append((place.offset, place.offset + length, name))
+        ends.sort()
+        for (_, end, before), (start, _, name) in pairwise(ends):
+            if start < end:
+                raise self._bad(f"The tensors {show(before)} and {show(name)} overlap.")
+
+    def _place_one(self, name: str, shape: tuple[int, ...], kind: int, offset: int) -> Place:
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        known = {member.value: member for member in GGMLQuantizationType}
+        if kind not in known:
+            raise self._bad(f"The tensor {show(name)} has the unknown type {kind}.")
+        block, block_bytes = GGML_QUANT_SIZES[known[kind]]
+        if not all(0 < size < 1 << 40 for size in shape) or shape[-1] % block or (block > 1 and len(shape) == 1):
+            raise self._bad(f"The tensor {show(name)} of type {known[kind].name} has the shape {show(shape)}.")
+        return Place(offset, known[kind].name, block, block_bytes)
+
+    def _name(self) -> str:
+        length = self._number("Q")
+        if length > MAX_NAME_BYTES:
+            raise self._bad(f"A name claims {length} bytes, above the limit of {MAX_NAME_BYTES}.")
+        name = self._decode(self._take(length), "a name")
+        if not name.isprintable():
+            raise self._bad(f"The name {show(name)} has characters that no real name has.")
+        return name
+
+    def _text(self, key: str) -> str:
+        return self._decode(self._take(self._number("Q")), key)
+
+    def _decode(self, raw: bytes, what: str) -> str:
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            raise self._bad(f"The text of {show(what)} is not UTF-8.") from None
+
+    def _number(self, code: str) -> Any:
+        return struct.unpack("<" + code, self._take(struct.calcsize("<" + code)))[0]
+
+    def _take(self, count: int) -> bytes:
+        if count > self.size - self.at:
+            raise self._bad(f"It ends inside its header: {count} bytes wanted at {self.at}, the file has {self.size}.")
+        self.at += count
+        return self.data[self.at - count : self.at]
+
+    def _bad(self, why: str) -> SourceError:
+        return SourceError(f"{self.label} is not a valid GGUF file.", why, AGAIN)
+
+
+def config(
+    metadata: dict[str, Any], tensors: dict[str, SourceTensor], rope_factors: list[float] | None
+) -> dict[str, Any]:
+    """The metadata as a Hugging Face style config.json; an unknown key of the architecture is refused, not dropped."""
+    keys = {key.removeprefix("llama."): value for key, value in metadata.items() if key.startswith("llama.")}
+    unknown = sorted(set(keys) - EXPRESSED - HARMLESS)
+    if unknown:
+        raise UnsupportedModel(
+            f"The GGUF key llama.{unknown[0]} is not known.",
+            "It may change what the model computes, and fgsnap cannot express it.",
+            "Convert from the original Hugging Face checkpoint.",
+        )
+    width = _positive(keys, "embedding_length")
+    heads = _positive(keys, "attention.head_count")
+    head_dim = _positive(keys, "attention.key_length", width // heads)
+    for other in ("attention.value_length", "rope.dimension_count"):
+        if _positive(keys, other, head_dim) != head_dim:
+            raise UnsupportedModel(
+                f"The GGUF key llama.{other} is {keys[other]}, but heads have {head_dim} dimensions.",
+                "fgsnap reads GGUF files whose heads are rotated whole and have one size.",
+                "Convert from the original Hugging Face checkpoint.",
+            )
+    if keys.get("expert_count"):
+        raise UnsupportedModel(
+            f"The GGUF key llama.expert_count is {show(keys['expert_count'])}.",
+            "Mixtures of experts are not read from GGUF.",
+            FROM_ORIGINAL,
+        )
+    embedding = tensors.get("token_embd.weight")
+    window = keys.get("attention.sliding_window")
+    context = _positive(keys, "context_length")
+    result: dict[str, Any] = {
+        "architectures": ["MistralForCausalLM" if window else "LlamaForCausalLM"],
+        "model_type": "mistral" if window else "llama",
+        "hidden_size": width,
+        "intermediate_size": _positive(keys, "feed_forward_length"),
+        "num_hidden_layers": _positive(keys, "block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": _positive(keys, "attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "vocab_size": embedding.shape[0] if embedding else _positive(keys, "vocab_size"),
+        "max_position_embeddings": context,
+        "rms_norm_eps": _real(keys, "attention.layer_norm_rms_epsilon"),
+        "rope_theta": _real(keys, "rope.freq_base", 10000.0),
+        "hidden_act": "silu",
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in tensors,
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
+    }
+    scaling = _rope_scaling(keys, context, rope_factors)
+    if scaling is not None:
+        result["rope_scaling"] = scaling
+    if window:
+        result["sliding_window"] = _positive(keys, "attention.sliding_window")
+    return {key: value for key, value in result.items() if value is not None}
+
+
+EXPRESSED = {
+    *("embedding_length", "feed_forward_length", "block_count", "context_length", "vocab_size", "expert_count"),
+    *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
+    *("attention.layer_norm_rms_epsilon", "attention.sliding_window", "rope.freq_base", "rope.dimension_count"),
+    *("rope.scale_linear", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length"),
+    *("rope.scaling.attn_factor", "rope.scaling.yarn_log_multiplier", "rope.scaling.yarn_ext_factor"),
+    *("rope.scaling.yarn_attn_factor", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
+}
+HARMLESS = {"expert_used_count", "rope.scaling.finetuned", "tensor_data_layout"}
+
+
+def _rope_scaling(keys: dict[str, Any], context: int, factors: list[float] | None) -> dict[str, Any] | None:
+    """The rope scaling in Hugging Face terms.
+
+    Stored divisors (how Llama-3.1 files carry their scaling) are expressed exactly as a LongRoPE table that is the same
+    for short and long contexts.
+    """
+    kind = keys.get("rope.scaling.type", "none")
+    for key in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor", "yarn_log_multiplier"):
+        if keys.get(f"rope.scaling.{key}") not in (None, 0.0, 1.0):
+            raise UnsupportedModel(f"The GGUF key llama.rope.scaling.{key} is not supported.", "", FROM_ORIGINAL)
+    if factors is not None:
+        if kind != "none":
+            raise UnsupportedModel(
+                f"The file has both rope_freqs.weight and rope scaling {show(kind)}.",
+                "Only one can be expressed.",
+                FROM_ORIGINAL,
+            )
+        return {
+            "rope_type": "longrope",
+            "short_factor": factors,
+            "long_factor": factors,
+            "original_max_position_embeddings": context,
+            "attention_factor": 1.0,
+        }
+    factor = _real(keys, "rope.scaling.factor", _real(keys, "rope.scale_linear", 1.0))
+    if kind == "none" or (kind == "linear" and factor == 1.0):
+        return None
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": factor}
+    if kind == "yarn":
+        return {
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": _positive(keys, "rope.scaling.original_context_length", context),
+            "beta_fast": _real(keys, "rope.scaling.yarn_beta_fast", 32.0),
+            "beta_slow": _real(keys, "rope.scaling.yarn_beta_slow", 1.0),
+        }
+    raise UnsupportedModel(f"The GGUF key llama.rope.scaling.type is {show(kind)}.", "", FROM_ORIGINAL)
+
+
+FROM_ORIGINAL = "Convert from the original Hugging Face checkpoint."
+
+
+def _positive(keys: dict[str, Any], key: str, default: int | None = None) -> int:
+    value = keys.get(key, default)
+    if type(value) is not int or not 0 < value < 1 << 31:
+        raise SourceError(f"The GGUF key llama.{key} is {show(value)}.", "A positive whole number is needed.", AGAIN)
+    return value
+
+
+def _real(keys: dict[str, Any], key: str, default: float | None = None) -> float:
+    """A float as it was written before GGUF rounded it to 32 bits: 9.999999747378752e-06 is 1e-05."""
+    value = keys.get(key, default)
+    if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise SourceError(f"The GGUF key llama.{key} is {show(value)}.", "A non-negative number is needed.", AGAIN)
+    return float(str(np.float32(value)))
+
+
+def _check_whole_model(label: str, metadata: dict[str, Any]) -> None:
+    """Refuse, by name, what is no complete language model of the one architecture that is read."""
+    kind = metadata.get("general.type", "model")
+    if kind != "model":
+        raise SourceError(f"{label} is a GGUF file of type {show(kind)}, not a model.")
+    if metadata.get("split.count", 0) not in (0, 1):
+        raise SourceError(
+            f"{label} is one part of a GGUF model split into {show(metadata['split.count'])}.",
+            "fgsnap reads whole files.",
+            "Merge the parts first: llama-gguf-split --merge FIRST-PART WHOLE.gguf",
+        )
+    architecture = metadata.get("general.architecture")
+    if architecture != "llama":
+        raise UnsupportedModel(
+            f"{label} has the GGUF architecture {show(architecture)}.",
+            "From GGUF, fgsnap reads the architecture 'llama' (Llama, Mistral, SmolLM2 and their like).",
+            FROM_ORIGINAL,
+        )
+
+
+def _check_types(label: str, places: dict[str, Place]) -> None:
+    """Refuse a block type that the library cannot dequantise, before any work is done."""
+    for place in {place.type: place for place in places.values() if place.type not in NUMBERS}.values():
+        try:
+            _dequantise(np.zeros((1, place.block_bytes), np.uint8), place.type)
+        except NotImplementedError:
+            raise UnsupportedModel(
+                f"{label} has tensors of the GGUF type {place.type}.",
+                "The installed gguf library cannot dequantise it.",
+                "Use a file of another quantisation, or a newer gguf library.",
+            ) from None
+
+
+def _default_dtype(places: dict[str, Place]) -> DType:
+    """bfloat16 for anything quantised; otherwise what the matrices are stored in (norms are float32 in most files)."""
+    types = {place.type for place in places.values()}
+    if types <= {"F32"}:
+        return "float32"
+    return "float16" if types <= {"F32", "F16"} else "bfloat16"
+
+
+def _dequantise(blocks: np.ndarray[Any, Any], kind: str) -> np.ndarray[Any, Any]:
+    """Rows of blocks as float32, by the format's own library."""
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        values: np.ndarray[Any, Any] = dequantize(blocks, GGMLQuantizationType[kind])
+    return values
+
+
+def _map(path: Path) -> mmap.mmap:
+    if path.stat().st_size < 24:
+        raise SourceError(f"{path.name} is not a valid GGUF file.", "It is shorter than a GGUF header.", AGAIN)
+    return map_file(path)
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

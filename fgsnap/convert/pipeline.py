@@ -1,0 +1,288 @@
+"""Conversion: one visible loop over ranks and slabs, from a checkpoint to a published snapshot.
+
+A slab is a few mebibytes of one stored tensor's rows. Threads read (and cast) slabs ahead while the main thread writes
+them in order, so the result does not depend on how many threads there are, and memory is bounded by the slabs in
+flight, not by a tensor. Nothing gets the target's name before a fresh process has opened it and bound every tensor.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from threading import Thread
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+import fgsnap
+from fgsnap.convert.cast import cast
+from fgsnap.convert.plan import SLAB, checked_dtype, default_workers, rank_layouts
+from fgsnap.convert.recipe import Recipe, settle
+from fgsnap.convert.rules import Array, read_box
+from fgsnap.convert.source import NUMPY_DTYPES, Source, open_source
+from fgsnap.convert.text_section import text_section
+from fgsnap.errors import FgsnapError, HostError, SnapshotRefused
+from fgsnap.layout import Piece, pieces
+from fgsnap.snapshot import Canary, Manifest, PlannedTensor, Provenance, RankLayout, SnapshotWriter
+from fgsnap.spec import DType
+
+Progress = Callable[[int, int], None]
+"""Told (bytes written so far, bytes in all), from the calling thread."""
+
+
+class Result(msgspec.Struct, frozen=True):
+    """A published snapshot; ``bytes`` are those of its rank files."""
+
+    id: str
+    path: Path
+    bytes: int
+    seconds: float
+
+
+def convert(
+    source_name: str,
+    target: Path | str,
+    *,
+    tp: int = 1,
+    dtype: str | None = None,
+    revision: str | None = None,
+    workers: int | None = None,
+    canary: bool = True,
+    progress: Progress | None = None,
+) -> Result:
+    """Turn a checkpoint into a snapshot at ``target``; on any error or interrupt nothing is left behind.
+
+    Args:
+        source_name: a folder, a ``.gguf`` file, ``org/name`` or ``hf://org/name@revision``.
+        target: the new directory.
+        tp: tensor parallel degree, one rank file each.
+        dtype: cast every weight to this; None keeps what the checkpoint has (bfloat16 for a quantised GGUF file).
+        revision: branch, tag or commit of a Hub repository.
+        workers: threads that read ahead.
+        canary: record a float32 forward of a fixed prompt, which every start is checked against.
+        progress: called after each slab.
+    """
+    begin = time.monotonic()
+    asked = checked_dtype(dtype)
+    with closing(open_source(source_name, revision)) as source:
+        recipe = settle(source, asked or source.default_dtype)
+        layouts = rank_layouts(recipe.spec, tp, recipe.stored)
+        texts = source.text_files()
+        text = text_section(texts, source.config, recipe.spec.vocab_size)
+        size = sum(layout.size for layout in layouts)
+        with SnapshotWriter(Path(target), recipe.spec, tp) as writer:
+            writer.check_space(size)
+            digests = _Background(source.file_digests)
+            _write_ranks(writer, layouts, source, recipe, workers or default_workers(), _counted(progress, size))
+            for name in sorted(texts):
+                writer.add_file(name, texts[name])
+            identity = writer.write_manifest(
+                Manifest(
+                    spec=recipe.spec,
+                    tp=tp,
+                    tensors=writer.tensors,
+                    files=writer.files,
+                    text=text,
+                    provenance=_provenance(source, recipe, asked, digests.result()),
+                )
+            )
+            path = writer.publish(_canary(writer.directory, identity) if canary else None)
+    return Result(identity, path, size, time.monotonic() - begin)
+
+
+def _provenance(source: Source, recipe: Recipe, asked: DType | None, files: dict[str, str]) -> Provenance:
+    return Provenance(
+        source=source.label,
+        revision=source.revision,
+        files=files,
+        rules=recipe.digest,
+        family=source.config["model_type"],
+        converter=fgsnap.__version__,
+        dropped=recipe.dropped,
+        dtype=asked or source.default_dtype,
+    )
+
+
+def _write_ranks(
+    writer: SnapshotWriter,
+    layouts: list[RankLayout],
+    source: Source,
+    recipe: Recipe,
+    workers: int,
+    wrote: Callable[[int], None],
+) -> None:
+    """Write every rank file, slab after slab, while ``workers`` threads read ahead."""
+    with ThreadPoolExecutor(workers, thread_name_prefix="read") as pool:
+        for rank, layout in enumerate(layouts):
+            with writer.rank(rank, layout) as file:
+                for slab, data in _read_ahead(pool, workers, layout, source, recipe):
+                    file.write(slab.offset, data)
+                    wrote(len(data))
+
+
+class Slab(NamedTuple):
+    """Rows ``start:stop`` of a stored tensor, which go to ``offset`` of the rank file."""
+
+    tensor: PlannedTensor
+    start: int
+    stop: int
+    offset: int
+
+
+def _slabs(layout: RankLayout) -> Iterator[Slab]:
+    for tensor in layout.tensors:
+        row_bytes = tensor.bytes // tensor.shape[0]
+        step = max(1, SLAB // row_bytes)
+        for start in range(0, tensor.shape[0], step):
+            yield Slab(tensor, start, min(start + step, tensor.shape[0]), tensor.offset + start * row_bytes)
+
+
+def _read_ahead(
+    pool: ThreadPoolExecutor, workers: int, layout: RankLayout, source: Source, recipe: Recipe
+) -> Iterator[tuple[Slab, memoryview]]:
+    """All slabs of a rank file in order, each with its bytes, which are good until the next one is asked for."""
+    free = [_Buffer() for _ in range(workers + 1)]
+    pending: deque[tuple[Slab, _Buffer, Future[memoryview]]] = deque()
+    for slab in _slabs(layout):
+        if not free:
+            yield from _oldest(pending, free)
+        buffer = free.pop()
+        pending.append((slab, buffer, pool.submit(_fill, slab, buffer, source, recipe)))
+    while pending:
+        yield from _oldest(pending, free)
+
+
+def _oldest(
+    pending: deque[tuple[Slab, _Buffer, Future[memoryview]]], free: list[_Buffer]
+) -> Iterator[tuple[Slab, memoryview]]:
+    slab, buffer, filled = pending.popleft()
+    yield slab, filled.result()
+    free.append(buffer)
+
+
+class _Buffer:
+    """Memory for one slab, kept from slab to slab."""
+
+    def __init__(self) -> None:
+        self._memory: Array = np.empty(0, np.uint8)
+
+    def array(self, dtype: DType, shape: tuple[int, ...]) -> Array:
+        kind = np.dtype(NUMPY_DTYPES[dtype])
+        size = math.prod(shape) * kind.itemsize
+        if self._memory.size < size:
+            self._memory = np.empty(size, np.uint8)
+        array: Array = self._memory[:size].view(kind).reshape(shape)
+        return array
+
+
+def _fill(slab: Slab, buffer: _Buffer, source: Source, recipe: Recipe) -> memoryview:
+    """Read, cast and place everything that makes one slab."""
+    tensor = slab.tensor
+    out = buffer.array(tensor.dtype, (slab.stop - slab.start, *tensor.shape[1:]))
+    for piece in pieces(tensor.shape, tensor.segments, slab.start, slab.stop):
+        at = (piece.stored_start[0] - slab.start, *piece.stored_start[1:])
+        part = out[tuple(slice(low, low + size) for low, size in zip(at, piece.extent, strict=True))]
+        if piece.tensor is None:
+            part[...] = 0
+        else:
+            _read_piece(piece.tensor, piece, part, tensor.dtype, source, recipe)
+    flat: Array = out.reshape(-1).view(np.uint8)
+    return flat.data
+
+
+def _read_piece(
+    name: str, piece: Piece, part: Array, dtype: DType, source: Source, recipe: Recipe
+) -> None:  # fmt: skip
+    rule, held = recipe.rules[name], recipe.read[name]
+    if held == dtype:
+        read_box(rule, source.rows, piece.logical_start, part)
+        return
+    raw: Array = np.empty(piece.extent, NUMPY_DTYPES[held])
+    read_box(rule, source.rows, piece.logical_start, raw)
+    if part.flags.c_contiguous:
+        cast(raw, held, part, dtype, rule.takes[0].source)
+    else:
+        narrowed: Array = np.empty(piece.extent, part.dtype)
+        cast(raw, held, narrowed, dtype, rule.takes[0].source)
+        np.copyto(part, narrowed)
+
+
+def _counted(progress: Progress | None, total: int) -> Callable[[int], None]:
+    done = 0
+
+    def wrote(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
+    return wrote
+
+
+class _Background:
+    """A call that runs beside the main thread. An abandoned one does not keep the process alive."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self._thread = Thread(target=self._run, args=(call,), daemon=True, name="digest-source")
+        self._thread.start()
+
+    def _run(self, call: Callable[[], Any]) -> None:
+        try:
+            self._value = call()
+        except BaseException as error:
+            self._error = error
+
+    def result(self) -> Any:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+class _Values(msgspec.Struct, frozen=True):
+    tokens: list[int]
+    next: list[int]
+    margins: list[float]
+
+
+def _canary(directory: Path, identity: str) -> Canary:
+    """Open the directory as a server would, in a fresh process, and take down what its model says."""
+    package = str(Path(fgsnap.__file__).parent.parent)
+    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "fgsnap.runtime.canary", str(directory)],
+        env={**os.environ, "PYTHONPATH": path},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise _failed_check(done.returncode, done.stderr.decode(errors="replace"))
+    values = msgspec.json.decode(done.stdout, type=_Values)
+    return Canary(identity, values.tokens, values.next, values.margins)
+
+
+_CLASSES: dict[int, type[FgsnapError]] = {SnapshotRefused.exit_code: SnapshotRefused, HostError.exit_code: HostError}
+
+
+def _failed_check(code: int, stderr: str) -> FgsnapError:
+    lines = [line for line in stderr.splitlines() if line.strip()][-3:]
+    if code < 0:
+        lines = [f"The checking process was killed by {signal.Signals(-code).name}; the host may lack memory."]
+    return _CLASSES.get(code, FgsnapError)(
+        "The new snapshot could not be checked in a fresh process, so it was not kept.",
+        " ".join(lines) or f"The checking process ended with code {code}.",
+        "Mend the cause, or convert with --no-canary to leave the check out.",
+    )

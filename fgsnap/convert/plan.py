@@ -1,0 +1,137 @@
+"""What a conversion would write, by arithmetic alone: files, bytes, memory. Needs no more than config.json."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import closing
+from typing import Any, Literal
+
+import msgspec
+
+from fgsnap.convert import families
+from fgsnap.convert.source import Source, open_source
+from fgsnap.errors import SourceError, UsageError
+from fgsnap.layout import logical_shapes, possible_tp, stored_tensors
+from fgsnap.snapshot import RankLayout, plan_rank, rank_file
+from fgsnap.spec import DTYPE_BYTES, DecoderSpec, DType
+
+SLAB = 8 << 20
+"""Bytes of output that are read, cast and written at a time; a single longer row is one slab."""
+
+
+class PlannedRank(msgspec.Struct, frozen=True):
+    """One rank file: its name, size in bytes, and the stored tensors' names in file order."""
+
+    file: str
+    bytes: int
+    tensors: tuple[str, ...]
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """A conversion before it happens.
+
+    Attributes:
+        ranks: the weight files.
+        bytes: their sum; the small text files come on top.
+        dtype: the dtype the sizes are for.
+        dtype_from: whether that was asked for, read from the source, or assumed because the source does not say.
+        peak_memory: about the most anonymous memory, above the idle interpreter, that converting takes.
+        kv_bytes_per_token: KV cache bytes one token takes over all layers and ranks, in ``dtype``.
+        possible_tp: the tensor parallel degrees that divide the model.
+    """
+
+    ranks: tuple[PlannedRank, ...]
+    bytes: int
+    dtype: DType
+    dtype_from: Literal["asked", "source", "assumed"]
+    peak_memory: int
+    kv_bytes_per_token: int
+    possible_tp: tuple[int, ...]
+
+
+def plan_source(name: str, *, tp: int = 1, dtype: str | None = None, revision: str | None = None) -> Plan:
+    """The plan for a checkpoint by path or Hub name; of a Hub repository only config.json is fetched."""
+    asked = checked_dtype(dtype)
+    with closing(open_source(name, revision, config_only=True)) as source:
+        stated = _stated_dtype(source)
+        origin: Literal["asked", "source", "assumed"] = "asked" if asked else "source" if stated else "assumed"
+        return plan(families.find(source.config).spec(source.config), tp, asked or stated or "float32", origin)
+
+
+def plan(spec: DecoderSpec, tp: int, dtype: DType, dtype_from: Literal["asked", "source", "assumed"] = "asked") -> Plan:
+    """The plan for a decoder whose tensors are all stored in ``dtype``."""
+    layouts = rank_layouts(spec, tp, dict.fromkeys(logical_shapes(spec), dtype))
+    ranks = tuple(
+        PlannedRank(rank_file(rank, tp), layout.size, tuple(tensor.name for tensor in layout.tensors))
+        for rank, layout in enumerate(layouts)
+    )
+    return Plan(
+        ranks=ranks,
+        bytes=sum(layout.size for layout in layouts),
+        dtype=dtype,
+        dtype_from=dtype_from,
+        peak_memory=peak_memory(layouts, default_workers()),
+        kv_bytes_per_token=spec.kv_values_per_token() * DTYPE_BYTES[dtype],
+        possible_tp=tuple(possible_tp(spec)),
+    )
+
+
+def rank_layouts(spec: DecoderSpec, tp: int, dtypes: Mapping[str, DType]) -> list[RankLayout]:
+    """Where everything lies in each rank file.
+
+    Args:
+        spec: the decoder.
+        tp: how many ranks; refused with the degrees that work when it does not divide the model.
+        dtypes: the dtype to store each logical tensor in.
+    """
+    return [
+        plan_rank([(stored, _one_dtype(stored.name, _parts(stored.segments), dtypes))
+                   for stored in stored_tensors(spec, tp, rank)])
+        for rank in range(tp)
+    ]  # fmt: skip
+
+
+def _parts(segments: Any) -> list[str]:
+    return [segment.tensor for segment in segments if segment.tensor is not None]
+
+
+def _one_dtype(name: str, parts: list[str], dtypes: Mapping[str, DType]) -> DType:
+    """The dtype of a stored tensor, whose parts lie in one matrix and must agree. Pure padding never stands alone."""
+    found = sorted({dtypes[part] for part in parts} or {dtypes[name]})
+    if len(found) > 1:
+        raise SourceError(
+            f"{name} would mix {' and '.join(found)}.",
+            "The checkpoint stores " + ", ".join(f"{part} as {dtypes[part]}" for part in parts) + ".",
+            "Choose one dtype for all weights with --dtype.",
+        )
+    return found[0]
+
+
+def checked_dtype(dtype: str | None) -> DType | None:
+    """The dtype the user asked for, or UsageError."""
+    for known in ("bfloat16", "float16", "float32"):
+        if dtype == known:
+            return known
+    if dtype is None:
+        return None
+    raise UsageError(f"There is no weight dtype {dtype!r}.", "", f"Choose one of {', '.join(sorted(DTYPE_BYTES))}.")
+
+
+def _stated_dtype(source: Source) -> DType | None:
+    """The dtype the checkpoint says its weights are in, where it says so."""
+    stated = source.config.get("dtype") or source.config.get("torch_dtype")
+    name = stated.removeprefix("torch.") if isinstance(stated, str) else None
+    return source.default_dtype or (checked_dtype(name) if name in DTYPE_BYTES else None)
+
+
+def default_workers() -> int:
+    """Threads that read ahead: as many as this process may use, but more than a few only wait for the disk."""
+    return min(len(os.sched_getaffinity(0)), 4)
+
+
+def peak_memory(layouts: list[RankLayout], workers: int) -> int:
+    """About the most anonymous bytes of a conversion: slab buffers, a cast's copies of them, and the tables."""
+    rows = max(tensor.bytes // tensor.shape[0] for layout in layouts for tensor in layout.tensors)
+    tensors = sum(len(layout.tensors) for layout in layouts)
+    return (workers + 1) * max(SLAB, rows) * 3 + tensors * 8192 + (16 << 20)

@@ -1,0 +1,212 @@
+"""Where a checkpoint comes from, and how its tensors are read: lazily, by rows, over mmap.
+
+Knows the forms a checkpoint takes (a Hugging Face folder, a ``.gguf`` file, a name on the Hub) and how to read its
+small files with care. A reader trusts no header: every name, size and offset is checked with Python integers against
+the file before anything is mapped or allocated. What the tensors mean is the families' business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import re
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+from fgsnap.errors import NotFound, SourceError, UsageError, missing_extra
+from fgsnap.spec import DType
+
+if TYPE_CHECKING:
+    import numpy as np
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+
+NUMPY_DTYPES: dict[DType, str] = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
+MAX_TEXT_BYTES = 128 << 20
+AGAIN = "Download it again; if it stays so, the checkpoint is damaged where it came from."
+
+
+class SourceTensor(NamedTuple):
+    """One tensor as a source offers it."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+
+
+class Source(Protocol):
+    """A checkpoint, open for reading.
+
+    ``label`` names it without any absolute path; ``revision`` is the Hub commit, if it came from there; ``config`` has
+    the shape of a Hugging Face config.json. ``others`` are tensors of dtypes that fgsnap has no use for, name to dtype.
+    ``default_dtype`` is the dtype to store in when the user asks for none; None keeps each tensor's own.
+    """
+
+    label: str
+    revision: str | None
+    config: dict[str, Any]
+    tensors: dict[str, SourceTensor]
+    others: dict[str, str]
+    kind: Literal["hf", "gguf"]
+    default_dtype: DType | None
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """Rows of axis 0, read only and C-contiguous; bfloat16 comes as its bits in uint16."""
+        ...
+
+    def text_files(self) -> dict[str, bytes]:
+        """The config, tokenizer and chat template files that a snapshot keeps, by name."""
+        ...
+
+    def file_digests(self) -> dict[str, str]:
+        """sha256 of every source file that was read, by name. Reads whole files: call it once."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def open_source(name: str, revision: str | None = None, *, config_only: bool = False) -> Source:
+    """Open a checkpoint by path or Hub name.
+
+    Args:
+        name: a folder, a ``.gguf`` file, ``org/name``, or ``hf://org/name@revision``.
+        revision: branch, tag or commit on the Hub.
+        config_only: read config.json and no weights (a plan needs no more).
+    """
+    if name.startswith("hf://"):
+        return _open_hub(name.removeprefix("hf://"), revision, config_only)
+    if not name or not _exists(Path(name)):
+        if HUB_NAME.fullmatch(name.partition("@")[0]) and not name.endswith(".gguf"):
+            return _open_hub(name, revision, config_only)
+        raise NotFound(
+            f"There is no checkpoint {name!r}.",
+            "It is neither a folder, a .gguf file nor a Hub name (org/name).",
+            "Check the path, or write hf://org/name for a Hub repository.",
+        )
+    if revision is not None:
+        raise UsageError("--revision was given for a local checkpoint.", f"{name!r} exists here.", "Leave it out.")
+    try:
+        path = Path(name)
+        return _open_folder(path, path.resolve().name, None, config_only) if path.is_dir() else _open_file(path)
+    except OSError as error:
+        raise SourceError(f"The checkpoint {name!r} cannot be read.", f"{error.strerror or error}.") from error
+
+
+def _exists(path: Path) -> bool:
+    """Whether something is there; a name that no file system takes is not there."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def _open_file(path: Path) -> Source:
+    """A GGUF file; nothing else is a whole checkpoint in one file."""
+    if not path.is_file() or (path.suffix != ".gguf" and not _starts_with(path, b"GGUF")):
+        raise UsageError(
+            f"{path.name} is not a checkpoint.",
+            "A single file has to be GGUF; a safetensors checkpoint is a folder with its config.json.",
+            "Give the folder that holds the file.",
+        )
+    _require("numpy", "gguf")
+    from fgsnap.convert.gguf import Gguf
+
+    return Gguf(path)
+
+
+def _open_hub(name: str, revision: str | None, config_only: bool) -> Source:
+    """Fetch what conversion reads into the Hub's own cache, at one commit, and open that folder."""
+    repository, _, pinned = name.partition("@")
+    if not HUB_NAME.fullmatch(repository):
+        raise UsageError(f"{name!r} is not a Hub name.", "A Hub name is org/name or org/name@revision.")
+    if pinned and revision is not None and pinned != revision:
+        raise UsageError(
+            f"Two revisions were given for {repository}.", f"{pinned!r} in the name, {revision!r} in --revision."
+        )
+    _require("huggingface_hub")
+    from fgsnap.convert import hub
+
+    folder, commit = hub.fetch(repository, revision or pinned or None, config_only=config_only)
+    return _open_folder(folder, repository, commit, config_only)
+
+
+def _open_folder(path: Path, label: str, revision: str | None, config_only: bool) -> Source:
+    _require("numpy")
+    from fgsnap.convert.folder import Folder
+
+    return Folder(path, label=label, revision=revision, config_only=config_only)
+
+
+def read_json(path: Path) -> Any:
+    """Parse one JSON text file of a checkpoint."""
+    return parse_json(read_text(path), path.name)
+
+
+def parse_json(raw: bytes, label: str) -> Any:
+    """Parse JSON bytes, naming the file in the error."""
+    try:
+        return json.loads(raw.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{label} is not JSON.", f"{brief(error)}.", AGAIN) from None
+
+
+def read_text(path: Path) -> bytes:
+    """The bytes of one small text file."""
+    with path.open("rb") as file:
+        size = regular_size(file.fileno(), path.name)
+        if size > MAX_TEXT_BYTES:
+            raise SourceError(f"{path.name} has {size} bytes.", f"The limit for text files is {MAX_TEXT_BYTES}.")
+        return file.read()
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """Map a whole file for reading; its pages belong to the page cache, not to us."""
+    with path.open("rb") as file:
+        regular_size(file.fileno(), path.name)
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file. A Hub cache stores a large file under its sha256, which then need not be computed again."""
+    name = path.resolve().name
+    if path.is_symlink() and path.resolve().parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", name):
+        return name
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def show(value: Any) -> str:
+    """A value from a file, quoted and short enough for an error line."""
+    text = repr(value) if not isinstance(value, int) or abs(value) < 1 << 128 else "a number beyond 128 bits"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def brief(error: BaseException) -> str:
+    """A library's own words about bad input, cut to fit an error line."""
+    text = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def regular_size(descriptor: int, name: str) -> int:
+    """The size of an open file, refused when it is no regular one."""
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        raise SourceError(f"{name} is not a regular file.", "Devices, pipes and folders are not read.")
+    return status.st_size
+
+
+def _starts_with(path: Path, magic: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(magic)) == magic
+
+
+def _require(*packages: str) -> None:
+    """Conversion's own packages come with an extra; say so instead of failing on an import later."""
+    from importlib.util import find_spec
+
+    for package in packages:
+        if find_spec(package) is None:
+            raise missing_extra(package, "convert", "Conversion")

@@ -1,0 +1,198 @@
+"""The one decoder: runs any spec over any backend, touching tensors only through kernels.ops.
+
+Knows how a decoder's parts follow one another, and how many KV blocks fit into the memory given.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+from fgsnap.errors import HostError, UsageError
+from fgsnap.kernels.choose import Choice, choose, settled_device
+from fgsnap.kernels.ops import AttentionArgs, Batch, NormArgs, Ops, Sampled, Sampling, Tensor
+from fgsnap.runtime.weights import LayerWeights, Weights, load
+from fgsnap.snapshot import Snapshot
+from fgsnap.spec import DTYPE_BYTES, DecoderSpec, Layer, features, rope_frequencies
+
+DEFAULT_BLOCK_SIZE = 16
+DEFAULT_KV_MEMORY = 1 << 30
+
+
+class Decoder:
+    """A model ready to run: weights bound, KV cache reserved.
+
+    Args:
+        spec: what to compute.
+        weights: the tensors to compute with.
+        ops: the backend, on which the weights live.
+        blocks: KV blocks in the cache.
+        block_size: tokens a KV block holds.
+        max_length: the longest sequence in tokens; some rotations choose their table by it.
+        dtype: of activations and KV cache, as ``ops`` was made for.
+        choices: which backend computes which op, for display.
+    """
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        weights: Weights,
+        ops: Ops,
+        *,
+        blocks: int,
+        block_size: int,
+        max_length: int,
+        dtype: str,
+        choices: Sequence[Choice] = (),
+    ) -> None:
+        self.spec = spec
+        self.weights = weights
+        self.ops = ops
+        self.blocks = blocks
+        self.block_size = block_size
+        self.max_length = max_length
+        self.dtype = dtype
+        self.vocab_size = spec.vocab_size
+        self.choices = tuple(choices)
+        self._layers = [spec.layer(index) for index in range(spec.depth)]
+        self._attention = [_attention_args(layer) for layer in self._layers]
+        self._ropes = [ops.rope(*rope_frequencies(rope, max_length)) for rope in spec.ropes]
+        self._caches = [
+            ops.kv_cache(1, blocks, block_size, args.kv_heads, args.head_dim)[0] for args in self._attention
+        ]
+        self._scale = _rounded(spec.embedding.scale, weights.embed_dtype if spec.embedding.round_scale else "float32")
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Run one ragged batch, write its keys and values into the cache, and return the logits of ``batch.rows``."""
+        ops, weights, head = self.ops, self.weights, self.spec.head
+        plan = ops.plan(batch, self.block_size)
+        x = ops.embed(plan, weights.embed, self._scale)
+        for index, layer_weights in enumerate(weights.layers):
+            x = self._layer(x, index, layer_weights, plan)
+        x = self._norm(x, weights.final_norm)
+        return ops.logits(x, plan, weights.head, weights.head_bias, self.vocab_size, head.multiplier, head.softcap)
+
+    def sample(self, logits: Tensor, how: Sequence[Sampling]) -> list[Sampled]:
+        """Pick one token a row of ``logits``."""
+        return self.ops.sample(logits, how)
+
+    def _layer(self, x: Tensor, index: int, weights: LayerWeights, plan: Tensor) -> Tensor:
+        ops, layer = self.ops, self._layers[index]
+        multiplier = layer.residual_multiplier
+        if layer.residual == "parallel":
+            normed = self._norm(x, weights.attn_in)
+            attended = self._norm(self._attend(normed, index, weights, plan), weights.attn_out)
+            into_mlp = normed if weights.mlp_in is None else self._norm(x, weights.mlp_in)
+            passed = self._norm(self._mlp(into_mlp, layer, weights), weights.mlp_out)
+            return ops.add(ops.add(x, attended, multiplier), passed, multiplier)
+        if layer.residual == "post":
+            x = self._norm(ops.add(x, self._attend(x, index, weights, plan), multiplier), weights.attn_out)
+            return self._norm(ops.add(x, self._mlp(x, layer, weights), multiplier), weights.mlp_out)
+        attended = self._attend(self._norm(x, weights.attn_in), index, weights, plan)
+        x = ops.add(x, self._norm(attended, weights.attn_out), multiplier)
+        passed = self._mlp(self._norm(x, weights.mlp_in), layer, weights)
+        return ops.add(x, self._norm(passed, weights.mlp_out), multiplier)
+
+    def _norm(self, x: Tensor, args: NormArgs | None) -> Tensor:
+        return x if args is None else self.ops.norm(x, args)
+
+    def _attend(self, x: Tensor, index: int, weights: LayerWeights, plan: Tensor) -> Tensor:
+        ops, args, cache = self.ops, self._attention[index], self._caches[index]
+        chosen = self._layers[index].attention.rope
+        rope = None if chosen is None else self._ropes[chosen]
+        qkv = ops.linear(x, weights.qkv, weights.qkv_bias)
+        q = ops.append(qkv, cache, plan, args, rope)
+        return ops.linear(ops.attend(q, cache, plan, args), weights.out, weights.out_bias)
+
+    def _mlp(self, x: Tensor, layer: Layer, weights: LayerWeights) -> Tensor:
+        assert layer.mlp is not None, "layout refuses layers without an MLP"
+        inner = self.ops.linear(x, weights.gate_up, weights.gate_up_bias)
+        inner = self.ops.activate(inner, layer.mlp.activation, layer.mlp.gated)
+        return self.ops.linear(inner, weights.down, weights.down_bias)
+
+
+def _attention_args(layer: Layer) -> AttentionArgs:
+    attention = layer.attention
+    return AttentionArgs(attention.heads, attention.kv_heads, attention.head_dim, attention.scale, attention.window)
+
+
+def _rounded(value: float, dtype: str) -> float:
+    """``value`` as the nearest number of ``dtype``, ties to even."""
+    if dtype == "float16":
+        return float(struct.unpack("<e", struct.pack("<e", value))[0])
+    bits = int(struct.unpack("<I", struct.pack("<f", value))[0])
+    if dtype == "bfloat16":
+        bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
+    return float(struct.unpack("<f", struct.pack("<I", bits))[0])
+
+
+def load_decoder(
+    snapshot: Snapshot,
+    *,
+    backend: str = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
+    kv_memory: int | None = None,
+    blocks: int | None = None,
+    block_size: int = DEFAULT_BLOCK_SIZE,
+    max_length: int | None = None,
+    threads: int | None = None,
+) -> Decoder:
+    """A decoder over ``snapshot``, with as many KV blocks as fit into ``kv_memory`` bytes, or exactly ``blocks``.
+
+    ``dtype`` "auto" computes in the dtype that the snapshot stores, float16 on a CPU in float32. ``max_length`` None is
+    the model's own limit, or what the KV cache can hold when that is less.
+
+    Raises:
+        HostError: the backend or the memory is not to be had.
+        UsageError: a longer context than the model has, or an unknown choice.
+        UnsupportedModel, SnapshotRefused: see choose and weights.load.
+    """
+    spec = snapshot.manifest.spec
+    device = settled_device(backend, device)
+    settled = _settled_dtype(snapshot, dtype, device)
+    token_bytes = spec.kv_values_per_token() * DTYPE_BYTES[settled]
+    if blocks is None:
+        blocks = (DEFAULT_KV_MEMORY if kv_memory is None else kv_memory) // (token_bytes * block_size)
+    length = _settled_length(spec, max_length, blocks * block_size, token_bytes)
+    ops, choices = choose(backend, device, features(spec), settled, threads)
+    weights = load(snapshot, ops)
+    return Decoder(
+        spec,
+        weights,
+        ops,
+        blocks=blocks,
+        block_size=block_size,
+        max_length=length,
+        dtype=settled,
+        choices=choices,
+    )
+
+
+def _settled_dtype(snapshot: Snapshot, dtype: str, device: str) -> str:
+    if dtype == "auto":
+        stored = next(entry.dtype for entry in snapshot.manifest.tensors if entry.name == "embed.weight")
+        # No CPU computes in float16 natively, and bfloat16 would drop bits that the checkpoint has.
+        return "float32" if stored == "float16" and device == "cpu" else stored
+    if dtype not in DTYPE_BYTES:
+        raise UsageError(f"There is no dtype {dtype!r}.", "", f"Choose one of auto, {', '.join(DTYPE_BYTES)}.")
+    return dtype
+
+
+def _settled_length(spec: DecoderSpec, asked: int | None, cached: int, token_bytes: int) -> int:
+    # Dynamic NTK is there to go beyond the trained length; no other rotation stretches with the deployment.
+    stretches = any(rope.dynamic is not None for rope in spec.ropes)
+    if asked is not None and asked > spec.max_length and not stretches:
+        raise UsageError(
+            f"A context of {asked} tokens is longer than this model has.",
+            f"Its positions end at {spec.max_length}.",
+            f"Use --max-model-len {spec.max_length} or less.",
+        )
+    wanted = spec.max_length if asked is None else asked
+    if cached < (1 if asked is None else wanted):
+        raise HostError(
+            f"The KV cache holds {cached} tokens, fewer than one sequence of {wanted} needs.",
+            f"One token takes {token_bytes} bytes of KV cache, {wanted} tokens {wanted * token_bytes}.",
+            "Give more with --kv-memory, or ask for less with --max-model-len.",
+        )
+    return min(wanted, cached)

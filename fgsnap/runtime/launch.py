@@ -1,0 +1,126 @@
+"""``fgsnap serve``: two processes from one, in the order that gives the first token soonest.
+
+    open the snapshot, bind the port, fork the engine worker, and only then import what HTTP and text need
+
+The listening socket exists from the beginning, so clients that come early are queued by the kernel and answered when
+the engine is ready. This module imports nothing that the worker has no use for.
+"""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import msgspec
+
+from fgsnap.errors import HostError, NotFound, UsageError
+from fgsnap.runtime import process, startup
+from fgsnap.runtime.worker import WorkerOptions
+from fgsnap.snapshot import open_snapshot
+
+BACKLOG = 2048
+
+
+class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """The options of ``fgsnap serve``; None means the engine's or the snapshot's own value."""
+
+    snapshot: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    backend: str = "auto"
+    device: str = "auto"
+    dtype: str = "auto"
+    max_batch_tokens: int | None = None
+    max_model_len: int | None = None
+    kv_memory: int | None = None
+    threads: int | None = None
+    served_model_name: str | None = None
+    api_key_file: str | None = None
+    verify: str = "manifest"
+    startup_report: str | None = None
+    grace: float = 30.0
+
+
+def serve(options: ServeOptions) -> int:
+    """Serve until a signal ends it; returns the exit code.
+
+    Raises:
+        SnapshotRefused, NotFound: the snapshot cannot be opened.
+        HostError: the port is taken, or this host cannot run the model.
+        UsageError: an option points nowhere.
+    """
+    clock = startup.Clock(startup.process_start())
+    clock.mark("interpreter")
+    keys = _read_keys(options.api_key_file)
+    _check_report(options.startup_report)
+    snapshot = open_snapshot(Path(options.snapshot))
+    clock.mark("open")
+    listener = _listen(options.host, options.port)
+    clock.mark("listen")
+    worker_options = _worker_options(options, snapshot.id)
+    child = process.fork(worker_options, snapshot, clock.last, not_theirs=listener)
+    clock.mark("fork")
+    try:
+        import asyncio
+
+        from fgsnap.runtime import service
+
+        clock.mark("import http")
+        from fgsnap.runtime.text import Text
+
+        text = Text(snapshot)
+        clock.mark("tokenizer")
+        running = service.Service(options, snapshot, text, keys, clock, lambda: process.spawn(worker_options))
+        return asyncio.run(running.run(listener, child))
+    finally:
+        child.kill()
+        listener.close()
+
+
+def _worker_options(options: ServeOptions, id: str) -> WorkerOptions:
+    return WorkerOptions(
+        snapshot=str(Path(options.snapshot).absolute()),
+        id=id,
+        backend=options.backend,
+        device=options.device,
+        dtype=options.dtype,
+        max_batch_tokens=options.max_batch_tokens,
+        max_model_len=options.max_model_len,
+        kv_memory=options.kv_memory,
+        threads=options.threads,
+        verify=options.verify,
+    )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """The bound and listening socket. HostError when it cannot be had."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise HostError(
+            f"Cannot listen on {host} port {port}.",
+            f"{reason}.",
+            "Choose another with --host and --port, or end the process that has it.",
+        ) from error
+
+
+def _read_keys(path: str | None) -> tuple[bytes, ...]:
+    if path is None:
+        return ()
+    try:
+        lines = Path(path).read_bytes().splitlines()
+    except OSError as error:
+        raise NotFound(
+            f"The API key file {path} cannot be read.", f"{error.strerror}.", "Write one key a line into it."
+        ) from error
+    keys = tuple(line.strip() for line in lines if line.strip())
+    if not keys:
+        raise UsageError(f"The API key file {path} holds no key.", "", "Write one key a line into it.")
+    return keys
+
+
+def _check_report(path: str | None) -> None:
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise UsageError(f"The start-up report cannot be written to {path}.", "Its folder does not exist.")

@@ -1,0 +1,116 @@
+"""The engine worker as a process, from its parent's side: forked or spawned, killed, waited for."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import msgspec
+
+from fgsnap.runtime.worker import WorkerOptions, live
+from fgsnap.snapshot import Snapshot
+
+LINGER_SECONDS = 1.0  # a worker whose pipe is closed gets so long to end by itself
+
+
+class Worker(NamedTuple):
+    """A started engine worker, as its parent holds it.
+
+    Attributes:
+        pipe: the server's end of the socket pair.
+        kill: end it at once; harmless when it already ended.
+        wait: block until it has ended, killing it if it lingers, and say how it ended.
+    """
+
+    pipe: socket.socket
+    kill: Callable[[], None]
+    wait: Callable[[], str]
+
+
+class _Child:
+    """A child process by its id: killed at once, or waited for."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._status: int | None = None
+
+    def kill(self) -> None:
+        if self._status is None:
+            os.kill(self._pid, signal.SIGKILL)
+
+    def wait(self) -> str:
+        """How it ended, in words; it is killed if it lingers."""
+        deadline = time.monotonic() + LINGER_SECONDS
+        while self._status is None:
+            pid, status = os.waitpid(self._pid, os.WNOHANG)
+            if pid:
+                self._status = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > deadline:
+                self.kill()
+            else:
+                time.sleep(0.005)
+        if self._status < 0:
+            killed = " (out of memory is the usual reason)" if self._status == -signal.SIGKILL else ""
+            return f"was killed by {signal.Signals(-self._status).name}{killed}"
+        return f"ended with exit code {self._status}"
+
+
+def fork(options: WorkerOptions, snapshot: Snapshot, started: float, *, not_theirs: socket.socket) -> Worker:
+    """Start the first worker: a copy of this process, which so far has one thread and few imports.
+
+    Args:
+        options: for the worker.
+        snapshot: opened; the worker goes on with the same mapping.
+        started: when its first phase begins.
+        not_theirs: a socket that the worker must not hold on to.
+    """
+    ours, theirs = socket.socketpair()
+    parent = os.getpid()
+    # A signal between the fork and the child's own handlers would send the child up this process's stack.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    pid = os.fork()
+    if pid == 0:
+        _become_worker(lambda: live(theirs, options, snapshot, started, parent), (ours, not_theirs), before)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    theirs.close()
+    return _worker(ours, pid)
+
+
+def _become_worker(be: Callable[[], int], not_ours: tuple[socket.socket, ...], mask: set[int | signal.Signals]) -> None:
+    """In the child: live and end here, whatever happens, without running what the parent has on its stack."""
+    code = 1
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for end in not_ours:
+            end.close()
+        code = be()
+    except BaseException as error:
+        print(f"fgsnap: the engine worker failed: {error!r}", file=sys.stderr)
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def spawn(options: WorkerOptions) -> Worker:
+    """Start a worker in a fresh interpreter: the server has threads by now, and may no longer fork."""
+    ours, theirs = socket.socketpair()
+    theirs.set_inheritable(True)
+    arguments = [str(theirs.fileno()), str(os.getpid()), msgspec.json.encode(options).decode()]
+    command = [sys.executable, "-m", "fgsnap.runtime.worker", *arguments]
+    try:
+        pid = os.posix_spawn(sys.executable, command, os.environ)
+    finally:
+        theirs.close()
+    return _worker(ours, pid)
+
+
+def _worker(pipe: socket.socket, pid: int) -> Worker:
+    child = _Child(pid)
+    return Worker(pipe, child.kill, child.wait)

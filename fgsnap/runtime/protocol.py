@@ -1,0 +1,289 @@
+"""What a client may send: the OpenAI bodies, checked into one typed call. What it gets back is in ``answers``.
+
+Every number and list is bounded here, so that nothing a client writes reaches the engine unchecked. Fields that are
+unknown are ignored, as clients send many; fields that are known and would change the answer in a way this server does
+not offer are refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+import msgspec
+
+from fgsnap.errors import RequestError
+from fgsnap.runtime.request import SamplingParams
+
+MAX_CHOICES = 128
+COMPLETION_MAX_TOKENS = 16  # what OpenAI's completions answer with when max_tokens is left out
+
+Count = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
+TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
+StopText = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+TopLogprobs = Annotated[int, msgspec.Meta(ge=0, le=20)]
+
+
+class StreamOptions(msgspec.Struct, frozen=True):
+    include_usage: bool | None = False
+
+
+class Sampled(msgspec.Struct, frozen=True, kw_only=True):
+    """The fields that both endpoints share. ``null`` is the same as leaving a field out."""
+
+    model: str | None = None
+    n: Annotated[int, msgspec.Meta(ge=1, le=MAX_CHOICES)] | None = None
+    max_tokens: Count | None = None
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=-1, le=2**31)] | None = None
+    seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    stop: StopText | Annotated[list[StopText], msgspec.Meta(max_length=16)] | None = None
+    stop_token_ids: Annotated[list[TokenId], msgspec.Meta(max_length=64)] | None = None
+    ignore_eos: bool | None = False
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+
+
+class CompletionBody(Sampled, frozen=True, kw_only=True):
+    prompt: str | list[str | int | list[int]]
+    logprobs: TopLogprobs | None = None
+
+
+Body = TypeVar("Body", bound=Sampled)
+
+
+class Message(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A chat message, handed to the template as it is; ``text`` reads content that comes in parts."""
+
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+
+
+class ChatBody(Sampled, frozen=True, kw_only=True):
+    messages: Annotated[list[Message], msgspec.Meta(min_length=1, max_length=4096)]
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = False
+    top_logprobs: TopLogprobs | None = None
+
+
+# Fields that change the answer and that this server does not offer, with the values that ask for nothing.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "echo": (None, False),
+    "suffix": (None, ""),
+    "best_of": (None, 1),
+    "logit_bias": (None, {}),
+    "presence_penalty": (None, 0),
+    "frequency_penalty": (None, 0),
+    "repetition_penalty": (None, 1),
+    "length_penalty": (None, 1),
+    "min_p": (None, 0),
+    "min_tokens": (None, 0),
+    "bad_words": (None, []),
+    "prompt_logprobs": (None, False),
+    "use_beam_search": (None, False),
+    "response_format": (None, {"type": "text"}),
+    "structured_outputs": (None, {}),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "tools": (None, []),
+    "functions": (None, []),
+    "audio": (None,),
+    "chat_template": (None,),
+    "chat_template_kwargs": (None, {}),
+}
+
+
+class Call(NamedTuple):
+    """One HTTP request, checked. Either ``prompts`` or ``messages`` is filled.
+
+    Attributes:
+        params: as for the engine; ``max_tokens`` is settled when the prompt's length and the context are known.
+        max_tokens: None where the client left it out.
+        choices: answers wanted of each prompt.
+    """
+
+    chat: bool
+    model: str | None
+    prompts: tuple[str | tuple[int, ...], ...]
+    messages: tuple[dict[str, Any], ...]
+    params: SamplingParams
+    max_tokens: int | None
+    choices: int
+    stop: tuple[str, ...]
+    stream: bool
+    include_usage: bool
+
+    def text_size(self) -> int:
+        """Characters to be tokenized, for deciding whether that may hold up other requests."""
+        texts = sum(len(prompt) for prompt in self.prompts if isinstance(prompt, str))
+        return texts + sum(len(str(message.get("content", ""))) for message in self.messages)
+
+
+def parse_completion(body: bytes, vocab_size: int) -> Call:
+    """The body of POST /v1/completions. RequestError names the field at fault."""
+    sent = _object(body)
+    wanted = _typed(sent, CompletionBody)
+    prompts = _prompts(wanted.prompt, vocab_size)
+    _bound_choices(len(prompts), wanted.n or 1)
+    logprobs = -1 if wanted.logprobs is None else wanted.logprobs
+    return _call(wanted, chat=False, prompts=prompts, messages=(), logprobs=logprobs, max_tokens=wanted.max_tokens)
+
+
+def parse_chat(body: bytes, vocab_size: int) -> Call:
+    """The body of POST /v1/chat/completions. RequestError names the field at fault."""
+    sent = _object(body)
+    wanted = _typed(sent, ChatBody)
+    if wanted.top_logprobs and not wanted.logprobs:
+        raise _wrong("top_logprobs", "top_logprobs needs logprobs to be true.")
+    return _call(
+        wanted,
+        chat=True,
+        prompts=(),
+        messages=tuple(msgspec.to_builtins(message) for message in wanted.messages),
+        logprobs=(wanted.top_logprobs or 0) if wanted.logprobs else -1,
+        max_tokens=wanted.max_completion_tokens or wanted.max_tokens,
+    )
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        sent = msgspec.json.decode(body)
+    except RecursionError:
+        raise _wrong("", "The body is nested too deeply.") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise _wrong("", f"The body is not valid JSON: {error}.") from None
+    if not isinstance(sent, dict):
+        raise _wrong("", f"The body must be a JSON object, not {_json_name(sent)}.")
+    _refuse_unsupported(sent)
+    return sent
+
+
+def _refuse_unsupported(sent: Mapping[str, Any]) -> None:
+    for field, neutral in UNSUPPORTED.items():
+        if field in sent and not _among(sent[field], neutral):
+            raise RequestError(
+                f"'{field}' is not supported by this server.",
+                next_step=f"Leave '{field}' out.",
+                param=field,
+                code="unsupported_parameter",
+            )
+
+
+def _among(value: Any, neutral: Sequence[Any]) -> bool:
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral)
+
+
+def _typed(sent: dict[str, Any], kind: type[Body]) -> Body:
+    try:
+        return msgspec.convert(sent, kind)
+    except msgspec.ValidationError as error:
+        reason, _, path = str(error).partition(" - at `$")
+        raise _wrong(path.rstrip("`").lstrip("."), f"{reason}.") from None
+
+
+def _prompts(prompt: str | list[str | int | list[int]], vocab_size: int) -> tuple[str | tuple[int, ...], ...]:
+    """One entry a prompt, whichever of the four forms was sent."""
+    if isinstance(prompt, str):
+        return (prompt,)
+    if not prompt:
+        raise _wrong("prompt", "The list is empty.")
+    kinds = {type(item) for item in prompt}
+    if len(kinds) != 1:
+        raise _wrong("prompt", "Mixes texts, token ids and lists of token ids.")
+    if kinds == {str}:
+        return tuple(prompt)  # type: ignore[arg-type]
+    lists: list[Any] = [prompt] if kinds == {int} else prompt
+    return tuple(_token_ids(ids, vocab_size) for ids in lists)
+
+
+def _token_ids(ids: list[int], vocab_size: int) -> tuple[int, ...]:
+    if not ids:
+        raise _wrong("prompt", "A list of token ids is empty.")
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        worst = min(ids) if min(ids) < 0 else max(ids)
+        raise _wrong("prompt", f"Token id {worst} is outside the vocabulary of {vocab_size}.")
+    return tuple(ids)
+
+
+def _bound_choices(prompts: int, n: int) -> None:
+    if prompts * n > MAX_CHOICES:
+        raise _wrong("prompt", f"{prompts} prompts x n {n} is more than the {MAX_CHOICES} choices of one request.")
+
+
+def _call(
+    wanted: Sampled,
+    *,
+    chat: bool,
+    prompts: tuple[str | tuple[int, ...], ...],
+    messages: tuple[dict[str, Any], ...],
+    logprobs: int,
+    max_tokens: int | None,
+) -> Call:
+    if wanted.stream_options is not None and not wanted.stream:
+        raise _wrong("stream_options", "stream_options needs stream to be true.")
+    for text in (wanted.stop,) if isinstance(wanted.stop, str) else wanted.stop or ():
+        _encodable("stop", text)
+    return Call(
+        chat=chat,
+        model=wanted.model,
+        prompts=prompts,
+        messages=messages,
+        params=SamplingParams(
+            max_tokens=0,
+            temperature=1.0 if wanted.temperature is None else wanted.temperature,
+            top_k=max(wanted.top_k or 0, 0),
+            top_p=1.0 if wanted.top_p is None else wanted.top_p,
+            seed=wanted.seed,
+            stop_token_ids=tuple(wanted.stop_token_ids or ()),
+            ignore_eos=bool(wanted.ignore_eos),
+            logprobs=logprobs,
+        ),
+        max_tokens=max_tokens,
+        choices=wanted.n or 1,
+        stop=(wanted.stop,) if isinstance(wanted.stop, str) else tuple(wanted.stop or ()),
+        stream=bool(wanted.stream),
+        include_usage=wanted.stream_options is not None and bool(wanted.stream_options.include_usage),
+    )
+
+
+def settled(call: Call, prompt_tokens: int, max_length: int, kv_tokens: int) -> int:
+    """How many tokens may be generated; RequestError with the arithmetic when prompt and answer exceed the context.
+
+    Where the client left max_tokens out, a chat may fill what context and KV cache leave.
+    """
+    if prompt_tokens == 0:
+        raise _wrong("messages" if call.chat else "prompt", "The prompt has no tokens.")
+    needed = prompt_tokens + (call.max_tokens or 1)
+    if needed > max_length:
+        asked = f"{call.max_tokens} of max_tokens" if call.max_tokens else "at least 1 to generate"
+        raise RequestError(
+            f"This model's maximum context length is {max_length} tokens; the request needs {needed}: "
+            f"{prompt_tokens} of prompt + {asked}.",
+            next_step="Shorten the prompt or lower max_tokens.",
+            param="messages" if call.chat else "prompt",
+            code="context_length_exceeded",
+        )
+    if call.max_tokens is not None:
+        return call.max_tokens
+    room = max(min(max_length, kv_tokens) - prompt_tokens, 1)
+    return room if call.chat else min(COMPLETION_MAX_TOKENS, room)
+
+
+def _wrong(field: str, why: str) -> RequestError:
+    return RequestError(f"{field}: {why}" if field else why, param=field, code="invalid_value" if field else "")
+
+
+def _encodable(field: str, text: str) -> None:
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise _wrong(field, "Holds half of a surrogate pair, which is not text.")
+
+
+def _json_name(value: Any) -> str:
+    names = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")

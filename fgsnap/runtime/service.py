@@ -1,0 +1,248 @@
+"""The running service: the HTTP server, the engine's supervisor and the signals, from readiness to the last answer."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+import uvicorn.lifespan.off  # uvicorn would import it in the middle of its start
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from fgsnap.runtime import startup, wire
+from fgsnap.runtime.link import STALL_SECONDS, Link
+from fgsnap.runtime.server import App, Identity, TextSide
+
+if TYPE_CHECKING:
+    from fgsnap.runtime.launch import ServeOptions
+    from fgsnap.runtime.process import Worker
+    from fgsnap.snapshot import Snapshot
+
+HEADER_LIMIT = 1 << 16
+INTERRUPT_GRACE_SECONDS = 2.0  # who presses Ctrl-C does not want to wait
+CLOSE_SECONDS = 2  # for connections to take what was written to them, after the last request
+LOOPBACK = ("127.", "localhost", "::1")
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn without its signal handlers: the service decides when to stop.
+
+    Args:
+        app: what to serve.
+        on_started: called when connections are being accepted.
+    """
+
+    def __init__(self, app: App, on_started: Callable[[], object] = lambda: None) -> None:
+        super().__init__(_http_config(app))
+        self._on_started = on_started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_started()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Service:
+    """One ``fgsnap serve``.
+
+    Args:
+        options: the command's.
+        snapshot: opened.
+        text: its tokenizer and template.
+        keys: accepted API keys.
+        clock: the phases of this process so far.
+        respawn: starts a worker in place of one that died.
+    """
+
+    def __init__(
+        self,
+        options: ServeOptions,
+        snapshot: Snapshot,
+        text: TextSide,
+        keys: Sequence[bytes],
+        clock: startup.Clock,
+        respawn: Callable[[], Worker],
+    ) -> None:
+        self._options = options
+        self._snapshot = snapshot
+        self._clock = clock
+        self._worker_phases: list[wire.Phase] = []
+        self._started = False
+        self._answered = False
+        self._url = ""
+        self._link = Link(
+            respawn,
+            tell=_tell,
+            on_phase=self._note_phase,
+            on_ready=self._note_ready,
+            stall_seconds=float(os.environ.get("FGSNAP_STALL_SECONDS", STALL_SECONDS)),
+        )
+        self._app = App(
+            text,
+            self._link,
+            Identity(_model_name(options, snapshot), snapshot.id, snapshot.manifest.spec.vocab_size),
+            keys=keys,
+            startup=self.report,
+            on_request=self._note_request,
+            on_token=self._note_token,
+        )
+
+    async def run(self, listener: socket.socket, worker: Worker) -> int:
+        """Serve on ``listener`` with ``worker`` until a signal or a failure; the exit code.
+
+        Raises:
+            FgsnapError: the engine cannot start, or the snapshot proved damaged.
+        """
+        self._url = _url(listener)
+        self._warn_if_open(listener)
+        signals = _signals()
+        http = HttpServer(self._app, lambda: self._clock.mark("serve http"))
+        serving = asyncio.create_task(http.serve(sockets=[listener]))
+        engine = asyncio.create_task(self._link.supervise(worker))
+        stopping = asyncio.create_task(signals.get())
+        checking = asyncio.create_task(self._checked_while_serving())
+        try:
+            await asyncio.wait({engine, stopping, serving, checking}, return_when=asyncio.FIRST_COMPLETED)
+            self._app.draining = True
+            if stopping.done():
+                return await self._drained(stopping.result(), signals)
+            for failed in (engine, checking):
+                if failed.done():
+                    failed.result()  # raises what ended the service
+            return 1
+        finally:
+            await self._link.close()
+            http.should_exit = True
+            await asyncio.wait({serving}, timeout=CLOSE_SECONDS + 1)
+            for task in (engine, stopping, checking, serving):
+                task.cancel()
+            await asyncio.gather(engine, stopping, checking, serving, return_exceptions=True)
+
+    async def _drained(self, first: int, signals: asyncio.Queue[int]) -> int:
+        """Let open requests finish within the grace time; a second signal cuts it short. Returns the exit code."""
+        grace = self._options.grace if first == signal.SIGTERM else INTERRUPT_GRACE_SECONDS
+        idle = asyncio.create_task(self._idle())
+        again = asyncio.create_task(signals.get())
+        await asyncio.wait({idle, again}, timeout=grace, return_when=asyncio.FIRST_COMPLETED)
+        idle.cancel()
+        if again.done():
+            return 128 + again.result()
+        again.cancel()
+        if self._app.open:
+            _tell(f"{self._app.open} requests did not finish within {grace:.0f} s and were cut.")
+        return 0 if first == signal.SIGTERM else 128 + first
+
+    async def _idle(self) -> None:
+        while self._app.open:
+            await asyncio.sleep(0.02)
+
+    async def _checked_while_serving(self) -> None:
+        """With --verify touch, hash everything once the engine serves; SnapshotRefused ends the service."""
+        if self._options.verify == "touch":
+            from fgsnap.snapshot import verify
+
+            await self._link.until_ready()
+            await asyncio.to_thread(verify, self._options.snapshot, self._go_on)
+        await asyncio.Event().wait()
+
+    def _go_on(self, hashed: int) -> None:
+        """Called as the check proceeds; it must not hold up the end of the service."""
+        if self._app.draining:
+            raise InterruptedError("the service is ending")
+
+    def report(self) -> dict[str, Any]:
+        """The start-up so far."""
+        engine = self._link.engine
+        facts = {
+            "snapshot": self._snapshot.id,
+            "backend": engine.backend if engine else None,
+            "device": engine.device if engine else None,
+            "canary": engine.canary if engine else None,
+        }
+        return startup.report(self._clock.phases, self._worker_phases, facts)
+
+    def _note_phase(self, phase: wire.Phase) -> None:
+        if not self._started:  # a worker that replaces another has phases of its own, which are not the service's
+            self._worker_phases.append(phase)
+
+    def _note_ready(self, ready: wire.Ready) -> None:
+        if self._started:
+            _tell("the engine is ready again.")
+            return
+        self._started = True
+        phase = self._clock.mark(startup.WAIT)
+        seconds = phase.end - self._clock.phases[0].begin
+        _tell(f"ready at {self._url} ({ready.backend} on {ready.device}, {ready.canary}) in {seconds:.2f} s")
+        self._write_report()
+
+    def _note_request(self) -> None:
+        if self._started and not self._answered:
+            self._clock.mark(startup.IDLE)
+
+    def _note_token(self) -> None:
+        if not self._answered:
+            self._answered = True
+            self._clock.mark("first token")
+            self._write_report()
+
+    def _write_report(self) -> None:
+        if self._options.startup_report is None:
+            return
+        try:
+            startup.write_report(Path(self._options.startup_report), self.report())
+        except OSError as error:
+            _tell(f"the start-up report could not be written: {error.strerror}.")
+
+    def _warn_if_open(self, listener: socket.socket) -> None:
+        if not self._options.api_key_file and not str(listener.getsockname()[0]).startswith(LOOPBACK):
+            _tell("anyone who reaches this address may use the service; --api-key-file asks for a key.")
+
+
+def _signals() -> asyncio.Queue[int]:
+    """SIGTERM and SIGINT from now on, as they come."""
+    queue: asyncio.Queue[int] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, queue.put_nowait, int(number))
+    return queue
+
+
+def _http_config(app: App) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=H11Protocol,  # it bounds the size of headers, which httptools does not
+        ws="none",
+        loop="asyncio",
+        lifespan="off",
+        interface="asgi3",
+        h11_max_incomplete_event_size=HEADER_LIMIT,
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=CLOSE_SECONDS,
+    )
+
+
+def _model_name(options: ServeOptions, snapshot: Snapshot) -> str:
+    return options.served_model_name or snapshot.manifest.provenance.source or Path(options.snapshot).name
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _tell(line: str) -> None:
+    print(f"fgsnap: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,459 @@
+"""Text to tokens and back: the tokenizer and chat template that travel in the snapshot.
+
+Going in: ``encode`` for plain prompts, ``render_chat`` and ``encode_chat`` for conversations. Coming out: a TextStream
+an answer, which turns tokens into text as they arrive, never shows half a character, and holds back what may yet become
+a stop string. A template is data of strangers: it runs in minijinja, which has no way to the host, with bounded fuel.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, Protocol
+
+# One prompt is tokenized at a time, on one thread; the library's pool would only compete with the engine for cores.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from minijinja import Environment, TemplateError
+from tokenizers import Tokenizer
+
+from fgsnap.errors import RequestError, SnapshotRefused
+from fgsnap.snapshot import Manifest
+
+TEMPLATE_FUEL = 10_000_000
+"""Template instructions a rendering may take: a quarter of a second, and thousands of messages."""
+
+MAX_JSON_INDENT = 16
+REPLACEMENT = "\ufffd"
+
+Message = Mapping[str, Any]
+
+
+class TextSource(Protocol):
+    """What Text needs of an opened snapshot."""
+
+    @property
+    def manifest(self) -> Manifest: ...
+
+    def read_text(self, name: str) -> bytes:
+        """The bytes of a text file that the manifest covers."""
+        ...
+
+
+class Decodes(Protocol):
+    """Tokens to text, special tokens skipped: a Text, a Tokenizer, or a test's double."""
+
+    def decode(self, ids: list[int]) -> str: ...
+
+
+class Text:
+    """The tokenizer and chat template of one snapshot."""
+
+    def __init__(self, snapshot: TextSource) -> None:
+        section = snapshot.manifest.text
+        self.tokenizer = _tokenizer(snapshot.read_text("tokenizer.json"))
+        self._byte_level = b'"ByteLevel"' in bytes(self.tokenizer.decoder.__getstate__())
+        self.eos_token_ids: tuple[int, ...] = tuple(section.eos_token_ids)
+        self._bos = [section.bos_token_id] if section.add_bos and section.bos_token_id is not None else []
+        self._template: ChatTemplate | None = None
+        if section.template == "jinja":
+            source = snapshot.read_text("chat_template.jinja").decode()
+            self._template = ChatTemplate(source, self._special_tokens(snapshot))
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a plain prompt, after a BOS token if the model wants one."""
+        return self._bos + self._ids(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens, special tokens skipped."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """The conversation as the model was trained to read it. RequestError if the template refuses it."""
+        if self._template is None:
+            raise RequestError(
+                "This model has no chat template.",
+                "The checkpoint brought none, so there is no telling how it reads a conversation.",
+                "Send a plain prompt to /v1/completions.",
+                param="messages",
+            )
+        return self._template.render(
+            messages=[_plain_message(message) for message in messages],
+            tools=list(tools) if tools else None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **variables,
+        )
+
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> list[int]:
+        """The tokens of a conversation. The template writes its own BOS token, so none is added."""
+        return self._ids(self.render_chat(messages, tools, add_generation_prompt, **variables))
+
+    def token_bytes(self, token: int) -> bytes:
+        """The exact bytes that a token stands for; half a character for some. Empty for an id without a token."""
+        piece = self.tokenizer.id_to_token(token)
+        if piece is None:
+            return b""
+        if self._byte_level and all(character in BYTE_OF for character in piece):
+            return bytes(BYTE_OF[character] for character in piece)
+        if match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece):
+            return bytes([int(match[1], 16)])
+        return str(piece if self._byte_level else piece.replace("▁", " ")).encode()
+
+    def token_text(self, token: int) -> str:
+        """A token for display, on its own."""
+        return self.token_bytes(token).decode(errors="replace")
+
+    def stream(self, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> TextStream:
+        """A TextStream for one answer; ``prompt`` decides whether its first word begins with a space."""
+        return TextStream(self, tuple(stop), prompt)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(_unicode(text), add_special_tokens=False).ids)
+
+    def _special_tokens(self, snapshot: TextSource) -> dict[str, str]:
+        """The variables such as bos_token that a template may use."""
+        if "tokenizer_config.json" in snapshot.manifest.files:
+            return _named_tokens(snapshot.read_text("tokenizer_config.json"))
+        section = snapshot.manifest.text
+        ids = {"bos_token": section.bos_token_id, "eos_token": next(iter(section.eos_token_ids), None)}
+        tokens = {name: self.tokenizer.id_to_token(id) for name, id in ids.items() if id is not None}
+        return {name: token for name, token in tokens.items() if token is not None}
+
+
+class ChatTemplate:
+    """A Jinja chat template, rendered as transformers renders it.
+
+    Args:
+        source: the template.
+        special_tokens: variables such as bos_token that every rendering sees.
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        self._special_tokens = dict(special_tokens)
+        self._environment = Environment(
+            trim_blocks=True, lstrip_blocks=True, pycompat=True, fuel=TEMPLATE_FUEL, auto_escape_callback=_no_escape,
+            debug=False,
+        )  # fmt: skip
+        self._environment.add_filter("tojson", _tojson)
+        self._environment.add_global("raise_exception", _raise_exception)
+        self._environment.add_global("strftime_now", _strftime_now)
+        self._broken = ""
+        try:
+            self._environment.add_template("chat", _GENERATION.sub(_as_if, source))
+        except TemplateError as error:
+            # Plain prompts need no template, so only a chat request meets this.
+            self._broken = _reason(error)
+
+    def render(self, **variables: Any) -> str:
+        """The conversation as one text. RequestError if the template refuses it or does not come to an end."""
+        if self._broken:
+            raise _template_error(self._broken)
+        try:
+            return str(self._environment.render_template("chat", **(self._special_tokens | variables)))
+        except RequestError:
+            raise
+        except Exception as error:  # what a stranger's template can make the filters raise is open-ended
+            raise _template_error(_reason(error)) from error
+
+
+# Templates written for training mark the assistant's words; transformers renders the block as if there were no marks.
+_GENERATION = re.compile(r"(\{%[-+]?\s*)(generation|endgeneration)(\s*[-+]?%\})")
+
+
+def _as_if(mark: re.Match[str]) -> str:
+    return mark[1] + ("if true" if mark[2] == "generation" else "endif") + mark[3]
+
+
+def _no_escape(name: str) -> bool:
+    return False
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: Sequence[str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as transformers' filter writes it: neither ASCII nor HTML escapes."""
+    if indent is not None and indent > MAX_JSON_INDENT:
+        raise ValueError(f"tojson(indent={indent}) is wider than {MAX_JSON_INDENT}")
+    item_key = None if separators is None else (separators[0], separators[1])
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=item_key, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> str:
+    raise RequestError(
+        "The model's chat template refuses this conversation.",
+        str(message),
+        "Change the messages as it asks.",
+        param="messages",
+    )
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _template_error(reason: str) -> RequestError:
+    return RequestError(
+        "The model's chat template cannot render this conversation.",
+        reason,
+        "Check the roles and fields of the messages, or send a plain prompt to /v1/completions.",
+        param="messages",
+    )
+
+
+def _plain_message(message: Message) -> dict[str, Any]:
+    """A message as templates expect it: text parts joined, and the arguments of tool calls as objects."""
+    plain = dict(message)
+    if isinstance(plain.get("content"), list | tuple):
+        plain["content"] = "\n".join(_part_text(part) for part in plain["content"])
+    if isinstance(plain.get("content"), str):
+        plain["content"] = _unicode(plain["content"])
+    if isinstance(plain.get("tool_calls"), list | tuple):
+        plain["tool_calls"] = [_plain_tool_call(call) for call in plain["tool_calls"]]
+    return plain
+
+
+def _part_text(part: Any) -> str:
+    if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    raise RequestError(
+        f"A message holds a content part of type {kind!r}.",
+        "This model reads text only.",
+        'Send content as a string, or as parts like {"type": "text", "text": "..."}.',
+        param="messages",
+    )
+
+
+def _plain_tool_call(call: Any) -> Any:
+    """The OpenAI API carries arguments as a JSON text; templates print the object."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _unicode(text: str) -> str:
+    """The text, if it has a UTF-8 form: arguments of a command line and JSON escapes need not have one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            "The text is not valid Unicode.",
+            f"Character {error.start} is half of a surrogate pair.",
+            "Send it as UTF-8, or with both halves of the escape.",
+        ) from None
+    return text
+
+
+def _tokenizer(data: bytes) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_buffer(data)
+    except Exception as error:  # the library raises plain Exception and ValueError alike
+        raise SnapshotRefused(
+            "tokenizer.json cannot be read.", str(error), "Convert again with a tokenizers library of the same age."
+        ) from error
+    # A file saved in the middle of training would otherwise cut or pad every prompt.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _named_tokens(data: bytes) -> dict[str, str]:
+    """The special tokens that tokenizer_config.json names, each written as a string or as {"content": ...}."""
+    try:
+        config = json.loads(data)
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise SnapshotRefused(
+            "tokenizer_config.json is not a JSON object.", "The chat template needs it.", "Convert again."
+        )
+    found = {}
+    for name, value in config.items():
+        content = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(content, str):
+            found[name] = content
+    return found
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Which byte each printable character of a byte-level vocabulary stands for.
+
+    Bytes that print as themselves do; the others, in order, are the characters from U+0100 on.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(rest)}
+
+
+BYTE_OF = _byte_alphabet()
+
+
+class TextStream:
+    """The text of one answer, as its tokens arrive.
+
+    Args:
+        tokenizer: decodes tokens.
+        stop: texts that end the answer. The one that is complete first counts; of two, the longer.
+        prompt: the tokens before the answer, whose last few decide how its first word is spaced.
+
+    What ``feed`` and ``flush`` return, joined, is the whole answer up to the stop text, and nothing after it.
+    """
+
+    def __init__(self, tokenizer: Decodes, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> None:
+        self._characters = Characters(tokenizer.decode, prompt)
+        self._stops = StopTexts(stop)
+
+    @property
+    def matched(self) -> str | None:
+        """The stop text that ended the answer."""
+        return self._stops.matched
+
+    @property
+    def finished(self) -> bool:
+        """Whether a stop text ended the answer, so that its request can be aborted."""
+        return self._stops.matched is not None
+
+    def feed(self, ids: Sequence[int]) -> str:
+        """The text that these tokens let out; often one word, sometimes nothing yet."""
+        return "" if self.finished else self._stops.feed(self._characters.feed(ids))
+
+    def flush(self) -> str:
+        """The text still held back, at the end of the answer."""
+        if self.finished:
+            return ""
+        return self._stops.feed(self._characters.flush()) + self._stops.flush()
+
+
+class Characters:
+    """Tokens to whole characters.
+
+    A token may hold a part of a character, which decodes to U+FFFD; so text that ends in U+FFFD is held back until
+    later tokens complete it. Text depends on its neighbours (a first word loses its space), so a decoding begins with
+    tokens that were already shown.
+
+    Attributes:
+        context: how many tokens of the prompt to begin with.
+        patience: a character has at most four bytes, so after so many tokens without a whole one the bytes are wrong,
+            not incomplete.
+        longest_window: how many tokens to decode again at most.
+    """
+
+    context = 8
+    patience = 8
+    longest_window = 64
+
+    def __init__(self, decode: Callable[[list[int]], str], prompt: Sequence[int] = ()) -> None:
+        self._decode = decode
+        self._window = self._tail(prompt)
+        self._settled = len(self._window)  # tokens at the front of the window whose text is shown to the last character
+        self._shown = len(decode(self._window)) if self._window else 0
+        self._stalled = 0
+
+    def feed(self, ids: Sequence[int]) -> str:
+        """The characters that are whole after these tokens and were not before."""
+        # One by one: text then does not depend on how tokens were grouped on their way here.
+        return "".join([self._feed(id) for id in ids])
+
+    def _feed(self, id: int) -> str:
+        self._window.append(id)
+        text = self._decode(self._window)
+        whole = len(text.rstrip(REPLACEMENT))
+        self._stalled = 0 if whole > self._shown or whole == len(text) else self._stalled + 1
+        if self._stalled >= self.patience:
+            whole = len(text) - 1
+        shown, self._shown = self._shown, max(self._shown, whole)
+        self._slide(held=max(len(text) - self._shown, 0))
+        return text[shown : max(shown, whole)]
+
+    def flush(self) -> str:
+        """Everything held back, as it is."""
+        rest = self._decode(self._window)[self._shown :]
+        self._shown += len(rest)
+        return rest
+
+    def _tail(self, prompt: Sequence[int]) -> list[int]:
+        """The last few tokens of the prompt, cut between two characters."""
+        tails = [list(prompt[-length:]) for length in range(self.context, self.context - 4, -1)]
+        return next((tail for tail in tails if REPLACEMENT not in self._decode(tail)), tails[0])
+
+    def _slide(self, held: int) -> None:
+        """Forget tokens that no longer influence what follows, so that a step costs the same however long the text."""
+        if held == 0:
+            fresh = self._window[self._settled :]
+            if self._decode(fresh):  # a skipped special token would leave the next word without its neighbour
+                self._window = fresh
+            self._settled = len(self._window)
+        if len(self._window) > self.longest_window:
+            self._window = self._window[-self.context :]
+            self._settled = 0 if held else len(self._window)
+        self._shown = max(len(self._decode(self._window)) - held, 0)
+
+
+class StopTexts:
+    """Lets text through up to the first stop text, holding back what may be the beginning of one."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(text for text in stop if text)
+        self._first = frozenset(text[0] for text in self._stop)
+        self._longest = max(map(len, self._stop), default=0)
+        self._held = ""
+        self.matched: str | None = None
+
+    def feed(self, text: str) -> str:
+        """The part of all text so far that is now safe to show."""
+        if not self._stop:
+            return text
+        self._held += text
+        found = [(start + len(stop), start, stop) for stop in self._stop if (start := self._held.find(stop)) >= 0]
+        if found:
+            _, end, self.matched = min(found)
+        else:
+            end = self._safe_end()
+        shown, self._held = self._held[:end], self._held[end:]
+        return shown
+
+    def flush(self) -> str:
+        """What was held back in vain."""
+        rest = "" if self.matched is not None else self._held
+        self._held = ""
+        return rest
+
+    def _safe_end(self) -> int:
+        """Where the earliest possible beginning of a stop text is in the held text."""
+        for start in range(max(len(self._held) - self._longest + 1, 0), len(self._held)):
+            if self._held[start] in self._first and any(stop.startswith(self._held[start:]) for stop in self._stop):
+                return start
+        return len(self._held)

@@ -1,0 +1,271 @@
+"""The engine's process: map, bind, check the canary, then step while there is work and listen to the pipe.
+
+It is forked by ``launch`` before the server imports anything for HTTP, and started anew as
+``python -m fgsnap.runtime.worker`` when one has died. It never outlives its parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from fgsnap.errors import FgsnapError, RequestError, SnapshotRefused
+from fgsnap.runtime import wire
+
+if TYPE_CHECKING:
+    from fgsnap.runtime.decoder import Decoder
+    from fgsnap.runtime.engine import Engine
+    from fgsnap.snapshot import Snapshot
+
+DEFAULT_TOKEN_BUDGET = 512
+
+
+class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker needs to know. ``id`` is the snapshot's: a worker that starts later must find the same one."""
+
+    snapshot: str
+    id: str
+    backend: str = "auto"
+    device: str = "auto"
+    dtype: str = "auto"
+    max_batch_tokens: int | None = None
+    max_model_len: int | None = None
+    kv_memory: int | None = None
+    threads: int | None = None
+    verify: str = "manifest"
+
+
+class ParentGone(Exception):
+    """The server's end of the pipe is closed."""
+
+
+class Pipe:
+    """The worker's end: sends at once, and waits for messages only when there is nothing else to do."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end
+        self._buffer = wire.FrameBuffer()
+
+    def send(self, message: wire.FromWorker) -> None:
+        try:
+            self._end.sendall(wire.frame(message))
+        except OSError as error:
+            raise ParentGone from error
+
+    def receive(self, *, wait: bool) -> list[wire.ToWorker]:
+        """Every whole message that has arrived; with ``wait`` sleep until some bytes do."""
+        messages: list[wire.ToWorker] = []
+        while True:
+            try:
+                data = self._end.recv(1 << 16, 0 if wait and not messages else socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return messages
+            except OSError as error:
+                raise ParentGone from error
+            if not data:
+                raise ParentGone
+            messages += map(wire.decode_to_worker, self._buffer.feed(data))
+
+
+def run(pipe: Pipe, begin: Callable[[Callable[[str], None]], tuple[Engine, wire.Ready]], started: float) -> int:
+    """A worker's whole life: start an engine, serve it, and return the process's exit code.
+
+    Args:
+        pipe: to the server.
+        begin: builds the engine and says what it is; it is given a function that marks the end of a phase.
+        started: when the first phase began, on the monotonic clock.
+    """
+    try:
+        engine, ready = begin(_phases(pipe, started))
+        pipe.send(ready)
+        _serve(pipe, engine)
+    except ParentGone:
+        return 0
+    except FgsnapError as error:
+        return _fail(pipe, error)
+    except Exception as error:
+        _show(error)
+        return _fail(pipe, FgsnapError("The engine failed.", _brief(error), "Set FGSNAP_DEBUG=1 to see where."))
+    return 0
+
+
+def _serve(pipe: Pipe, engine: Engine) -> None:
+    """Take in what has arrived, step, tell; sleep on the pipe when there is no work."""
+    while True:
+        for message in pipe.receive(wait=not engine.has_work()):
+            if isinstance(message, wire.Stop):
+                return
+            _take(pipe, engine, message)
+        # Also without a step: who aborted the last request wants to see its blocks free.
+        outputs = tuple(engine.step()) if engine.has_work() else ()
+        pipe.send(wire.Outputs(outputs, engine.stats()))
+
+
+def _take(pipe: Pipe, engine: Engine, message: wire.Submit | wire.Abort) -> None:
+    if isinstance(message, wire.Abort):
+        engine.abort(message.request)
+        return
+    try:
+        engine.submit(message.request)
+    except RequestError as error:
+        what, why, next_step = error.what, error.why, error.next_step
+        pipe.send(wire.Refused(message.request.id, what, why, next_step, error.status, error.param, error.code))
+
+
+def _phases(pipe: Pipe, started: float) -> Callable[[str], None]:
+    begin = started
+
+    def mark(name: str) -> None:
+        nonlocal begin
+        now = time.monotonic()
+        pipe.send(wire.Phase(name, begin, now))
+        begin = now
+
+    return mark
+
+
+def begin_engine(
+    options: WorkerOptions, opened: Snapshot | None, mark: Callable[[str], None]
+) -> tuple[Engine, wire.Ready]:
+    """Everything between a bare process and a model that has proved itself.
+
+    Raises:
+        SnapshotRefused: damaged, not the one that was served before, or its canary does not match.
+        FgsnapError: whatever decoder and backend refuse.
+    """
+    snapshot = opened or _open(options)
+    if options.verify == "full":
+        from fgsnap.snapshot import verify
+
+        verify(options.snapshot)
+        mark("verify")
+    from fgsnap.runtime.decoder import load_decoder
+    from fgsnap.runtime.engine import Engine
+
+    mark("import engine")
+    decoder = load_decoder(
+        snapshot,
+        backend=options.backend,
+        device=options.device,
+        dtype=options.dtype,
+        kv_memory=options.kv_memory,
+        max_length=options.max_model_len,
+        threads=options.threads,
+    )
+    mark("map and bind")
+    canary = check_canary(decoder, snapshot, options.dtype)
+    mark("canary")
+    budget = options.max_batch_tokens or DEFAULT_TOKEN_BUDGET
+    engine = Engine(decoder, eos_token_ids=snapshot.manifest.text.eos_token_ids, token_budget=budget)
+    return engine, wire.Ready(
+        backend=decoder.ops.name,
+        device=decoder.ops.device,
+        canary=canary,
+        max_length=decoder.max_length,
+        kv_blocks=decoder.blocks,
+        block_size=decoder.block_size,
+        token_budget=budget,
+    )
+
+
+def _open(options: WorkerOptions) -> Snapshot:
+    from fgsnap.snapshot import open_snapshot
+
+    snapshot = open_snapshot(Path(options.snapshot))
+    if snapshot.id != options.id:
+        raise SnapshotRefused(
+            f"{options.snapshot} is another snapshot than the one that was being served.",
+            f"Its id is {snapshot.id[:12]}, not {options.id[:12]}.",
+            "Start the service again to serve the new one.",
+        )
+    return snapshot
+
+
+def check_canary(decoder: Decoder, snapshot: Snapshot, dtype: str) -> str:
+    """One prefill of the canary prompt, its outcome in words. It also warms the backend up.
+
+    A snapshot that was recorded without a canary still has to give finite logits.
+
+    Raises:
+        SnapshotRefused: this host computes something else than the reference did at conversion.
+    """
+    from fgsnap.runtime import canary as canaries
+
+    expected = snapshot.canary
+    if expected is None:
+        tokens = canaries.prompt(snapshot)
+        match = canaries.check(decoder, canaries.Values(tokens, tokens, [0.0] * len(tokens)), math.inf)
+    else:
+        match = canaries.check(decoder, expected, canaries.TOLERANCE[_computed_dtype(snapshot, dtype)])
+    if not match.ok:
+        raise SnapshotRefused(
+            f"The model of {snapshot.path} does not compute what it should.",
+            f"With {decoder.ops.name}, {len(match.mismatched)} positions of the canary prompt differ from the "
+            f"reference or are not finite, the first at {match.mismatched[0]}.",
+            "Run 'fgsnap verify' on it, and try --backend reference.",
+        )
+    return f"canary ok ({match.checked} positions)" if expected else "no canary recorded, logits finite"
+
+
+def _computed_dtype(snapshot: Snapshot, dtype: str) -> str:
+    if dtype != "auto":
+        return dtype
+    return next(entry.dtype for entry in snapshot.manifest.tensors if entry.name == "embed.weight")
+
+
+def _fail(pipe: Pipe, error: FgsnapError) -> int:
+    with contextlib.suppress(ParentGone):
+        pipe.send(wire.Failed(error.what, error.why, error.next_step, error.exit_code))
+    return error.exit_code
+
+
+def _brief(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+def _show(error: Exception) -> None:
+    if os.environ.get("FGSNAP_DEBUG"):
+        import traceback
+
+        traceback.print_exception(error)
+
+
+def live(end: socket.socket, options: WorkerOptions, opened: Snapshot | None, started: float, parent: int) -> int:
+    """Be a worker of the process ``parent`` until it is done, and return the exit code."""
+    # The server decides when to stop; a Ctrl-C reaches the whole process group.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _die_with(parent)
+    return run(Pipe(end), lambda mark: begin_engine(options, opened, mark), started)
+
+
+def _die_with(parent: int) -> None:
+    """Ask the kernel to end this process when its parent ends, however it ends and whatever runs here."""
+    import ctypes
+
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != parent:
+        raise SystemExit(0)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``python -m fgsnap.runtime.worker FD PARENT OPTIONS``: the socket's descriptor, its parent, options as JSON."""
+    descriptor, parent, options = arguments
+    end = socket.socket(fileno=int(descriptor))
+    return live(end, msgspec.json.decode(options, type=WorkerOptions), None, time.monotonic(), int(parent))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

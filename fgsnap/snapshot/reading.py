@@ -1,0 +1,233 @@
+"""Opening a snapshot: everything but the weights' bytes is checked, and rank files are mapped, not read."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import mmap
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+import msgspec
+
+from fgsnap.errors import NotFound, SnapshotRefused
+from fgsnap.layout import Segment
+from fgsnap.snapshot.checks import canary_fault, manifest_fault, rank_headers
+from fgsnap.snapshot.files import changed, check_size, opened, read_all, refused
+from fgsnap.snapshot.format import (
+    CANARY,
+    COMMIT,
+    FORMAT,
+    KNOWN_FEATURES,
+    MANIFEST,
+    Canary,
+    Commit,
+    FileEntry,
+    Manifest,
+    TensorEntry,
+    Version,
+    canonical,
+    chunks_file,
+    chunks_size,
+)
+
+_LARGEST_JSON = 64 << 20
+
+T = TypeVar("T")
+
+
+class Snapshot:
+    """An opened snapshot: the manifest, and read-only views of tensors over one mapping a rank file."""
+
+    def __init__(
+        self, path: Path, manifest: Manifest, identity: str, canary: Canary | None, maps: dict[str, mmap.mmap]
+    ) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.id = identity
+        self.canary = canary
+        self._maps = maps
+        self._views = {name: memoryview(mapped) for name, mapped in maps.items()}
+        self._slices: dict[str, list[tuple[TensorEntry, Segment]]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def tensor(self, entry: TensorEntry) -> memoryview:
+        """The tensor's bytes, read-only, without a copy."""
+        return self._views[entry.file][entry.offset : entry.offset + entry.bytes]
+
+    def read_text(self, name: str) -> bytes:
+        """The content of a covered text file, checked against the manifest."""
+        entry = self.manifest.files.get(name)
+        if entry is None:
+            raise NotFound(f"{self.path} has no {name}.", "", "Convert again from a source that has this file.")
+        with opened(self.path, name) as descriptor:
+            data = read_all(descriptor, entry.bytes + 1)
+        if len(data) != entry.bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise changed(self.path, name)
+        return data
+
+    def touch(self) -> None:
+        """Bring every page of every rank file into memory now, so that a request never waits for the disk."""
+        for view in self._views.values():
+            view[:: mmap.PAGESIZE].tobytes()
+
+    def slices(self, logical: str) -> list[tuple[TensorEntry, Segment]]:
+        """The stored slices that make up one logical tensor, each once even when several ranks hold it."""
+        if not self._slices:
+            self._slices = _index(self.manifest.tensors)
+        return self._slices[logical]
+
+    def close(self) -> None:
+        """Unmap. Views that are still in use keep their mapping alive until they go."""
+        for name, view in self._views.items():
+            view.release()
+            with contextlib.suppress(BufferError):
+                self._maps[name].close()
+        self._views, self._maps = {}, {}
+
+
+def _index(tensors: Iterable[TensorEntry]) -> dict[str, list[tuple[TensorEntry, Segment]]]:
+    slices: dict[str, list[tuple[TensorEntry, Segment]]] = {}
+    seen: set[tuple[str, int, int, int]] = set()
+    for entry in tensors:
+        for segment in entry.segments:
+            if segment.tensor is None:
+                continue
+            key = (segment.tensor, segment.axis, segment.start, segment.stop)
+            if key not in seen:
+                seen.add(key)
+                slices.setdefault(segment.tensor, []).append((entry, segment))
+    return slices
+
+
+def open_snapshot(path: Path | str, *, committed: bool = True) -> Snapshot:
+    """Open and check everything but the weights' bytes, in time proportional to the number of tensors.
+
+    Args:
+        path: the snapshot directory.
+        committed: False opens a directory that its writer has not published yet, which has no ``snapshot.json``.
+
+    Raises:
+        NotFound: there is no such directory.
+        SnapshotRefused: it is no snapshot, unfinished, damaged, or needs a newer reader.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise NotFound(f"There is no snapshot at {path}.", "The directory does not exist.", "Check the path.")
+    commit = _read_commit(path) if committed else None
+    raw = _read_json(path, MANIFEST)
+    identity = hashlib.sha256(raw).hexdigest()
+    if commit is not None and not commit.id == commit.manifest == identity:
+        raise changed(path, MANIFEST)
+    _check_version(path, MANIFEST, raw)
+    manifest = _decode(path, MANIFEST, raw, Manifest)
+    if commit is not None and (commit.format, commit.requires) != (manifest.format, manifest.requires):
+        raise refused(path, f"{COMMIT} and {MANIFEST} disagree.")
+    if fault := manifest_fault(manifest):
+        raise refused(path, fault)
+    canary = _read_canary(path, manifest, identity, commit.canary) if commit is not None else None
+    return Snapshot(path, manifest, identity, canary, _map_ranks(path, manifest))
+
+
+def _map_ranks(path: Path, manifest: Manifest) -> dict[str, mmap.mmap]:
+    headers = rank_headers(manifest)
+    maps: dict[str, mmap.mmap] = {}
+    try:
+        for name, entry in manifest.files.items():
+            if name in headers:
+                maps[name] = _map_rank(path, name, entry, headers[name])
+            else:
+                _check_file(path, name, entry.bytes)
+    except BaseException:
+        for mapped in maps.values():
+            mapped.close()
+        raise
+    return maps
+
+
+def _map_rank(path: Path, name: str, entry: FileEntry, header: bytes) -> mmap.mmap:
+    _check_file(path, chunks_file(name), chunks_size(entry.bytes))
+    with opened(path, name) as descriptor:
+        check_size(path, name, descriptor, entry.bytes)
+        mapped = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+    if mapped[: len(header)] != header:
+        mapped.close()
+        raise refused(path, f"The header of {name} is not the one that {MANIFEST} implies.")
+    return mapped
+
+
+def _check_file(path: Path, name: str, size: int) -> None:
+    with opened(path, name) as descriptor:
+        check_size(path, name, descriptor, size)
+
+
+def _read_commit(path: Path) -> Commit:
+    if not os.path.lexists(path / COMMIT):
+        raise SnapshotRefused(
+            f"{path} is not a finished snapshot.",
+            f"It has no {COMMIT}, which is written last.",
+            "Convert or pull it again; a checkpoint becomes a snapshot by 'fgsnap convert'.",
+        )
+    raw = _read_json(path, COMMIT)
+    _check_version(path, COMMIT, raw)
+    commit = _decode(path, COMMIT, raw, Commit)
+    if canonical(msgspec.json.decode(raw)) != raw:
+        raise refused(path, f"{COMMIT} is not in canonical form.")
+    return commit
+
+
+def _check_version(path: Path, name: str, raw: bytes) -> None:
+    """Refuse what a newer writer made before its fields are looked at, for they may have changed."""
+    version = _decode(path, name, raw, Version)
+    if version.format != FORMAT:
+        raise SnapshotRefused(
+            f"{path} has snapshot format {version.format}.",
+            f"This fgsnap reads format {FORMAT}.",
+            "Upgrade fgsnap, or convert the checkpoint again with this version.",
+        )
+    unknown = sorted(set(version.requires) - KNOWN_FEATURES)
+    if unknown:
+        raise SnapshotRefused(
+            f"{path} requires {', '.join(map(repr, unknown))}.",
+            "This version of fgsnap does not know it.",
+            "Upgrade fgsnap, or convert the checkpoint again with this version.",
+        )
+
+
+def _read_canary(path: Path, manifest: Manifest, identity: str, digest: str | None) -> Canary | None:
+    if digest is None:
+        if os.path.lexists(path / CANARY):
+            raise refused(path, f"{CANARY} is there, but {COMMIT} knows of none.")
+        return None
+    raw = _read_json(path, CANARY)
+    if hashlib.sha256(raw).hexdigest() != digest:
+        raise changed(path, CANARY)
+    canary = _decode(path, CANARY, raw, Canary)
+    if fault := canary_fault(canary, manifest, identity):
+        raise refused(path, f"{CANARY} is unusable: {fault}")
+    return canary
+
+
+def _decode(path: Path, name: str, raw: bytes, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise refused(path, f"{name} cannot be read: {error}") from error
+
+
+def _read_json(path: Path, name: str) -> bytes:
+    with opened(path, name) as descriptor:
+        size = os.fstat(descriptor).st_size
+        if size > _LARGEST_JSON:
+            raise refused(path, f"{name} has {size} bytes, more than the {_LARGEST_JSON} allowed.")
+        return read_all(descriptor, size)

@@ -1,0 +1,92 @@
+"""Verifying: every byte of every covered file is digested again."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from blake3 import blake3
+
+from fgsnap.errors import SnapshotRefused
+from fgsnap.snapshot.files import changed, check_size, opened, read_all, refused
+from fgsnap.snapshot.format import CHUNK, DIGEST_BYTES, FileEntry, Manifest, chunks_file, chunks_size
+from fgsnap.snapshot.reading import open_snapshot
+
+
+class Report(NamedTuple):
+    """What ``verify`` found sound. ``bytes`` are those of covered files, ``canary`` says whether there is one."""
+
+    id: str
+    files: int
+    bytes: int
+    canary: bool
+
+
+def verify(path: Path | str, progress: Callable[[int], None] | None = None) -> Report:
+    """Compare every covered byte with the digests; SnapshotRefused names the file, and a rank file's chunk and tensors.
+
+    Args:
+        path: the snapshot directory.
+        progress: called with the number of bytes checked since the last call.
+    """
+    path = Path(path)
+    advance = progress or (lambda _: None)
+    with open_snapshot(path) as snapshot:
+        manifest = snapshot.manifest
+        _refuse_strays(path, manifest)
+        for name, entry in manifest.files.items():
+            if entry.chunks is None:
+                snapshot.read_text(name)
+                advance(entry.bytes)
+            else:
+                _verify_rank(path, name, entry, manifest, advance)
+        total = sum(entry.bytes for entry in manifest.files.values())
+        return Report(snapshot.id, len(manifest.files), total, snapshot.canary is not None)
+
+
+def _refuse_strays(path: Path, manifest: Manifest) -> None:
+    known = {*manifest.files, *map(chunks_file, manifest.files)}
+    strays = sorted(f.name for f in path.iterdir() if f.suffix in (".safetensors", ".chunks") and f.name not in known)
+    if strays:
+        raise refused(path, f"{strays[0]} does not belong to it.")
+
+
+def _verify_rank(path: Path, name: str, entry: FileEntry, manifest: Manifest, advance: Callable[[int], None]) -> None:
+    from concurrent.futures import Future, ThreadPoolExecutor  # brings logging, which opening can do without
+
+    with opened(path, chunks_file(name)) as descriptor:
+        recorded = read_all(descriptor, chunks_size(entry.bytes) + 1)
+    if hashlib.sha256(recorded).hexdigest() != entry.chunks:
+        raise changed(path, chunks_file(name))
+    sha256 = hashlib.sha256()
+    buffers = [memoryview(bytearray(CHUNK)), memoryview(bytearray(CHUNK))]
+    with opened(path, name) as descriptor, ThreadPoolExecutor(1) as pool:
+        check_size(path, name, descriptor, entry.bytes)
+        hashing: Future[None] | None = None
+        for index in range(chunks_size(entry.bytes) // DIGEST_BYTES):
+            chunk = _read_chunk(descriptor, buffers[index % 2])
+            if blake3(chunk).digest() != recorded[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]:
+                raise _bad_chunk(path, name, index, manifest)
+            if hashing is not None:
+                hashing.result()
+            hashing = pool.submit(sha256.update, chunk)
+            advance(len(chunk))
+    if sha256.hexdigest() != entry.sha256:
+        raise changed(path, name)
+
+
+def _read_chunk(descriptor: int, buffer: memoryview) -> memoryview:
+    at = 0
+    while at < len(buffer) and (count := os.readv(descriptor, [buffer[at:]])):
+        at += count
+    return buffer[:at]
+
+
+def _bad_chunk(path: Path, name: str, index: int, manifest: Manifest) -> SnapshotRefused:
+    start, stop = index * CHUNK, (index + 1) * CHUNK
+    hit = [e.name for e in manifest.tensors if e.file == name and e.offset < stop and start < e.offset + e.bytes]
+    tensors = f", in {hit[0]}" + (f" to {hit[-1]}" if len(hit) > 1 else "") if hit else ""
+    return refused(path, f"{name} is damaged in chunk {index} (bytes {start} to {stop}{tensors}).")

@@ -1,0 +1,392 @@
+"""Writing a snapshot: beside its target, digested as the bytes pass, on disk before it gets its name."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import msgspec
+from blake3 import blake3
+
+from fgsnap.errors import HostError, UsageError
+from fgsnap.snapshot.format import (
+    CANARY,
+    CHUNK,
+    COMMIT,
+    FORMAT,
+    MANIFEST,
+    SAFE_NAME,
+    UNCOVERED,
+    Canary,
+    Commit,
+    FileEntry,
+    Manifest,
+    RankLayout,
+    TensorEntry,
+    canonical,
+    chunks_file,
+    rank_file,
+    rank_header,
+)
+from fgsnap.spec import DecoderSpec
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
+
+class SnapshotWriter:
+    """Builds a snapshot in ``<target>.partial`` and gives it its name only when it is whole.
+
+    A context manager: leaving it without ``publish`` removes everything it wrote. The partial directory is locked, so a
+    second writer to the same target is refused, and one that a killed process left behind is taken over and emptied.
+    """
+
+    def __init__(self, target: Path, spec: DecoderSpec, tp: int) -> None:
+        self.target = Path(os.path.abspath(target))
+        self.directory = self.target.with_name(self.target.name + ".partial")
+        self.spec = spec
+        self.tp = tp
+        self.id = ""
+        self._manifest: Manifest | None = None
+        self._entries: dict[str, FileEntry] = {}
+        self._tables: dict[int, tuple[TensorEntry, ...]] = {}
+        self._pool: ThreadPoolExecutor | None = None
+        _refuse_taken(self.target)
+        with _writing(self.directory):
+            self._made_parents = _make_parents(self.target.parent)
+            self._lock = _lock_directory(self.directory)
+            try:
+                _empty(self.directory)
+                self.directory.chmod(0o755)
+            except BaseException:
+                os.close(self._lock)
+                raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def files(self) -> dict[str, FileEntry]:
+        """Entries of all covered files written so far, for the manifest."""
+        return dict(sorted(self._entries.items()))
+
+    @property
+    def tensors(self) -> tuple[TensorEntry, ...]:
+        """The table of all ranks written so far, in rank order, for the manifest."""
+        return tuple(entry for rank in sorted(self._tables) for entry in self._tables[rank])
+
+    def check_space(self, needed: int) -> None:
+        """Raise HostError when the disk has visibly less than ``needed`` bytes left."""
+        disk = os.statvfs(self.directory)
+        free = disk.f_bavail * disk.f_frsize
+        if disk.f_blocks and free < needed:
+            raise _disk_full(self.directory, needed, f"{free} bytes are free")
+
+    def rank(self, rank: int, layout: RankLayout) -> RankWriter:
+        """Begin one rank file. Several may be open at once, each used by one thread at a time."""
+        assert 0 <= rank < self.tp
+        self.check_space(layout.size)
+        name = rank_file(rank, self.tp)
+        self._tables[rank] = tuple(
+            TensorEntry(t.name, name, t.offset, t.bytes, t.dtype, t.shape, t.segments) for t in layout.tensors
+        )
+        if self._pool is None:
+            from concurrent.futures import ThreadPoolExecutor  # brings logging, which opening a snapshot can do without
+
+            self._pool = ThreadPoolExecutor(max_workers=2 * min(self.tp, 4), thread_name_prefix="digest")
+        return RankWriter(self.directory / name, layout, self._pool, self._entries)
+
+    def add_file(self, name: str, data: bytes) -> None:
+        """Write one text file; the manifest covers it."""
+        assert SAFE_NAME.fullmatch(name) and name not in UNCOVERED, name
+        self._write(name, data)
+        self._entries[name] = FileEntry(len(data), hashlib.sha256(data).hexdigest())
+
+    def write_manifest(self, manifest: Manifest) -> str:
+        """Write ``manifest.json`` and return the snapshot's id."""
+        assert manifest.tp == self.tp and manifest.files == self._entries and manifest.tensors == self.tensors
+        # Through the decoder once, so that 1 and 1.0 in a float field give one text and one id.
+        self._manifest = msgspec.json.decode(canonical(manifest), type=Manifest)
+        text = canonical(self._manifest)
+        self._write(MANIFEST, text)
+        self.id = hashlib.sha256(text).hexdigest()
+        return self.id
+
+    def publish(self, canary: Canary | None) -> Path:
+        """Commit: write what is left, ``snapshot.json`` last, and rename the directory to its final name."""
+        assert self._manifest is not None, "publish before write_manifest"
+        digest = None
+        if canary is not None:
+            assert canary.id == self.id
+            text = canonical(canary)
+            digest = hashlib.sha256(text).hexdigest()
+            self._write(CANARY, text)
+        self._write("README.md", _readme(self._manifest, self.id).encode())
+        self._write(".gitattributes", b"".join(b"*.%b filter=lfs diff=lfs merge=lfs -text\n" % s for s in _LARGE))
+        self._write(COMMIT, canonical(Commit(FORMAT, self._manifest.requires, self.id, self.id, digest)))
+        with _writing(self.directory):
+            os.fsync(self._lock)
+            try:
+                self.directory.rename(self.target)
+            except OSError as error:
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    _refuse_taken(self.target)
+                raise
+            _sync_directory(self.target.parent)
+        self._made_parents = []
+        self.close()
+        return self.target
+
+    def close(self) -> None:
+        """Stop; without a published snapshot, remove everything that was written."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+        if self._lock < 0:
+            return
+        try:
+            if _is_at(self._lock, self.directory):
+                _empty(self.directory)
+                self.directory.rmdir()
+                for parent in self._made_parents:
+                    with contextlib.suppress(OSError):
+                        parent.rmdir()
+        finally:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _write(self, name: str, data: bytes) -> None:
+        with _writing(self.directory, len(data)):
+            _write_file(self.directory / name, data)
+
+
+_LARGE = (b"safetensors", b"chunks")
+
+
+class RankWriter:
+    """Writes one rank file front to back, digesting the bytes as they pass. Gaps are filled with zeros."""
+
+    def __init__(self, path: Path, layout: RankLayout, pool: ThreadPoolExecutor, entries: dict[str, FileEntry]) -> None:
+        self.path = path
+        self.layout = layout
+        self._pool = pool
+        self._entries = entries
+        self._sha256 = hashlib.sha256()
+        self._chunk = blake3()
+        self._digests: list[bytes] = []
+        self._at = 0
+        with _writing(path, layout.size):
+            self._fd = _create(path)
+        self.write(0, memoryview(rank_header(path.name, layout.tensors, layout.data_start)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        elif self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write one slab at ``offset`` of the file, not before the end of the last one. ``data`` is free on return."""
+        assert offset >= self._at, f"{self.path.name}: slab at {offset} after {self._at}"
+        self._fill(offset)
+        self._append(data.cast("B"))
+
+    def close(self) -> FileEntry:
+        """Finish the file and its ``.chunks``, both on disk when this returns, and give the manifest's entry."""
+        self._fill(self.layout.size)
+        assert self._at == self.layout.size
+        if self._at % CHUNK:
+            self._digests.append(self._chunk.digest())
+        digests = b"".join(self._digests)
+        with _writing(self.path, self.layout.size):
+            try:
+                os.fsync(self._fd)
+            finally:
+                os.close(self._fd)
+                self._fd = -1
+            _write_file(self.path.with_name(chunks_file(self.path.name)), digests)
+        entry = FileEntry(self._at, self._sha256.hexdigest(), hashlib.sha256(digests).hexdigest())
+        self._entries[self.path.name] = entry
+        return entry
+
+    def _fill(self, offset: int) -> None:
+        while self._at < offset:
+            self._append(memoryview(bytes(min(offset - self._at, CHUNK))))
+
+    def _append(self, data: memoryview) -> None:
+        if len(data) < 256 << 10:  # a hand-over to another thread would cost more than it saves
+            self._sha256.update(data)
+            self._digest_chunks(data)
+            self._put(data)
+        else:
+            jobs = [self._pool.submit(self._sha256.update, data), self._pool.submit(self._digest_chunks, data)]
+            try:
+                self._put(data)
+                self._start_writeback(len(data))
+            finally:
+                for job in jobs:
+                    job.result()
+        self._at += len(data)
+
+    def _start_writeback(self, count: int) -> None:
+        # Linux answers this advice on dirty pages by writing them back at once: the final fsync finds little left.
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self._fd, self._at, count, os.POSIX_FADV_DONTNEED)
+
+    def _digest_chunks(self, data: memoryview) -> None:
+        at = 0
+        while at < len(data):
+            room = CHUNK - (self._at + at) % CHUNK
+            part = data[at : at + room]
+            self._chunk.update(part)
+            at += len(part)
+            if len(part) == room:
+                self._digests.append(self._chunk.digest())
+                self._chunk = blake3()
+
+    def _put(self, data: memoryview) -> None:
+        with _writing(self.path, self.layout.size):
+            _write_all(self._fd, data)
+
+
+def _refuse_taken(target: Path) -> None:
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        reason = "It exists and is not a directory."
+    elif target.is_dir() and any(target.iterdir()):
+        reason = "The directory exists and is not empty."
+    else:
+        return
+    raise UsageError(f"Cannot write a snapshot to {target}.", reason, "Choose another directory or remove this one.")
+
+
+def _make_parents(parent: Path) -> list[Path]:
+    """Create missing parents; returns those created, innermost first."""
+    missing = [p for p in (parent, *parent.parents) if not p.exists()]
+    parent.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _lock_directory(path: Path) -> int:
+    """Create ``path`` if need be and lock it: a descriptor that holds the lock until it is closed."""
+    while True:
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+        try:
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue  # its writer finished between the two calls
+        except NotADirectoryError as error:
+            raise UsageError(
+                f"{path} is in the way.", "It is not a directory.", "Remove it, then try again."
+            ) from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(lock)
+            raise UsageError(
+                f"Another convert is writing {path.name.removesuffix('.partial')}.",
+                f"It holds the lock of {path}.",
+                "Wait until it ends, or choose another directory.",
+            ) from error
+        if _is_at(lock, path):
+            return lock
+        os.close(lock)  # its writer renamed or removed it before the lock was ours
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether ``path`` is still the directory that ``descriptor`` has open."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def _empty(directory: Path) -> None:
+    import shutil  # brings the compression modules, which opening a snapshot can do without
+
+    for entry in os.scandir(directory):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        else:
+            os.unlink(entry.path)
+
+
+def _create(path: Path) -> int:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    os.fchmod(descriptor, 0o644)  # whatever the umask
+    return descriptor
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    descriptor = _create(path)
+    try:
+        _write_all(descriptor, memoryview(data))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(descriptor: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _writing(path: Path, needed: int = 0) -> Iterator[None]:
+    """Turn the operating system's refusals to write ``path`` into errors of ours."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise _disk_full(path, needed, os.strerror(error.errno)) from error
+        raise HostError(
+            f"Cannot write {path}.", os.strerror(error.errno or 0) + ".", "Check the directory's permissions."
+        ) from error
+
+
+def _disk_full(path: Path, needed: int, why: str) -> HostError:
+    return HostError(
+        f"No room to write {path.name}: it needs {needed} bytes ({needed / (1 << 30):.2f} GiB).",
+        f"In {path.parent}: {why}.",
+        "Free some space or choose a directory on another disk.",
+    )
+
+
+def _readme(manifest: Manifest, identity: str) -> str:
+    origin = manifest.provenance.source + (
+        f" at {manifest.provenance.revision}" if manifest.provenance.revision else ""
+    )
+    return (
+        "---\nlibrary_name: fgsnap\n---\n\n"
+        f"# fgsnap snapshot of {manifest.provenance.source}\n\n"
+        f"Converted from {origin} by fgsnap {manifest.provenance.converter}.\n"
+        f"Tensor parallel degree: {manifest.tp}.\n\n"
+        f"Snapshot id: `{identity}`\n\n"
+        "Serve it with `fgsnap serve DIRECTORY`; check every byte with `fgsnap verify DIRECTORY`.\n"
+    )

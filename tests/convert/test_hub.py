@@ -1,0 +1,200 @@
+"""Hub names against a real HTTP server on loopback, each in a fresh process.
+
+The library reads its environment once, at import, so a process is what a setting lasts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fgsnap.convert.source import open_source
+from fgsnap.errors import UsageError
+from tests.convert.checkpoints import CONFIG, float_file
+from tests.convert.hub_server import Hub, serving
+
+OPEN = """
+import json, sys
+from fgsnap.convert.source import open_source
+from fgsnap.errors import FgsnapError
+name, revision, config_only = json.loads(sys.argv[1])
+try:
+    source = open_source(name, revision, config_only=config_only)
+    tensors = {name: source.rows(name, 0, t.shape[0]).tolist() for name, t in source.tensors.items()}
+    print(json.dumps({"label": source.label, "revision": source.revision, "config": source.config, "tensors": tensors,
+                      "digests": source.file_digests(), "texts": sorted(source.text_files())}))
+except FgsnapError as error:
+    print(json.dumps({"error": type(error).__name__, "code": error.exit_code, "lines": error.lines()}))
+"""
+ROOT = Path(__file__).parents[2]
+SHARDS = {
+    "model-00001-of-00002.safetensors": float_file(a=[1.0]),
+    "model-00002-of-00002.safetensors": float_file(b=[2.0]),
+}
+INDEX = json.dumps({"weight_map": dict(zip("ab", SHARDS, strict=True))}).encode()
+MODEL = {"config.json": json.dumps(CONFIG).encode(), "model.safetensors": float_file(a=[1.0, 2.0])}
+
+
+@pytest.fixture
+def hub():
+    with serving() as hub:
+        yield hub
+
+
+class Reader:
+    """Opens sources in fresh processes that share one Hub cache."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+
+    def __call__(self, hub: Hub, name: str, revision: str | None = None, *, plan: bool = False, **env: str) -> Any:
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+        settings = {"HF_HOME": str(self.home), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_TELEMETRY": "1", **env}
+        command = [sys.executable, "-W", "error", "-c", OPEN, json.dumps([name, revision, plan])]
+        done = subprocess.run(command, env=inherited | settings, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Reader:
+    return Reader(tmp_path / "hf")
+
+
+def test_a_branch_is_resolved_to_its_commit_once(hub: Hub, read: Reader) -> None:
+    sha = hub.commit("org/tiny", {**MODEL, "tokenizer.json": b"{}", "README.md": b"x", "train.py": b"x", "a.bin": b"x"})
+    found = read(hub, "org/tiny")
+    assert (found["label"], found["revision"]) == ("org/tiny", sha)
+    assert found["config"] == CONFIG
+    assert found["tensors"] == {"a": [1.0, 2.0]}
+    assert found["texts"] == ["config.json", "tokenizer.json"]
+    assert sorted(hub.downloads()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert all(f"/resolve/{sha}/" in path for _, path, _ in hub.requests if "/resolve/" in path)
+
+
+def test_a_revision_in_the_name_or_beside_it(hub: Hub, read: Reader) -> None:
+    old = hub.commit("org/tiny", {**MODEL, "model.safetensors": float_file(a=[7.0])}, ref="v1")
+    new = hub.commit("org/tiny", MODEL)
+    assert read(hub, "hf://org/tiny@v1")["revision"] == old
+    assert read(hub, "org/tiny", "v1")["tensors"] == {"a": [7.0]}
+    assert read(hub, f"hf://org/tiny@{old}")["tensors"] == {"a": [7.0]}
+    assert read(hub, "hf://org/tiny")["revision"] == new
+    clash = read(hub, "hf://org/tiny@v1", "main")
+    assert (clash["error"], clash["code"]) == ("UsageError", 2)
+
+
+def test_shards_come_by_their_index_and_no_other_file_comes(hub: Hub, read: Reader) -> None:
+    extra = {"consolidated.safetensors": float_file(z=[0.0]), "original/model.safetensors": float_file(z=[0.0])}
+    hub.commit(
+        "org/big", {"config.json": MODEL["config.json"], "model.safetensors.index.json": INDEX, **SHARDS, **extra}
+    )
+    found = read(hub, "org/big")
+    assert found["tensors"] == {"a": [1.0], "b": [2.0]}
+    assert sorted(hub.downloads()) == sorted(["config.json", "model.safetensors.index.json", *SHARDS])
+
+
+def test_a_plan_fetches_only_the_config(hub: Hub, read: Reader) -> None:
+    hub.commit("org/tiny", {**MODEL, "tokenizer.json": b"{}"})
+    found = read(hub, "org/tiny", plan=True)
+    assert found["config"] == CONFIG
+    assert found["tensors"] == {}
+    assert hub.downloads() == ["config.json"]
+
+
+def test_offline_reads_the_cache_without_a_request(hub: Hub, read: Reader) -> None:
+    sha = hub.commit("org/tiny", MODEL)
+    online = read(hub, "org/tiny")
+    hub.requests.clear()
+    assert read(hub, "org/tiny", HF_HUB_OFFLINE="1") == online
+    assert read(hub, f"hf://org/tiny@{sha}", HF_HUB_OFFLINE="1")["revision"] == sha
+    missing = read(hub, "org/other", HF_HUB_OFFLINE="1")
+    assert (missing["error"], missing["code"]) == ("NotFound", 4)
+    assert "HF_HUB_OFFLINE" in missing["lines"][1]
+    assert hub.requests == []
+
+
+def test_offline_with_half_a_checkpoint_is_refused(hub: Hub, read: Reader) -> None:
+    hub.commit("org/tiny", MODEL)
+    read(hub, "org/tiny", plan=True)
+    half = read(hub, "org/tiny", HF_HUB_OFFLINE="1")
+    assert half["code"] in (1, 4)
+    assert "tensors" not in half
+
+
+def test_the_token_is_sent_and_a_private_model_needs_it(hub: Hub, read: Reader) -> None:
+    hub.commit("org/secret", MODEL)
+    hub.private["org/secret"] = "hf_test_token"
+    refused = read(hub, "org/secret")
+    assert (refused["error"], refused["code"]) == ("NotFound", 4)
+    assert "HF_TOKEN" in refused["lines"][2]
+    hub.requests.clear()
+    assert read(hub, "org/secret", HF_TOKEN="hf_test_token")["tensors"] == {"a": [1.0, 2.0]}
+    assert {token for _, _, token in hub.requests} == {"Bearer hf_test_token"}
+
+
+@pytest.mark.parametrize(("name", "words"), [("org/none", "org/none"), ("hf://org/tiny@v9", "'v9'")])
+def test_what_the_hub_does_not_have_is_not_found(hub: Hub, read: Reader, name: str, words: str) -> None:
+    hub.commit("org/tiny", MODEL)
+    error = read(hub, name)
+    assert (error["error"], error["code"]) == ("NotFound", 4)
+    assert words in error["lines"][0]
+
+
+def test_a_hub_that_fails_or_is_down_is_a_network_error(hub: Hub, read: Reader) -> None:
+    hub.commit("org/tiny", MODEL)
+    hub.failing = True
+    failing = read(hub, "org/tiny")
+    assert (failing["error"], failing["code"]) == ("NetworkError", 5)
+    with serving() as gone:
+        pass
+    down = read(gone, "org/tiny")
+    assert (down["error"], down["code"]) == ("NetworkError", 5)
+    assert "again" in down["lines"][2]
+
+
+def test_a_hub_that_is_down_is_no_reason_to_use_an_old_commit_silently(read: Reader) -> None:
+    with serving() as hub:
+        hub.commit("org/tiny", MODEL)
+        read(hub, "org/tiny")
+    error = read(hub, "org/tiny")
+    assert (error["error"], error["code"]) == ("NetworkError", 5)
+    assert "HF_HUB_OFFLINE=1" in error["lines"][2]
+    assert read(hub, "org/tiny", HF_HUB_OFFLINE="1")["tensors"] == {"a": [1.0, 2.0]}
+
+
+def test_pickles_and_gguf_are_refused_before_anything_is_downloaded(hub: Hub, read: Reader) -> None:
+    hub.commit("org/old", {"config.json": MODEL["config.json"], "pytorch_model.bin": b"x"})
+    pickled = read(hub, "org/old")
+    assert pickled["error"] == "SourceError"
+    assert "pytorch_model.bin" in pickled["lines"][0]
+    assert "safetensors" in pickled["lines"][2]
+    hub.commit("org/quant", {"model.gguf": b"x"})
+    assert "config.json" in read(hub, "org/quant")["lines"][0]
+    assert hub.downloads() == ["config.json"]
+
+
+def test_a_repository_that_lacks_a_listed_shard_is_refused_by_its_name(hub: Hub, read: Reader) -> None:
+    first = next(iter(SHARDS))
+    hub.commit("org/big", {**MODEL, "model.safetensors.index.json": INDEX, first: SHARDS[first]})
+    del hub.commits["org/big"][hub.refs["org/big"]["main"]]["model.safetensors"]
+    error = read(hub, "org/big")
+    assert error["error"] == "SourceError"
+    assert "model-00002-of-00002.safetensors" in error["lines"][0]
+
+
+def test_hub_digests_are_those_of_the_files(hub: Hub, read: Reader) -> None:
+    hub.commit("org/tiny", MODEL)
+    assert read(hub, "org/tiny")["digests"] == {name: hashlib.sha256(data).hexdigest() for name, data in MODEL.items()}
+
+
+@pytest.mark.parametrize("name", ["hf://", "hf://org", "hf://org/../x", "hf://org/a/b", "hf://-x/y", "hf://org/a--b"])
+def test_bad_hub_names_are_usage_errors(name: str) -> None:
+    with pytest.raises(UsageError, match="is not a Hub name"):
+        open_source(name)

@@ -1,0 +1,155 @@
+"""Stand-ins for a model and a tokenizer, small enough to see through.
+
+StubModel reads every token it answers from back out of its paged cache, through the block table it was given: a wrong,
+shared or freed block changes the answer. ByteText is a tokenizer whose tokens are bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import zlib
+from array import array
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fgsnap.errors import RequestError
+from fgsnap.kernels.ops import Batch, Sampled, Sampling
+from fgsnap.runtime.text import TextStream
+
+
+class StubModel:
+    """A model whose logits are a fixed pseudo-random function of all tokens of the sequence.
+
+    Args:
+        nan_after: a token id after which the logits are NaN.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int = 258,
+        max_length: int = 256,
+        blocks: int = 64,
+        block_size: int = 4,
+        nan_after: int | None = None,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.max_length = max_length
+        self.blocks = blocks
+        self.block_size = block_size
+        self.nan_after = nan_after
+        self.batches: list[Batch] = []
+        self._cache = [[(-1, -1)] * block_size for _ in range(blocks)]
+
+    def forward(self, batch: Batch) -> list[list[float]]:
+        check_batch(batch, self.block_size)
+        self.batches.append(batch._replace(block_tables=[list(table) for table in batch.block_tables]))
+        for table, (begin, end) in zip(batch.block_tables, _spans(batch), strict=True):
+            for token, position in zip(batch.tokens[begin:end], batch.positions[begin:end], strict=True):
+                self._cache[table[position // self.block_size]][position % self.block_size] = (token, position)
+        return [self._logits(batch, row) for row in batch.rows]
+
+    def sample(self, logits: list[list[float]], how: list[Sampling]) -> list[Sampled]:
+        return [pick(row, rule) for row, rule in zip(logits, how, strict=True)]
+
+    def _logits(self, batch: Batch, row: int) -> list[float]:
+        table = batch.block_tables[bisect_right(batch.starts, row) - 1]
+        tokens = []
+        for position in range(batch.positions[row] + 1):
+            token, written_at = self._cache[table[position // self.block_size]][position % self.block_size]
+            assert written_at == position, "the cache holds another token there"
+            tokens.append(token)
+        if tokens[-1] == self.nan_after:
+            return [math.nan] * self.vocab_size
+        draw = random.Random(zlib.crc32(array("q", tokens).tobytes()))
+        return [draw.uniform(-4, 4) for _ in range(self.vocab_size)]
+
+
+def check_batch(batch: Batch, block_size: int) -> None:
+    """Assert everything that ops.Batch promises."""
+    assert len(batch.tokens) == len(batch.positions) == batch.starts[-1] > 0
+    assert batch.starts[0] == 0 and len(batch.starts) == len(batch.lengths) + 1 == len(batch.block_tables) + 1
+    for table, length, (begin, end) in zip(batch.block_tables, batch.lengths, _spans(batch), strict=True):
+        assert list(batch.positions[begin:end]) == list(range(length - (end - begin), length))
+        assert begin < end and len(table) * block_size >= length
+    used = [block for table in batch.block_tables for block in table]
+    assert len(used) == len(set(used)), "two sequences share a block"
+    assert list(batch.rows) == sorted(set(batch.rows))
+
+
+def _spans(batch: Batch) -> list[tuple[int, int]]:
+    return list(zip(batch.starts, batch.starts[1:], strict=False))
+
+
+def pick(row: Sequence[float], how: Sampling) -> Sampled:
+    """One row's token exactly as ops.Sampling words it."""
+    if any(math.isnan(value) for value in row) or max(row) == -math.inf:
+        return Sampled(-1)
+    order = sorted(range(len(row)), key=lambda token: (-row[token], token))
+    token = order[0] if how.temperature == 0 else _draw(row, order, how)
+    if how.logprobs < 0:
+        return Sampled(token)
+    total = row[order[0]] + math.log(sum(math.exp(value - row[order[0]]) for value in row))
+    return Sampled(token, row[token] - total, tuple((t, row[t] - total) for t in order[: how.logprobs]))
+
+
+def _draw(row: Sequence[float], order: list[int], how: Sampling) -> int:
+    kept = order[: how.top_k] if how.top_k else order
+    weights = {token: math.exp((row[token] - row[order[0]]) / how.temperature) for token in kept}
+    total, running, nucleus = sum(weights.values()), 0.0, []
+    for token in kept:
+        nucleus.append(token)
+        running += weights[token]
+        if running >= how.top_p * total:
+            break
+    nucleus.sort()
+    target, running = how.uniform * sum(weights[token] for token in nucleus), 0.0
+    for token in nucleus:
+        running += weights[token]
+        if running > target:
+            return token
+    return nucleus[-1]
+
+
+class ByteText:
+    """A Text whose tokens are the 256 bytes, BOS and EOS."""
+
+    bos, eos = 256, 257
+    eos_token_ids: tuple[int, ...] = (257,)
+    has_chat_template = True
+
+    def __init__(self, add_bos: bool = False) -> None:
+        self._bos = [self.bos] if add_bos else []
+
+    def encode(self, text: str) -> list[int]:
+        return self._bos + list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(id for id in ids if id < 256).decode(errors="replace")
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        for message in messages:
+            if message["role"] not in ("system", "user", "assistant"):
+                raise RequestError(f"No role {message['role']!r}.", param="messages")
+        turns = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+        return turns + ("assistant:" if add_generation_prompt else "")
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], *args: Any, **variables: Any) -> list[int]:
+        return list(self.render_chat(messages, *args, **variables).encode())
+
+    def token_bytes(self, token: int) -> bytes:
+        return bytes([token]) if token < 256 else b""
+
+    def token_text(self, token: int) -> str:
+        return self.token_bytes(token).decode(errors="replace")
+
+    def stream(self, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> TextStream:
+        return TextStream(self, tuple(stop), prompt)

@@ -1,0 +1,172 @@
+"""Answers in process: on the doubles for how they end, and on a small real snapshot for the whole way."""
+
+from __future__ import annotations
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from fgsnap.errors import FgsnapError, NotFound, RequestError
+from fgsnap.kernels.ops import Batch, Sampling
+from fgsnap.runtime.decoder import load_decoder
+from fgsnap.runtime.engine import Engine
+from fgsnap.runtime.generate import Delta, answer, generate
+from fgsnap.runtime.request import Request, SamplingParams
+from fgsnap.runtime.text import Text
+from fgsnap.snapshot import TextSection, open_snapshot
+from tests.doubles import ByteText, StubModel
+from tests.snapshots import make_snapshot, tiny_spec
+
+TEXT = ByteText()
+GREEDY = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+
+
+class Saying(StubModel):
+    """A model that says one text, then EOS."""
+
+    def __init__(self, words: bytes, after: int, **settings) -> None:
+        super().__init__(**settings)
+        self.words, self.after = words, after
+
+    def _logits(self, batch: Batch, row: int) -> list[float]:
+        said = batch.positions[row] + 1 - self.after
+        token = self.words[said] if said < len(self.words) else TEXT.eos
+        return [float(id == token) for id in range(self.vocab_size)]
+
+
+def say(words: str, stop=(), **params) -> list[Delta]:
+    engine = Engine(Saying(words.encode(), after=3), eos_token_ids=TEXT.eos_token_ids)
+    settings = SamplingParams(**({"max_tokens": 50, "temperature": 0.0} | params))
+    deltas = list(generate(engine, TEXT, TEXT.encode("abc"), settings, stop))
+    assert not engine.has_work()
+    assert engine.stats().kv_blocks_free == 64
+    return deltas
+
+
+@pytest.mark.parametrize(
+    ("words", "stop", "params", "text", "finish", "tokens"),
+    [
+        ("Hello", (), {}, "Hello", "stop", 5),
+        ("Hello", (), {"max_tokens": 3}, "Hel", "length", 3),
+        ("Hello world", (" wor",), {}, "Hello", "stop", 9),
+        ("Hello wo", (" wor",), {}, "Hello wo", "stop", 8),
+        ("Hello wo", (" wor",), {"max_tokens": 7}, "Hello w", "length", 7),
+        ("Hello", ("o",), {"max_tokens": 5}, "Hell", "stop", 5),
+        ("né", (), {"max_tokens": 2}, "n\ufffd", "length", 2),
+        ("", (), {}, "", "stop", 0),
+    ],
+)
+def test_how_an_answer_ends(words, stop, params, text, finish, tokens):
+    deltas = say(words, stop, **params)
+    assert "".join(delta.text for delta in deltas) == text
+    assert [delta.finish for delta in deltas] == [None] * (len(deltas) - 1) + [finish]
+    assert sum(len(delta.tokens) for delta in deltas) == tokens
+
+
+def test_leaving_early_frees_the_cache():
+    engine = Engine(StubModel())
+    deltas = generate(engine, TEXT, [1, 2, 3], GREEDY)
+    next(deltas)
+    assert engine.stats().running == 1
+    deltas.close()
+    assert engine.stats().kv_blocks_free == engine.stats().kv_blocks
+
+
+def test_a_request_that_cannot_run_is_refused_at_once():
+    with pytest.raises(RequestError, match="context"):
+        next(generate(Engine(StubModel()), TEXT, [1] * 300, GREEDY))
+
+
+def test_a_model_that_fails_says_so():
+    with pytest.raises(FgsnapError, match="failed on this prompt"):
+        list(generate(Engine(StubModel(nan_after=3)), TEXT, [1, 2, 3], GREEDY))
+
+
+@pytest.fixture(scope="module")
+def snapshot(tmp_path_factory):
+    """Random weights that speak bytes, with a chat template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: id for id, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    template = b"<s>{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}bot:"
+    path = tmp_path_factory.mktemp("generate") / "snap"
+    make_snapshot(
+        path,
+        tiny_spec(vocab_size=258),
+        text_files={"tokenizer.json": tokenizer.to_str().encode(), "chat_template.jinja": template},
+        text=TextSection(eos_token_ids=(257,), bos_token_id=256, add_bos=True, template="jinja"),
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def opened(snapshot):
+    with_weights = open_snapshot(snapshot)
+    yield with_weights
+    with_weights.close()
+
+
+def greedy(opened, prompt: list[int], count: int) -> list[int]:
+    """The plainest way to continue a prompt: forward all of it again for every token."""
+    decoder = load_decoder(opened, backend="reference", device="cpu", dtype="float32", blocks=8, block_size=16)
+    tokens = list(prompt)
+    for _ in range(count):
+        length = len(tokens)
+        batch = Batch(tokens, list(range(length)), [0, length], [length], [list(range(8))], [length - 1])
+        [sampled] = decoder.sample(decoder.forward(batch), [Sampling()])
+        if sampled.token == 257:
+            break
+        tokens.append(sampled.token)
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("raw", [True, False])
+@pytest.mark.parametrize("budget", [3, 512])
+def test_a_snapshot_answers_as_plain_greedy_decoding_does(snapshot, opened, raw, budget):
+    text = Text(opened)
+    prompt = text.encode("Hi") if raw else text.encode_chat([{"role": "user", "content": "Hi"}])
+    expected = greedy(opened, prompt, 20)
+    pieces: list[str] = []
+    result = answer(
+        snapshot, "Hi", emit=pieces.append, backend="reference", device="cpu", max_tokens=20, raw=raw,
+        max_batch_tokens=budget,
+    )  # fmt: skip
+    assert result.text == "".join(pieces) == text.decode(expected)
+    assert result.prompt_tokens == len(prompt)
+    assert result.completion_tokens == len(expected)
+    assert result.finish_reason == ("length" if len(expected) == 20 else "stop")
+
+
+def test_sampling_is_repeatable_by_its_seed(snapshot):
+    def sampled(seed: int) -> str:
+        return answer(snapshot, "Hi", backend="reference", device="cpu", temperature=1.0, seed=seed, max_tokens=12).text
+
+    assert sampled(1) == sampled(1)
+    assert len({sampled(seed) for seed in range(4)}) > 1
+
+
+def test_the_context_ends_an_answer(snapshot):
+    result = answer(snapshot, "Hi", backend="reference", device="cpu", max_tokens=500, max_model_len=32, raw=True)
+    assert result.prompt_tokens + result.completion_tokens <= 32
+    with pytest.raises(RequestError, match="context"):
+        answer(snapshot, "Hi" * 40, backend="reference", device="cpu", max_model_len=32, raw=True)
+
+
+def test_a_snapshot_that_is_not_there(tmp_path):
+    with pytest.raises(NotFound):
+        answer(tmp_path / "nowhere", "Hi")
+
+
+@pytest.mark.parametrize("budget", [5, 64])
+def test_requests_on_a_real_decoder_answer_in_company_as_alone(opened, budget):
+    prompts = [[256, *b"one"], list(b"a much longer prompt than that"), [7], list(range(40))]
+    decoder = load_decoder(opened, backend="reference", device="cpu", dtype="float32", blocks=24, block_size=4)
+    engine = Engine(decoder, eos_token_ids=(257,), token_budget=budget, max_sequences=3)
+    for index, prompt in enumerate(prompts):
+        engine.submit(Request(str(index), tuple(prompt), SamplingParams(max_tokens=10, temperature=0.0)))
+    said: dict[str, list[int]] = {str(index): [] for index in range(len(prompts))}
+    while engine.has_work():
+        for output in engine.step():
+            said[output.request] += [token.id for token in output.tokens]
+    assert list(said.values()) == [greedy(opened, prompt, 10) for prompt in prompts]

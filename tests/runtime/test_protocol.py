@@ -1,0 +1,278 @@
+"""What a client may send, and what it is told when it sends something else."""
+
+from __future__ import annotations
+
+import json
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fgsnap.errors import RequestError
+from fgsnap.runtime import answers, protocol
+from fgsnap.runtime.answers import Answer, Heading, Piece
+from fgsnap.runtime.request import Token
+
+VOCAB = 100
+
+
+def completion(**fields) -> protocol.Call:
+    return protocol.parse_completion(json.dumps({"prompt": "hi", **fields}).encode(), VOCAB)
+
+
+def chat(**fields) -> protocol.Call:
+    body = {"messages": [{"role": "user", "content": "hi"}], **fields}
+    return protocol.parse_chat(json.dumps(body).encode(), VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("a", ("a",)),
+        (["a", "b"], ("a", "b")),
+        ([1, 2], ((1, 2),)),
+        ([[1, 2], [3]], ((1, 2), (3,))),
+    ],
+)
+def test_the_four_forms_of_a_prompt(prompt, prompts):
+    assert completion(prompt=prompt).prompts == prompts
+
+
+@pytest.mark.parametrize(
+    "prompt", [[], [[]], ["a", 1], [[1], "a"], [100], [-1], [[5, 100]], [1.5], [True], {}, None, 3]
+)
+def test_other_prompts_are_refused_by_name(prompt):
+    with pytest.raises(RequestError) as caught:
+        completion(prompt=prompt)
+    assert caught.value.status == 400 and caught.value.param.startswith("prompt")
+
+
+def test_what_is_left_out_or_null_has_openai_s_defaults():
+    for call in (completion(), completion(temperature=None, top_p=None, seed=None, stop=None, n=None, stream=None)):
+        params = call.params
+        assert (params.temperature, params.top_p, params.top_k, params.seed, params.logprobs) == (1.0, 1.0, 0, None, -1)
+        assert (call.choices, call.stop, call.stream, call.include_usage, call.max_tokens) == (
+            1,
+            (),
+            False,
+            False,
+            None,
+        )
+
+
+def test_every_field_arrives():
+    call = completion(
+        model="m", n=3, max_tokens=7, temperature=0.5, top_p=0.9, top_k=40, seed=-5, stop=["x", "y"],
+        stop_token_ids=[3], ignore_eos=True, logprobs=2, stream=True,
+        stream_options={"include_usage": True, "continuous_usage_stats": True},
+    )  # fmt: skip
+    params = call.params
+    assert (call.model, call.choices, call.max_tokens, call.stop) == ("m", 3, 7, ("x", "y"))
+    assert (params.temperature, params.top_p, params.top_k, params.seed) == (0.5, 0.9, 40, -5)
+    assert (params.stop_token_ids, params.ignore_eos, params.logprobs) == ((3,), True, 2)
+    assert call.stream and call.include_usage
+
+
+def test_a_chat_takes_both_names_for_its_length_and_both_fields_for_logprobs():
+    assert chat(max_tokens=3).max_tokens == 3
+    assert chat(max_tokens=3, max_completion_tokens=4).max_tokens == 4
+    assert chat(logprobs=True).params.logprobs == 0
+    assert chat(logprobs=True, top_logprobs=5).params.logprobs == 5
+    assert chat(logprobs=False).params.logprobs == -1
+
+
+def test_vllm_s_switched_off_top_k_is_off():
+    assert completion(top_k=-1).params.top_k == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_tokens", 0), ("max_tokens", "7"), ("max_tokens", 2**80), ("max_tokens", True), ("temperature", -0.1),
+        ("temperature", 2.1), ("temperature", "hot"), ("top_p", 0), ("top_p", 1.01), ("top_k", -2), ("n", 0),
+        ("n", 129), ("seed", 2**63), ("seed", 1.5), ("stop", ""), ("stop", [""]), ("stop", ["x"] * 17), ("stop", "x" * 257),
+        ("stop", 5), ("stop_token_ids", [-1]), ("stop_token_ids", ["a"]), ("stop_token_ids", [1] * 65),
+        ("logprobs", -1), ("logprobs", 21), ("logprobs", True), ("stream", "yes"), ("stream_options", {"include_usage": 1}), ("model", 5),
+        ("ignore_eos", "x"), ("stream_options", {}), ("stop", "\ud800"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_refused_by_the_name_of_its_field(field, value):
+    with pytest.raises(RequestError) as caught:
+        completion(**{field: value})
+    assert caught.value.status == 400
+    assert caught.value.param.partition("[")[0].partition(".")[0] == field or not caught.value.param
+    assert field in str(caught.value) or not caught.value.param
+
+
+@pytest.mark.parametrize("field", sorted(protocol.UNSUPPORTED))
+def test_an_unsupported_field_is_refused_unless_it_asks_for_nothing(field):
+    for neutral in protocol.UNSUPPORTED[field]:
+        assert completion(**{field: neutral}).choices == 1
+    with pytest.raises(RequestError, match=field) as caught:
+        completion(**{field: ["something"]})
+    assert caught.value.param == field and caught.value.code == "unsupported_parameter"
+
+
+def test_unknown_fields_are_ignored():
+    assert completion(user="me", store=True, service_tier="x", metadata={}, whatever=[1]).prompts == ("hi",)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [[], None, "hi", [1], [{}], [{"role": 5}], [{"role": "user", "content": 5}], [{"role": "user", "content": ["a"]}]],
+)
+def test_wrong_messages_are_refused(messages):
+    with pytest.raises(RequestError) as caught:
+        chat(messages=messages)
+    assert caught.value.param.startswith("messages")
+
+
+def test_messages_reach_the_template_as_they_are():
+    parts = [{"type": "text", "text": "b"}]
+    call = chat(messages=[{"role": "system", "content": "a"}, {"role": "user", "content": parts, "odd": 1}])
+    assert call.messages == ({"role": "system", "content": "a"}, {"role": "user", "content": parts})
+
+
+def test_choices_are_bounded_over_all_prompts():
+    assert len(completion(prompt=["a"] * 64, n=2).prompts) == 64
+    with pytest.raises(RequestError, match="choices"):
+        completion(prompt=["a"] * 65, n=2)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"{", b"[]", b"1", b'"x"', b"null", b'{"prompt": NaN}', b'{"prompt": 1e999}', b'{"a":"\xff"}',
+        b"[" * 1_000_000, b'{"a":' * 1_000_000, b'{"prompt":"x","zz":' + b"[" * 100_000, b'{"prompt":"\\ud800"}',
+        b'{"prompt":"a","seed":' + b"9" * 100_000 + b"}",
+    ],
+    ids=lambda body: repr(body[:24]),
+)  # fmt: skip
+def test_a_body_that_is_no_json_object_is_a_400(body):
+    for parse in (protocol.parse_completion, protocol.parse_chat):
+        with pytest.raises(RequestError) as caught:
+            parse(body, VOCAB)
+        assert caught.value.status == 400
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+FIELDS = st.sampled_from(
+    [field.name for field in msgspec.structs.fields(protocol.ChatBody)] + ["prompt", *protocol.UNSUPPORTED]
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.dictionaries(FIELDS, JSON, max_size=6))
+def test_whatever_json_comes_it_is_a_call_or_a_request_error(body):
+    for parse in (protocol.parse_completion, protocol.parse_chat):
+        try:
+            call = parse(json.dumps(body).encode(), VOCAB)
+        except RequestError as error:
+            assert error.status == 400
+        else:
+            assert 1 <= call.choices <= protocol.MAX_CHOICES
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=64))
+def test_whatever_bytes_come_it_is_a_call_or_a_request_error(body):
+    try:
+        protocol.parse_completion(body, VOCAB)
+    except RequestError as error:
+        assert error.status == 400
+
+
+def test_the_length_is_settled_by_the_endpoint_and_the_context():
+    assert protocol.settled(completion(), 5, 100, 1000) == 16
+    assert protocol.settled(completion(), 95, 100, 1000) == 5
+    assert protocol.settled(chat(), 5, 100, 1000) == 95
+    assert protocol.settled(chat(), 5, 100, 50) == 45
+    assert protocol.settled(chat(max_tokens=95), 5, 100, 1000) == 95
+
+
+def test_beyond_the_context_the_arithmetic_is_told():
+    with pytest.raises(RequestError) as caught:
+        protocol.settled(completion(max_tokens=96), 5, 100, 1000)
+    assert "100 tokens" in str(caught.value) and "needs 101: 5 of prompt + 96 of max_tokens" in str(caught.value)
+    assert caught.value.code == "context_length_exceeded"
+    with pytest.raises(RequestError, match="needs 101: 100 of prompt"):
+        protocol.settled(chat(), 100, 100, 1000)
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(RequestError, match="no tokens"):
+        protocol.settled(completion(), 0, 100, 100)
+
+
+# ------------------------------------------------------------------------------------------------------- answers
+
+
+def spell(token: int) -> bytes:
+    return {1: b"a", 2: b"bc", 3: b"\xc3", 4: b"\xc3"}[token]
+
+
+def answer(chat: bool, **settings) -> Answer:
+    return Answer(
+        Heading(chat, "id", 1, "m", "f"),
+        **{"choices": 1, "prompt_tokens": 3, "spell": spell, **settings},
+    )
+
+
+TOKENS = (Token(1, -0.5, ((1, -0.5), (2, -1.0))), Token(3, -0.25, ((4, -0.125), (3, -0.25))))
+
+
+def test_completion_logprobs_keep_the_picked_token_s_own_number():
+    made = answer(chat=False)
+    made.add(Piece(0, "a", TOKENS, "stop"))
+    logprobs = json.loads(made.whole())["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["a", "�"]
+    assert logprobs["token_logprobs"] == [-0.5, -0.25]
+    assert logprobs["top_logprobs"] == [{"a": -0.5, "bc": -1.0}, {"�": -0.25}]
+    assert logprobs["text_offset"] == [0, 1]
+
+
+def test_offsets_go_on_from_chunk_to_chunk():
+    made = answer(chat=False)
+    offsets = []
+    for token in (1, 2, 1):
+        data = made.chunk(Piece(0, "?", (Token(token),), None))
+        offsets += json.loads(data.removeprefix(b"data: "))["choices"][0]["logprobs"]["text_offset"]
+    assert offsets == [0, 1, 3]
+
+
+def test_chat_logprobs_tell_the_bytes():
+    made = answer(chat=True)
+    made.add(Piece(0, "a", TOKENS, "stop"))
+    content = json.loads(made.whole())["choices"][0]["logprobs"]["content"]
+    assert content[1] == {
+        "token": "�", "logprob": -0.25, "bytes": [0xC3],
+        "top_logprobs": [
+            {"token": "�", "logprob": -0.125, "bytes": [0xC3]}, {"token": "�", "logprob": -0.25, "bytes": [0xC3]},
+        ],
+    }  # fmt: skip
+
+
+def test_usage_counts_tokens_whether_or_not_they_show():
+    made = answer(chat=True, usage=True, spell=None)
+    assert made.chunk(Piece(0, "", (Token(1),), None)) == b""
+    made.chunk(Piece(0, "a", (Token(1), Token(2)), "length"))
+    closing = made.closing()
+    assert closing.endswith(answers.DONE)
+    last = json.loads(closing.split(b"\n\n")[0].removeprefix(b"data: "))
+    assert last["choices"] == []
+    assert last["usage"] == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+
+
+def test_an_error_reads_as_openai_s():
+    error = RequestError("No.", "Because.", "Do.", status=404, param="model", code="model_not_found")
+    assert json.loads(answers.error_body(error)) == {
+        "error": {
+            "message": "No. Because. Do.", "type": "invalid_request_error", "param": "model", "code": "model_not_found",
+        }
+    }  # fmt: skip
+    assert json.loads(answers.error_body(RequestError("x", status=503)))["error"]["type"] == "server_error"

@@ -1,0 +1,302 @@
+"""The worker's loop over a real socket pair, with a stub model behind a real engine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import msgspec
+import pytest
+
+from fgsnap.errors import HostError, SnapshotRefused
+from fgsnap.runtime import wire, worker
+from fgsnap.runtime.engine import Engine
+from fgsnap.runtime.request import Request, SamplingParams
+from fgsnap.snapshot import open_snapshot
+from tests.doubles import StubModel
+from tests.serving import Paced, alive, servable_snapshot, until
+
+READY = wire.Ready("stub", "cpu", "none", 256, 64, 4, 32)
+
+
+class Server:
+    """The parent's end of the pipe, read message by message."""
+
+    def __init__(self, begin) -> None:
+        self.end, theirs = socket.socketpair()
+        self.end.settimeout(10)
+        self.buffer = wire.FrameBuffer()
+        self.messages: list[wire.FromWorker] = []
+        self.code: int | None = None
+
+        def live():
+            with theirs:
+                self.code = worker.run(worker.Pipe(theirs), begin, time.monotonic())
+
+        self.thread = threading.Thread(target=live)
+        self.thread.start()
+
+    def send(self, *messages: wire.ToWorker) -> None:
+        self.end.sendall(b"".join(map(wire.frame, messages)))
+
+    def next(self) -> wire.FromWorker:
+        while not self.messages:
+            data = self.end.recv(1 << 16)
+            assert data, "the worker closed the pipe"
+            self.messages += map(wire.decode_from_worker, self.buffer.feed(data))
+        return self.messages.pop(0)
+
+    def until(self, kind, holds=lambda message: True):
+        while not (isinstance(message := self.next(), kind) and holds(message)):
+            pass
+        return message
+
+    def close(self) -> None:
+        self.end.close()
+        self.thread.join(10)
+        assert not self.thread.is_alive()
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(begin):
+        servers.append(Server(begin))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+def engine(model=None):
+    return Engine(model or StubModel(), eos_token_ids=(257,), token_budget=32)
+
+
+def request(id="r", prompt=(1, 2, 3), **params):
+    return Request(
+        id, tuple(prompt), SamplingParams(**{"max_tokens": 4, "ignore_eos": True, "temperature": 0, **params})
+    )
+
+
+def tokens_of(server, id="r"):
+    tokens = []
+    while True:
+        for output in server.until(wire.Outputs).outputs:
+            if output.request == id:
+                tokens += [token.id for token in output.tokens]
+                if output.finish:
+                    return tokens, output.finish
+
+
+def test_phases_then_ready_then_tokens(serve):
+    def begin(mark):
+        mark("one")
+        mark("two")
+        return engine(), READY
+
+    server = serve(begin)
+    one, two = server.next(), server.next()
+    assert (one.name, two.name) == ("one", "two") and one.end == two.begin and one.begin <= one.end <= two.end
+    assert server.next() == READY
+    server.send(wire.Submit(request()))
+    tokens, finish = tokens_of(server)
+    assert len(tokens) == 4 and finish == "length"
+
+
+def test_the_tokens_are_those_of_the_engine_alone(serve):
+    server = serve(lambda mark: (engine(), READY))
+    server.send(wire.Submit(request("a", (1, 2))), wire.Submit(request("b", (3,) * 50, max_tokens=9)))
+    alone = engine()
+    alone.submit(request("b", (3,) * 50, max_tokens=9))
+    expected = []
+    while alone.has_work():
+        expected += [token.id for output in alone.step() for token in output.tokens]
+    assert tokens_of(server, "b") == (expected, "length")
+
+
+def test_every_step_says_how_the_engine_is(serve):
+    server = serve(lambda mark: (engine(), READY))
+    server.send(wire.Submit(request(prompt=range(100))))
+    steps = [server.until(wire.Outputs).stats.steps for _ in range(3)]
+    assert steps == [1, 2, 3]
+
+
+def test_blocks_are_free_at_once_after_an_abort(serve):
+    model = Paced(StubModel())
+    model.delay = 0.01
+    server = serve(lambda mark: (engine(model), READY))
+    server.send(wire.Submit(request(max_tokens=200)))
+    running = server.until(wire.Outputs, lambda message: message.outputs).stats
+    assert running.kv_blocks_free < running.kv_blocks
+    server.send(wire.Abort("r"))
+    after = server.until(wire.Outputs, lambda message: not message.stats.running).stats
+    assert after.kv_blocks_free == after.kv_blocks
+
+
+def test_an_abort_of_something_unknown_is_harmless(serve):
+    server = serve(lambda mark: (engine(), READY))
+    server.send(wire.Abort("nobody"), wire.Submit(request()))
+    assert tokens_of(server)[1] == "length"
+
+
+def test_a_request_that_cannot_run_is_refused_and_the_others_go_on(serve):
+    server = serve(lambda mark: (engine(), READY))
+    server.send(wire.Submit(request("bad", max_tokens=1000)), wire.Submit(request()))
+    refused = server.until(wire.Refused)
+    assert refused.request == "bad" and refused.status == 400 and "1003 tokens" in refused.why
+    assert tokens_of(server)[1] == "length"
+
+
+def test_a_nan_ends_one_request_only(serve):
+    server = serve(lambda mark: (engine(StubModel(nan_after=9)), READY))
+    server.send(wire.Submit(request("bad", (9,))), wire.Submit(request()))
+    assert tokens_of(server, "bad") == ([], "error")
+    server.send(wire.Submit(request("later")))
+    assert tokens_of(server, "later")[1] == "length"
+
+
+def test_stop_ends_the_loop(serve):
+    server = serve(lambda mark: (engine(), READY))
+    server.until(wire.Ready)
+    server.send(wire.Stop())
+    server.thread.join(10)
+    assert server.code == 0
+
+
+def test_the_end_of_the_pipe_ends_the_worker_also_amid_work(serve):
+    model = Paced(StubModel())
+    model.delay = 0.01
+    server = serve(lambda mark: (engine(model), READY))
+    server.send(wire.Submit(request(max_tokens=250)))
+    server.until(wire.Outputs)
+    server.end.close()
+    server.thread.join(10)
+    assert server.code == 0
+
+
+def test_a_start_that_fails_is_told_with_its_exit_code(serve):
+    def begin(mark):
+        raise HostError("No.", "Because.", "Do.")
+
+    server = serve(begin)
+    assert server.next() == wire.Failed("No.", "Because.", "Do.", 6)
+    server.thread.join(10)
+    assert server.code == 6
+
+
+def test_an_unforeseen_error_is_told_without_its_trace(serve):
+    model = Paced(StubModel())
+    model.raises = ValueError("the third\nsecret line")
+    server = serve(lambda mark: (engine(model), READY))
+    server.send(wire.Submit(request()))
+    failed = server.until(wire.Failed)
+    assert failed.why == "ValueError: the third" and failed.exit_code == 1
+
+
+# ---------------------------------------------------------------------------------------------- with a real model
+
+
+@pytest.fixture(scope="module")
+def snapshot(tmp_path_factory):
+    return servable_snapshot(tmp_path_factory.mktemp("worker") / "snap")
+
+
+def options(path, **settings):
+    with open_snapshot(path) as opened:
+        return worker.WorkerOptions(
+            **{"snapshot": str(path), "id": opened.id, "kv_memory": 1 << 20, "threads": 1, **settings}
+        )
+
+
+@pytest.mark.parametrize("verify", ["manifest", "full"])
+def test_a_real_start(snapshot, verify):
+    marks = []
+    made, ready = worker.begin_engine(options(snapshot, verify=verify), None, marks.append)
+    assert marks == [*(["verify"] if verify == "full" else []), "import engine", "map and bind", "canary"]
+    assert ready.canary.startswith("canary ok") and ready.max_length == 256 and ready.token_budget == 512
+    assert not made.has_work() and made.stats().kv_blocks == ready.kv_blocks > 0
+
+
+def test_another_snapshot_at_the_same_place_is_refused(snapshot):
+    with pytest.raises(SnapshotRefused, match="another snapshot"):
+        worker.begin_engine(options(snapshot, id="0" * 64), None, lambda name: None)
+
+
+def test_a_canary_that_does_not_match_is_refused(tmp_path):
+    path = servable_snapshot(tmp_path / "snap", wrong_canary=True)
+    with pytest.raises(SnapshotRefused, match="does not compute what it should"):
+        worker.begin_engine(options(path), None, lambda name: None)
+
+
+def test_without_a_canary_the_logits_have_to_be_finite(tmp_path):
+    path = servable_snapshot(tmp_path / "snap", canary=False)
+    _, ready = worker.begin_engine(options(path), None, lambda name: None)
+    assert ready.canary == "no canary recorded, logits finite"
+
+
+def test_full_verification_finds_a_flipped_byte(tmp_path):
+    path = servable_snapshot(tmp_path / "snap", canary=False)
+    chosen = options(path, verify="full")
+    rank = path / "rank-00000-of-00001.safetensors"
+    data = bytearray(rank.read_bytes())
+    data[-1] ^= 1
+    rank.write_bytes(data)
+    with pytest.raises(SnapshotRefused):
+        worker.begin_engine(chosen, None, lambda name: None)
+
+
+def start_process(snapshot, parent):
+    ours, theirs = socket.socketpair()
+    with theirs:
+        arguments = [str(theirs.fileno()), str(parent), msgspec.json.encode(options(snapshot)).decode()]
+        command = [sys.executable, "-m", "fgsnap.runtime.worker", *arguments]
+        return ours, subprocess.Popen(command, pass_fds=[theirs.fileno()])
+
+
+def test_a_worker_process_ignores_the_signals_of_the_terminal_and_ends_with_its_pipe(snapshot):
+    ours, process = start_process(snapshot, os.getpid())
+    with ours, process:
+        buffer, messages = wire.FrameBuffer(), []
+        ours.settimeout(30)
+        while not any(isinstance(message, wire.Ready) for message in messages):
+            messages += map(wire.decode_from_worker, buffer.feed(ours.recv(1 << 16)))
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
+        ours.sendall(wire.frame(wire.Submit(request())))
+        until(lambda: any(o.finish for m in map(wire.decode_from_worker, buffer.feed(ours.recv(1 << 16)))
+                          if isinstance(m, wire.Outputs) for o in m.outputs))  # fmt: skip
+        ours.close()
+        assert process.wait(10) == 0
+
+
+def test_a_worker_whose_parent_is_already_gone_does_not_start(snapshot):
+    ours, process = start_process(snapshot, parent=1)
+    with ours, process:
+        assert process.wait(20) == 0
+
+
+def test_the_worker_dies_with_a_parent_that_is_killed(snapshot):
+    """A parent that cannot say goodbye, while the worker is busy and does not look at its pipe."""
+    program = (
+        "import os, sys, time, socket, signal\n"
+        "from fgsnap.runtime import worker\n"
+        "parent = os.getpid()\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    worker._die_with(parent)\n"
+        "    print(os.getpid(), flush=True)\n"
+        "    while True: time.sleep(1)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+        child = int(parent.stdout.readline())
+        assert alive(child)
+        parent.kill()
+    until(lambda: not alive(child))

@@ -1,0 +1,572 @@
+"""The snapshot format: what is written is what opens, at any degree, the same every time, whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jsonschema
+import msgspec
+import numpy as np
+import pytest
+from blake3 import blake3
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from fgsnap.errors import HostError, NotFound, SnapshotRefused, UsageError
+from fgsnap.layout import possible_tp, stored_tensors
+from fgsnap.snapshot import (
+    CHUNK,
+    Canary,
+    Manifest,
+    SnapshotWriter,
+    TextSection,
+    open_snapshot,
+    opened_at_tp1,
+    plan_rank,
+    rank_file,
+    read_logical,
+    verify,
+)
+from fgsnap.spec import DecoderSpec
+from tests.snapshots import make_snapshot, random_weights, stored_array, tiny_spec
+
+ROOT = Path(__file__).parent.parent
+CANARY = Canary("", [1, 2, 3], [4, 5, 6], [0.5, 1.25, 2.0])
+TEXT = {"config.json": b'{"a": 1}', "tokenizer.json": b"{}", "chat_template.jinja": "{{ 'é' }}".encode()}
+
+
+def names(path: Path) -> set[str]:
+    return {entry.name for entry in path.iterdir()}
+
+
+# What is written opens
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_round_trip(tmp_path: Path, tp: int, dtype: str) -> None:
+    spec = tiny_spec(qkv_bias=True)
+    weights = random_weights(spec, dtype)
+    identity = make_snapshot(
+        tmp_path / "s",
+        spec,
+        tp,
+        dtype,
+        text_files=TEXT,
+        weights=weights,
+        canary=CANARY,
+        text=TextSection((7, 9), 1, True),
+    )
+    with open_snapshot(tmp_path / "s") as snapshot:
+        assert snapshot.id == identity == hashlib.sha256((tmp_path / "s/manifest.json").read_bytes()).hexdigest()
+        assert snapshot.manifest.spec == spec
+        assert snapshot.manifest.text == TextSection((7, 9), 1, True)
+        assert snapshot.canary == Canary(identity, CANARY.tokens, CANARY.next, CANARY.margins)
+        assert {name: snapshot.read_text(name) for name in TEXT} == TEXT
+        entries = iter(snapshot.manifest.tensors)
+        for rank in range(tp):
+            for tensor in stored_tensors(spec, tp, rank):
+                view = snapshot.tensor(next(entries))
+                assert view.readonly
+                assert view == stored_array(tensor, weights, dtype).tobytes(), tensor.name
+                view.release()
+    report = verify(tmp_path / "s")
+    assert (report.id, report.files, report.canary) == (identity, tp + len(TEXT), True)
+
+
+def test_what_lies_in_the_directory(tmp_path: Path) -> None:
+    make_snapshot(tmp_path / "s", tiny_spec(), 2, text_files=TEXT, canary=CANARY)
+    ranks = {f"rank-0000{rank}-of-00002.{kind}" for rank in (0, 1) for kind in ("safetensors", "chunks")}
+    assert names(tmp_path) == {"s"}
+    assert names(tmp_path / "s") == {
+        *TEXT, *ranks, "snapshot.json", "manifest.json", "canary.json", "README.md", ".gitattributes",
+    }  # fmt: skip
+
+
+def test_without_a_canary_there_is_no_canary_file(tmp_path: Path) -> None:
+    make_snapshot(tmp_path / "s", tiny_spec())
+    assert "canary.json" not in names(tmp_path / "s")
+    assert open_snapshot(tmp_path / "s").canary is None
+    assert verify(tmp_path / "s").canary is False
+
+
+def test_rank_files_open_in_the_safetensors_library(tmp_path: Path) -> None:
+    spec = tiny_spec(vocab_size=59)
+    weights = random_weights(spec)
+    make_snapshot(tmp_path / "s", spec, 4, weights=weights)
+    for rank in range(4):
+        file = tmp_path / "s" / rank_file(rank, 4)
+        with safe_open(file, "numpy") as opened:
+            assert opened.metadata()["format"] == "fgsnap"
+            stored = stored_tensors(spec, 4, rank)
+            assert {t.name for t in stored} == {n for n in opened.keys() if not n.startswith("__pad.")}  # noqa: SIM118
+            for tensor in stored:
+                np.testing.assert_array_equal(
+                    opened.get_tensor(tensor.name), stored_array(tensor, weights, "float32"), tensor.name
+                )
+            for name in opened.keys():  # noqa: SIM118
+                if name.startswith("__pad."):
+                    assert opened.get_tensor(name).dtype == np.uint8
+                    assert not opened.get_tensor(name).any()
+
+
+def test_layers_lie_on_pages_and_tensors_on_256_bytes(tmp_path: Path) -> None:
+    spec = tiny_spec(layers=3)
+    layout = plan_rank([(tensor, "bfloat16") for tensor in stored_tensors(spec, 2, 1)])
+    assert layout.data_start % 4096 == 0
+    assert all(tensor.offset % (4096 if tensor.starts_layer else 256) == 0 for tensor in layout.tensors)
+    assert sum(tensor.starts_layer for tensor in layout.tensors) == 3
+    assert layout.size == layout.tensors[-1].offset + layout.tensors[-1].bytes
+    make_snapshot(tmp_path / "s", spec, 2, "bfloat16")
+    assert (tmp_path / "s" / rank_file(1, 2)).stat().st_size == layout.size
+
+
+def test_tensors_may_differ_in_dtype(tmp_path: Path) -> None:
+    spec = tiny_spec(layers=1)
+    kinds = {t.name: "float32" if "norm" in t.name else "bfloat16" for t in stored_tensors(spec, 1, 0)}
+    layout = plan_rank([(tensor, kinds[tensor.name]) for tensor in stored_tensors(spec, 1, 0)])
+    assert {t.name: t.bytes // int(np.prod(t.shape)) for t in layout.tensors} == {
+        name: 4 if kind == "float32" else 2 for name, kind in kinds.items()
+    }
+
+
+@pytest.mark.parametrize("slab", [1 << 20, CHUNK, CHUNK + 12345, 1 << 26])
+def test_digests_whatever_the_slabs(tmp_path: Path, slab: int) -> None:
+    """A file of several chunks: digests are those of the bytes, however the bytes arrive."""
+    spec = tiny_spec(width=256, vocab_size=6000, layers=1)
+    layout = plan_rank([(tensor, "float32") for tensor in stored_tensors(spec, 1, 0)])
+    with SnapshotWriter(tmp_path / "s", spec, 1) as writer:
+        with writer.rank(0, layout) as out:
+            for tensor in layout.tensors:
+                data = np.random.default_rng(tensor.offset).bytes(tensor.bytes)
+                for start in range(0, tensor.bytes, slab):
+                    out.write(tensor.offset + start, memoryview(data)[start : start + slab])
+        entry = writer.files[rank_file(0, 1)]
+        whole = (writer.directory / rank_file(0, 1)).read_bytes()
+        chunks = (writer.directory / "rank-00000-of-00001.chunks").read_bytes()
+    assert len(whole) == layout.size > 2 * CHUNK
+    assert entry.sha256 == hashlib.sha256(whole).hexdigest()
+    assert chunks == b"".join(blake3(whole[at : at + CHUNK]).digest() for at in range(0, len(whole), CHUNK))
+    assert entry.chunks == hashlib.sha256(chunks).hexdigest()
+
+
+def test_a_snapshot_of_several_chunks_verifies_with_progress(tmp_path: Path) -> None:
+    spec = tiny_spec(width=256, vocab_size=6000, layers=1)
+    make_snapshot(tmp_path / "s", spec, text_files=TEXT)
+    steps: list[int] = []
+    report = verify(tmp_path / "s", steps.append)
+    assert sum(steps) == report.bytes > 2 * CHUNK
+    assert max(steps) == CHUNK
+    file = tmp_path / "s" / rank_file(0, 1)
+    with file.open("r+b") as out:
+        out.seek(CHUNK + 99)
+        out.write(b"\xff\xff\xff\xff\xff\xff\xff\xff")
+    with pytest.raises(SnapshotRefused, match=r"damaged in chunk 1 .*bytes 4194304 to 8388608.*embed\.weight"):
+        verify(tmp_path / "s")
+
+
+def test_closing_leaves_views_alive(tmp_path: Path) -> None:
+    spec = tiny_spec()
+    weights = random_weights(spec)
+    make_snapshot(tmp_path / "s", spec, weights=weights)
+    snapshot = open_snapshot(tmp_path / "s")
+    view = snapshot.tensor(snapshot.manifest.tensors[0])
+    snapshot.touch()
+    snapshot.close()
+    snapshot.close()
+    del snapshot
+    gc.collect()
+    assert view == weights["embed.weight"].tobytes()
+
+
+def test_a_file_is_mapped_once_and_descriptors_do_not_leak(tmp_path: Path) -> None:
+    make_snapshot(tmp_path / "s", tiny_spec(), 4)
+    before = len(names(Path("/proc/self/fd")))
+    with open_snapshot(tmp_path / "s") as snapshot:
+        mapped = Path("/proc/self/maps").read_text().count("rank-0000")
+        assert mapped == 4
+        assert snapshot.id
+    assert len(names(Path("/proc/self/fd"))) == before
+    assert "rank-0000" not in Path("/proc/self/maps").read_text()
+
+
+def test_text_files(tmp_path: Path) -> None:
+    make_snapshot(tmp_path / "s", tiny_spec(), text_files=TEXT)
+    with open_snapshot(tmp_path / "s") as snapshot:
+        with pytest.raises(NotFound, match=r"has no generation_config\.json"):
+            snapshot.read_text("generation_config.json")
+        (tmp_path / "s/config.json").write_bytes(b'{"a": 2}')
+        with pytest.raises(SnapshotRefused, match=r"config\.json does not have the digest"):
+            snapshot.read_text("config.json")
+
+
+def test_a_missing_directory_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match="There is no snapshot"):
+        open_snapshot(tmp_path / "nowhere")
+
+
+def test_opening_300_tensors_takes_milliseconds(tmp_path: Path) -> None:
+    make_snapshot(tmp_path / "s", tiny_spec(layers=50))
+    times = []
+    for _ in range(10):
+        begin = time.perf_counter()
+        snapshot = open_snapshot(tmp_path / "s")
+        times.append(time.perf_counter() - begin)
+        assert len(snapshot.manifest.tensors) == 303
+    assert min(times) < 0.015
+
+
+def test_opening_imports_little() -> None:
+    script = """
+        import sys
+        import fgsnap.snapshot
+        third = {name.split(".")[0] for name in sys.modules} - set(sys.stdlib_module_names)
+        heavy = {"logging", "shutil", "subprocess", "json", "concurrent.futures", "asyncio"} & set(sys.modules)
+        print(sorted(name for name in third if not name.startswith("_")), sorted(heavy))
+    """
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", textwrap.dedent(script)],
+        env={"PYTHONPATH": os.pathsep.join([str(ROOT), *(p for p in sys.path if p.endswith("site-packages"))])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.strip() == "['blake3', 'fgsnap', 'msgspec', 'typing_extensions'] []"
+
+
+# Any degree opens at TP 1
+
+
+@st.composite
+def divided_specs(draw: st.DrawFn) -> tuple[DecoderSpec, int]:
+    kv_heads = draw(st.integers(1, 4))
+    spec = tiny_spec(
+        width=draw(st.integers(1, 12)),
+        heads=kv_heads * draw(st.integers(1, 4)),
+        kv_heads=kv_heads,
+        head_dim=2,
+        inner=12 * draw(st.integers(1, 2)),
+        layers=draw(st.integers(1, 2)),
+        vocab_size=draw(st.integers(1, 50)),
+        tied=draw(st.booleans()),
+        qkv_bias=draw(st.booleans()),
+        mlp_bias=draw(st.booleans()),
+    )
+    return spec, draw(st.sampled_from(possible_tp(spec, 8)))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(divided_specs(), st.sampled_from(("float32", "bfloat16")), st.data())
+def test_any_snapshot_opens_at_tp1(
+    tmp_path: Path, division: tuple[DecoderSpec, int], dtype: str, data: st.DataObject
+) -> None:
+    spec, tp = division
+    weights = random_weights(spec, dtype)
+    shutil.rmtree(tmp_path / "s", ignore_errors=True)
+    make_snapshot(tmp_path / "s", spec, tp, dtype, weights=weights)
+    with open_snapshot(tmp_path / "s") as snapshot:
+        opened = opened_at_tp1(snapshot)
+        expected = stored_tensors(spec, 1, 0)
+        assert list(opened) == [tensor.name for tensor in expected]
+        for tensor in expected:
+            kind, shape, view = opened[tensor.name]
+            assert (kind, shape, view.readonly) == (dtype, tensor.shape, True)
+            assert view == stored_array(tensor, weights, dtype).tobytes(), tensor.name
+        for name, array in weights.items():
+            start = data.draw(st.integers(0, array.shape[0]))
+            stop = data.draw(st.integers(start, array.shape[0]))
+            rows = np.zeros_like(array[start:stop])
+            if stop > start:
+                read_logical(snapshot, name, start, stop, memoryview(rows))
+            np.testing.assert_array_equal(rows, array[start:stop], name)
+        del opened, view
+
+
+def test_tp1_of_tp1_copies_nothing(tmp_path: Path) -> None:
+    make_snapshot(tmp_path / "s", tiny_spec())
+    with open_snapshot(tmp_path / "s") as snapshot:
+        mapped = snapshot.tensor(snapshot.manifest.tensors[0])
+        opened = opened_at_tp1(snapshot)["embed.weight"][2]
+        assert np.frombuffer(opened, np.uint8).ctypes.data == np.frombuffer(mapped, np.uint8).ctypes.data
+
+
+def test_each_needed_byte_is_copied_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where KV heads are stored by several ranks."""
+    from fgsnap.snapshot import gathering
+
+    spec = tiny_spec(heads=8, kv_heads=2, qkv_bias=True)
+    make_snapshot(tmp_path / "s", spec, 8)
+    copied = []
+    copy_box = gathering.copy_box
+    monkeypatch.setattr(gathering, "copy_box", lambda *args: copied.append(copy_box(*args)) or copied[-1])
+    opened = opened_at_tp1(open_snapshot(tmp_path / "s"))
+    assert sum(copied) == sum(len(view) for _, _, view in opened.values())
+
+
+# The same every time
+
+
+BUILD = """
+    import os, sys
+    os.umask(int(sys.argv[2], 8))
+    from pathlib import Path
+    from tests.snapshots import make_snapshot, tiny_spec
+    print(make_snapshot(Path(sys.argv[1]), tiny_spec(), 2, text_files={"b.json": b"{}", "a.json": b"[]"}))
+"""
+
+
+def test_the_id_depends_on_nothing_but_the_content(tmp_path: Path) -> None:
+    built = []
+    for index, (umask, seed, locale) in enumerate([("022", "0", "C"), ("077", "1", "C.UTF-8"), ("000", "77", "tr_TR")]):
+        target = tmp_path / str(index)
+        result = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(BUILD), str(target), umask],
+            env={**os.environ, "PYTHONHASHSEED": seed, "LC_ALL": locale, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        files = {f.name: (f.stat().st_mode, f.read_bytes()) for f in sorted(target.iterdir())}
+        assert target.stat().st_mode & 0o777 == 0o755
+        assert {mode & 0o777 for mode, _ in files.values()} == {0o644}
+        built.append((result.stdout, files))
+    assert built[0] == built[1] == built[2]
+
+
+def test_an_integer_in_a_float_field_does_not_change_the_id(tmp_path: Path) -> None:
+    spec = tiny_spec()
+    rope = msgspec.structs.replace(spec.ropes[0], theta=10000)
+    same = msgspec.structs.replace(spec, ropes=(rope,))
+    assert make_snapshot(tmp_path / "a", spec) == make_snapshot(tmp_path / "b", same)
+
+
+def test_a_changed_weight_changes_the_id(tmp_path: Path) -> None:
+    assert make_snapshot(tmp_path / "a", tiny_spec(), seed=0) != make_snapshot(tmp_path / "b", tiny_spec(), seed=1)
+
+
+def test_the_published_schema_is_the_manifest(tmp_path: Path) -> None:
+    published = json.loads((ROOT / "manifests/manifest.schema.json").read_text())
+    schema = json.loads(msgspec.json.encode(msgspec.json.schema(Manifest)))
+    assert {"$schema": published["$schema"], "$id": published["$id"]} | schema == published
+    make_snapshot(tmp_path / "s", tiny_spec(), 2, text_files=TEXT)
+    manifest = json.loads((tmp_path / "s/manifest.json").read_text())
+    jsonschema.Draft202012Validator(published).validate(manifest)
+    del manifest["spec"]["width"]
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.Draft202012Validator(published).validate(manifest)
+
+
+# Whole or not at all
+
+
+@pytest.fixture
+def spec() -> DecoderSpec:
+    return tiny_spec(layers=1)
+
+
+def test_a_taken_target_is_refused(tmp_path: Path, spec: DecoderSpec) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine").write_text("keep")
+    (tmp_path / "file").write_text("keep")
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    before = names(tmp_path)
+    for name, reason in (("full", "not empty"), ("file", "not a directory"), ("link", "not a directory")):
+        with pytest.raises(UsageError, match="Cannot write a snapshot") as error:
+            SnapshotWriter(tmp_path / name, spec, 1)
+        assert reason in error.value.why
+    assert names(tmp_path) == before
+    assert (tmp_path / "full/mine").read_text() == "keep"
+
+
+def test_an_empty_target_is_fine(tmp_path: Path, spec: DecoderSpec) -> None:
+    (tmp_path / "s").mkdir(mode=0o700)
+    make_snapshot(tmp_path / "s", spec)
+    assert verify(tmp_path / "s").id
+
+
+def test_a_second_writer_is_refused(tmp_path: Path, spec: DecoderSpec) -> None:
+    with SnapshotWriter(tmp_path / "s", spec, 1) as first:
+        first.add_file("config.json", b"{}")
+        with pytest.raises(UsageError, match="Another convert is writing s"):
+            SnapshotWriter(tmp_path / "s", spec, 1)
+        assert names(first.directory) == {"config.json"}
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SystemExit])
+def test_a_failure_leaves_nothing_behind(tmp_path: Path, spec: DecoderSpec, failure: type[BaseException]) -> None:
+    layout = plan_rank([(tensor, "float32") for tensor in stored_tensors(spec, 1, 0)])
+    writer = SnapshotWriter(tmp_path / "deep/er/s", spec, 1)
+    with pytest.raises(failure), writer, writer.rank(0, layout) as out:
+        out.write(layout.tensors[0].offset, memoryview(bytes(layout.tensors[0].bytes)))
+        raise failure
+    assert names(tmp_path) == set()
+
+
+def test_leaving_without_publishing_leaves_nothing_behind(tmp_path: Path, spec: DecoderSpec) -> None:
+    (tmp_path / "mine").mkdir()
+    with SnapshotWriter(tmp_path / "mine/s", spec, 1) as writer:
+        writer.add_file("config.json", b"{}")
+    assert names(tmp_path) == {"mine"}
+    assert names(tmp_path / "mine") == set()
+
+
+HALF = """
+    import sys, time
+    from pathlib import Path
+    from fgsnap.layout import stored_tensors
+    from fgsnap.snapshot import SnapshotWriter, plan_rank
+    from tests.snapshots import tiny_spec
+    spec = tiny_spec(layers=1)
+    writer = SnapshotWriter(Path(sys.argv[1]), spec, 1)
+    layout = plan_rank([(tensor, "float32") for tensor in stored_tensors(spec, 1, 0)])
+    out = writer.rank(0, layout)
+    writer.add_file("config.json", b"{}")
+    (writer.directory / "left").mkdir()
+    print("half", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def half_written(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(HALF), str(tmp_path / "s")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    with process:
+        assert process.stdout.readline() == "half\n"
+        yield process
+        process.kill()
+
+
+def test_kill_leaves_a_partial_directory_that_the_next_writer_takes_over(
+    tmp_path: Path, half_written: subprocess.Popen[str]
+) -> None:
+    with pytest.raises(UsageError, match="Another convert is writing s"):
+        make_snapshot(tmp_path / "s", tiny_spec())
+    half_written.send_signal(signal.SIGKILL)
+    half_written.wait()
+    assert names(tmp_path) == {"s.partial"}
+    with pytest.raises(SnapshotRefused, match="not a finished snapshot"):
+        open_snapshot(tmp_path / "s.partial")
+    make_snapshot(tmp_path / "s", tiny_spec())
+    assert names(tmp_path) == {"s"}
+    assert verify(tmp_path / "s").id
+
+
+def test_what_is_in_the_way_of_the_partial_directory_is_not_touched(tmp_path: Path, spec: DecoderSpec) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious/file").write_text("keep")
+    for partial in (lambda p: p.write_text("keep"), lambda p: p.symlink_to(tmp_path / "precious")):
+        partial(tmp_path / "s.partial")
+        with pytest.raises(UsageError, match="in the way"):
+            SnapshotWriter(tmp_path / "s", spec, 1)
+        (tmp_path / "s.partial").unlink()
+    assert (tmp_path / "precious/file").read_text() == "keep"
+
+
+def test_a_target_that_appears_meanwhile_is_kept(
+    tmp_path: Path, spec: DecoderSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def appear(descriptor: int) -> None:
+        (tmp_path / "s").mkdir(exist_ok=True)
+        (tmp_path / "s/mine").write_text("keep")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", appear)
+    with pytest.raises(UsageError, match="Cannot write a snapshot"):
+        make_snapshot(tmp_path / "s", spec)
+    assert names(tmp_path) == {"s"}
+    assert names(tmp_path / "s") == {"mine"}
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_told_with_the_bytes_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    spec = tiny_spec(width=256, vocab_size=6000, layers=1)
+    size = plan_rank([(tensor, "float32") for tensor in stored_tensors(spec, 1, 0)]).size
+    written = [0]
+    write = os.write
+
+    def fill(descriptor: int, data: bytes | memoryview) -> int:
+        written[0] += len(data)
+        if written[0] > 5_000_000:
+            raise OSError(code, os.strerror(code))
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", fill)
+    with pytest.raises(HostError, match=f"needs {size} bytes") as error:
+        make_snapshot(tmp_path / "s", spec)
+    assert os.strerror(code) in error.value.why
+    assert error.value.exit_code == 6
+    assert names(tmp_path) == set()
+
+
+def test_too_little_space_is_told_before_anything_is_written(
+    tmp_path: Path, spec: DecoderSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.statvfs(tmp_path)
+    fields = list(real)[:11]
+    fields[4] = 2  # f_bavail
+    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result(fields))
+    with pytest.raises(HostError, match="No room to write"):
+        make_snapshot(tmp_path / "s", spec)
+    assert names(tmp_path) == set()
+
+
+def test_a_file_size_limit_of_the_process_counts_as_a_full_disk(tmp_path: Path) -> None:
+    script = BUILD.replace(
+        "print(", f"resource.setrlimit(resource.RLIMIT_FSIZE, (9000, {resource.RLIM_INFINITY}))\n    print("
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", "import resource\n" + textwrap.dedent(script), str(tmp_path / "s"), "022"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "HostError: No room to write rank-00000-of-00002.safetensors: it needs 44672 bytes" in result.stderr
+    assert names(tmp_path) == set()
+
+
+def test_an_unpublished_directory_opens_for_its_own_writer_only(tmp_path: Path, spec: DecoderSpec) -> None:
+    opened: list[str] = []
+
+    class Watching(SnapshotWriter):
+        def publish(self, canary: Canary | None) -> Path:
+            with open_snapshot(self.directory, committed=False) as snapshot:
+                opened.append(snapshot.id)
+            with pytest.raises(SnapshotRefused, match="not a finished snapshot"):
+                open_snapshot(self.directory)
+            return super().publish(canary)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.snapshots.SnapshotWriter", Watching)
+        identity = make_snapshot(tmp_path / "s", spec)
+    assert opened == [identity]
+
+
+def test_the_directory_can_be_copied_and_renamed(tmp_path: Path) -> None:
+    identity = make_snapshot(tmp_path / "s", tiny_spec(), 2)
+    shutil.copytree(tmp_path / "s", tmp_path / "t")
+    (tmp_path / "u").symlink_to(tmp_path / "t")
+    assert verify(tmp_path / "u").id == identity
