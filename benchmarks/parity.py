@@ -38,6 +38,23 @@ TEXTS = (
     "To sort a list in Python, call sorted(values) for a new list or values.sort() to change the list in place. Both "
     "take a key function: sorted(words, key=len) orders words by their length, and equal ones keep their order.",
     "What is 17 times 23?",
+    "Once upon a time there was a small fox who lived at the edge of a wide forest. Every morning she walked down to "
+    "the river to drink, and every morning the old heron greeted her with the same question: what did you dream? The "
+    "fox never remembered her dreams, so she made them up, and each day they grew longer and stranger. In one of them "
+    "the river ran uphill and carried the heron to the moon. The heron laughed for the first time in many years, and "
+    "from then on it was the heron who came early, and the fox who was asked to begin again from the start.",
+    "A snapshot is a directory with one file for each rank. Whoever opens it reads the manifest first, compares the "
+    "sizes and the digests, and maps the files into memory. Nothing is parsed twice, nothing is copied, and nothing in "
+    "it can run. If a single byte has changed since it was written, the reader says which file and which part of it, "
+    "and stops. The converter pays for all of this once, so that a thousand starts do not have to.",
+    "Preheat the oven to 220 degrees. Mix 500 g of flour, 10 g of salt and 7 g of yeast in a large bowl, add 350 ml of "
+    "warm water, and knead the dough for ten minutes until it is smooth. Cover it, let it rest for one hour, shape it "
+    "into a loaf, and wait another half hour. Cut the top with a sharp knife. Bake for 35 minutes; the bread is ready "
+    "when it sounds hollow. 1. Do not open the oven early. 2. Let the loaf cool before you cut it. 3. Keep the crust.",
+    "def primes(limit):\n    sieve = [True] * (limit + 1)\n    for n in range(2, int(limit ** 0.5) + 1):\n"
+    "        if sieve[n]:\n            for multiple in range(n * n, limit + 1, n):\n"
+    "                sieve[multiple] = False\n    return [n for n in range(2, limit + 1) if sieve[n]]\n\n"
+    "print(primes(100))  # 2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83\n",
 )
 
 

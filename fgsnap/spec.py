@@ -9,6 +9,7 @@ Shapes below use: T tokens, H width, D head dim, V vocabulary, I inner width of 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Literal
 
@@ -22,7 +23,7 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     """Base of all spec values: frozen, strict, and stored without its defaults."""
 
 
-class Norm(Part):
+class Norm(Part, frozen=True):
     """A normalisation over the last axis, computed in float32.
 
     rms: x / sqrt(mean(x^2) + eps); ln: (x - mean) / sqrt(var + eps); l2: x / sqrt(mean(x^2) + eps) without weight.
@@ -37,20 +38,20 @@ class Norm(Part):
     float32_weight: bool = False
 
 
-class Linear(Part):
+class Linear(Part, frozen=True):
     """``rope scaling: linear``: every position is divided by ``factor``."""
 
     factor: float
 
 
-class DynamicNtk(Part):
+class DynamicNtk(Part, frozen=True):
     """Dynamic NTK: theta grows with the deployment's longest context beyond ``original_length`` tokens."""
 
     factor: float
     original_length: int
 
 
-class Llama3(Part):
+class Llama3(Part, frozen=True):
     """Llama-3.1 scaling: long wavelengths are divided by ``factor``, short ones kept, the band between interpolated."""
 
     factor: float
@@ -59,7 +60,7 @@ class Llama3(Part):
     original_length: int
 
 
-class Yarn(Part):
+class Yarn(Part, frozen=True):
     """YaRN (arXiv:2309.00071). ``attention_factor`` multiplies cos and sin and is settled at conversion."""
 
     factor: float
@@ -70,7 +71,7 @@ class Yarn(Part):
     truncate: bool = True
 
 
-class LongRope(Part):
+class LongRope(Part, frozen=True):
     """LongRoPE (arXiv:2402.13753): one divisor a frequency; the long list serves contexts beyond ``original_length``.
 
     A deployment uses one table for its whole life, picked by its longest context: switching tables in the middle of a
@@ -83,7 +84,7 @@ class LongRope(Part):
     attention_factor: float
 
 
-class Rope(Part):
+class Rope(Part, frozen=True):
     """A rotary embedding on the first ``dims`` of each head, first half against second half of those dims.
 
     Snapshots store every checkpoint in that order; adjacent-pair checkpoints are permuted at conversion.
@@ -100,14 +101,14 @@ class Rope(Part):
     proportional_head_dim: int | None = None
 
 
-class Alibi(Part):
+class Alibi(Part, frozen=True):
     """Linear attention biases, slope x key position; the flags say how the checkpoint's author rounded them."""
 
     scaled: bool = False
     bfloat16: bool = False
 
 
-class QueryTemperature(Part):
+class QueryTemperature(Part, frozen=True):
     """Queries scaled by position p.
 
     ``logn``: log_base(p) beyond base; ``step``: 1 + scale ln(1 + floor((p + 1) / base)).
@@ -118,7 +119,7 @@ class QueryTemperature(Part):
     scale: float = 0.0
 
 
-class QkNorm(Part):
+class QkNorm(Part, frozen=True):
     """Norm of queries and keys: over each head or over the whole projection, before or after the rotation."""
 
     norm: Norm
@@ -126,7 +127,7 @@ class QkNorm(Part):
     after_rope: bool = False
 
 
-class Latent(Part):
+class Latent(Part, frozen=True):
     """Multi-head latent attention (arXiv:2405.04434): ranks of the query and key-value latents, rotated dims apart."""
 
     kv_rank: int
@@ -135,7 +136,7 @@ class Latent(Part):
     query_rank: int | None = None
 
 
-class Attention(Part):
+class Attention(Part, frozen=True):
     """Softmax attention; query head h reads key head h * kv_heads / heads (grouped-query attention).
 
     ``window`` w: a query at position p sees keys at p - w + 1 ... p. ``chunk`` c: keys of the same multiple of c only.
@@ -172,7 +173,7 @@ class Attention(Part):
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu"]
 
 
-class Mlp(Part):
+class Mlp(Part, frozen=True):
     """down(act(gate(x)) * up(x)) when ``gated``, else down(act(up(x))). ``clamp`` belongs to clamped_swiglu."""
 
     inner: int
@@ -183,7 +184,7 @@ class Mlp(Part):
     clamp: float | None = None
 
 
-class Router(Part):
+class Router(Part, frozen=True):
     """How tokens pick experts.
 
     ``score`` over all experts then top-k, or with ``select_first`` top-k of the logits and then score over the k.
@@ -204,21 +205,21 @@ class Router(Part):
     weigh_input: bool = False
 
 
-class SharedExpert(Part):
+class SharedExpert(Part, frozen=True):
     """An MLP every token passes, multiplied by sigmoid(gate(x)) when ``gated_by_input``."""
 
     mlp: Mlp
     gated_by_input: bool = False
 
 
-class Experts(Part):
+class Experts(Part, frozen=True):
     count: int
     mlp: Mlp
     router: Router
     shared: SharedExpert | None = None
 
 
-class Layer(Part):
+class Layer(Part, frozen=True):
     """One decoder layer.
 
     sequential: x += m * attn_out(attention(attn_in(x))); x += m * mlp_out(mlp(mlp_in(x))), m = residual_multiplier.
@@ -237,7 +238,7 @@ class Layer(Part):
     residual_multiplier: float = 1.0
 
 
-class Embedding(Part):
+class Embedding(Part, frozen=True):
     """Token rows [V, width], multiplied by ``scale`` (rounded to the weight dtype first when ``round_scale``).
 
     ``learned_positions`` rows are added at index position + ``position_offset``. ``width`` differs from the decoder's
@@ -251,7 +252,7 @@ class Embedding(Part):
     position_offset: int = 0
 
 
-class Head(Part):
+class Head(Part, frozen=True):
     """Logits = softcap(multiplier * (lm_head(x) + bias)). ``tied`` reads the embedding rows."""
 
     tied: bool = False
@@ -260,7 +261,7 @@ class Head(Part):
     softcap: float | None = None
 
 
-class DecoderSpec(Part):
+class DecoderSpec(Part, frozen=True):
     """A whole decoder. ``layers[i]`` is the index into ``layer_kinds`` of layer i, so equal layers are stored once."""
 
     vocab_size: int
@@ -312,8 +313,14 @@ def features(spec: DecoderSpec) -> frozenset[str]:
 _PART_NAMES = {"Attention": "attention", "Mlp": "mlp", "Norm": "norm", "Experts": "experts"}
 
 
+@functools.cache
+def _fields(kind: type[Part]) -> tuple[msgspec.structs.FieldInfo, ...]:
+    """A part's fields; asking msgspec evaluates all annotations, which opening a snapshot should not pay a rank."""
+    return msgspec.structs.fields(kind)
+
+
 def _collect(place: str, part: Part, found: set[str]) -> None:
-    for field in msgspec.structs.fields(part):
+    for field in _fields(type(part)):
         value = getattr(part, field.name)
         if isinstance(value, Part):
             if field.name != "mlp" and field.name != "attention":

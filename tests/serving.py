@@ -6,14 +6,15 @@ import asyncio
 import contextlib
 import json
 import os
-import signal
+import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import openai
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -24,7 +25,7 @@ from fgsnap.runtime.link import Link
 from fgsnap.runtime.process import Worker
 from fgsnap.runtime.server import App, Identity
 from fgsnap.runtime.service import HttpServer
-from fgsnap.snapshot import Canary, TextSection, open_snapshot
+from fgsnap.snapshot import Canary, TextSection
 from tests.doubles import ByteText, StubModel
 from tests.snapshots import make_snapshot, tiny_spec
 
@@ -231,46 +232,46 @@ def byte_tokenizer() -> bytes:
     return tokenizer.to_str().encode()
 
 
-def servable_snapshot(path: Path, *, canary: bool = True, wrong_canary: bool = False, max_length: int = 256) -> Path:
+WRONG_CANARY = Canary("", list(range(14)), [1] * 14, [5.0] * 14)
+
+
+def servable_snapshot(
+    path: Path, *, canary: Literal["right", "wrong", "none"] = "right", max_length: int = 256
+) -> Path:
     """A tiny random Llama with a tokenizer and a chat template, ready to serve."""
-    spec = tiny_spec(vocab_size=258, max_length=max_length)
     files = {"tokenizer.json": byte_tokenizer(), "chat_template.jinja": CHAT_TEMPLATE.encode()}
     text = TextSection(eos_token_ids=(257,), template="jinja")
-    make_snapshot(path, spec, text_files=files, text=text)
-    if canary:
-        _add_canary(path, wrong_canary)
+
+    def write(canary: Canary | None) -> None:
+        make_snapshot(
+            path, tiny_spec(vocab_size=258, max_length=max_length), text_files=files, text=text, canary=canary
+        )
+
+    write(WRONG_CANARY if canary == "wrong" else None)
+    if canary == "right":
+        command = [sys.executable, "-m", "fgsnap.runtime.canary", str(path)]
+        values = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+        shutil.rmtree(path)
+        write(Canary("", values["tokens"], values["next"], values["margins"]))
     return path
 
 
-def _add_canary(path: Path, wrong: bool) -> None:
-    """Write the snapshot once more, with its own canary."""
-    import shutil
-
-    done = subprocess.run(
-        [sys.executable, "-m", "fgsnap.runtime.canary", str(path)], capture_output=True, text=True, check=True
-    )
-    values = json.loads(done.stdout)
-    with open_snapshot(path) as opened:
-        spec, section = opened.manifest.spec, opened.manifest.text
-        files = {name: opened.read_text(name) for name in ("tokenizer.json", "chat_template.jinja")}
-    shutil.rmtree(path)
-    following = [(token + 1) % 256 for token in values["next"]] if wrong else values["next"]
-    margins = [5.0] * len(following) if wrong else values["margins"]
-    canary = Canary("", values["tokens"], following, margins)
-    make_snapshot(path, spec, text_files=files, text=section, canary=canary)
+SERVE = (sys.executable, "-P", "-m", "fgsnap", "serve")  # as installed: nothing comes from the working directory
+ROOT = Path(__file__).parents[1]
 
 
 class RealService:
     """``fgsnap serve`` in its own process."""
 
-    def __init__(self, snapshot: Path, *options: str, environment: dict[str, str] | None = None) -> None:
-        command = [sys.executable, "-m", "fgsnap", "serve", str(snapshot), "--port", "0", *options]
-        self.began = time.monotonic()
+    def __init__(
+        self, snapshot: Path, *options: str, environment: dict[str, str] | None = None, directory: Path = ROOT
+    ) -> None:
         self.process = subprocess.Popen(
-            command,
+            [*SERVE, str(snapshot), "--port", "0", *options],
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+            cwd=directory,
+            env=_environment(environment),
         )
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read)
@@ -288,7 +289,8 @@ class RealService:
         return str(line).split("ready at ")[1].split()[0]
 
     def worker(self) -> int:
-        """The process id of the engine worker."""
+        """The process id of the engine worker; waits until it is ready."""
+        assert self.url
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         assert len(children) == 1
         return int(children[0])
@@ -310,18 +312,30 @@ class RealService:
 
 
 @contextlib.contextmanager
-def real_service(snapshot: Path, *options: str, environment: dict[str, str] | None = None) -> Iterator[RealService]:
-    service = RealService(snapshot, *options, environment=environment)
+def real_service(snapshot: Path, *options: str, **settings) -> Iterator[RealService]:
+    service = RealService(snapshot, *options, **settings)
     try:
         yield service
     finally:
         service.close()
 
 
-def run_serve(snapshot: Path | str, *options: str) -> subprocess.CompletedProcess[str]:
+def run_serve(
+    snapshot: Path | str, *options: str, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """``fgsnap serve`` where it is expected to end by itself."""
-    command: Sequence[str] = [sys.executable, "-m", "fgsnap", "serve", str(snapshot), *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        [*SERVE, str(snapshot), *options],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=_environment(environment),
+    )
+
+
+def _environment(more: dict[str, str] | None) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(more or {})}
 
 
 def alive(pid: int) -> bool:
@@ -330,6 +344,3 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-__all__ = [name for name in dir() if not name.startswith("_")] + ["signal"]

@@ -20,7 +20,7 @@ INNER = {
     "fgsnap.errors": (),
     "fgsnap.spec": ("fgsnap.errors",),
     "fgsnap.layout": ("fgsnap.errors", "fgsnap.spec"),
-    "fgsnap.snapshot": ("fgsnap.errors", "fgsnap.spec", "fgsnap.layout", "fgsnap"),
+    "fgsnap.snapshot": ("fgsnap.errors", "fgsnap.spec", "fgsnap.layout", "fgsnap.snapshot"),
     "fgsnap.kernels": ("fgsnap.errors", "fgsnap.kernels"),
     "fgsnap.convert": (
         "fgsnap.errors", "fgsnap.spec", "fgsnap.layout", "fgsnap.snapshot", "fgsnap.convert", "fgsnap",
@@ -38,6 +38,7 @@ OUTER = {
     "fgsnap.layout": {"msgspec"},
     "fgsnap.snapshot": {"msgspec", "blake3"},
     "fgsnap.kernels.reference": {"torch"},
+    "fgsnap.kernels.choose": {"torch"},
     "fgsnap.kernels": set(),
     "fgsnap.convert": {"msgspec", "numpy", "gguf", "huggingface_hub", "tokenizers"},
     "fgsnap.runtime": {"msgspec", "starlette", "uvicorn", "prometheus_client", "tokenizers", "minijinja"},

@@ -193,6 +193,13 @@ def test_closing_leaves_views_alive(tmp_path: Path) -> None:
     assert view == weights["embed.weight"].tobytes()
 
 
+def test_touching_works_without_the_advice_of_newer_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_snapshot(tmp_path / "s", tiny_spec(), 2)
+    monkeypatch.setattr("fgsnap.snapshot.reading._MADV_POPULATE_READ", 0x7FFFFFF)
+    with open_snapshot(tmp_path / "s") as snapshot:
+        snapshot.touch()
+
+
 def test_a_file_is_mapped_once_and_descriptors_do_not_leak(tmp_path: Path) -> None:
     make_snapshot(tmp_path / "s", tiny_spec(), 4)
     before = len(names(Path("/proc/self/fd")))
@@ -214,9 +221,11 @@ def test_text_files(tmp_path: Path) -> None:
             snapshot.read_text("config.json")
 
 
-def test_a_missing_directory_is_not_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["nowhere", "a\0b", "long" * 100, "file", "file/in/it"])
+def test_a_missing_directory_is_not_found(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("")
     with pytest.raises(NotFound, match="There is no snapshot"):
-        open_snapshot(tmp_path / "nowhere")
+        open_snapshot(tmp_path / name)
 
 
 def test_opening_300_tensors_takes_milliseconds(tmp_path: Path) -> None:
@@ -358,10 +367,17 @@ def test_a_changed_weight_changes_the_id(tmp_path: Path) -> None:
     assert make_snapshot(tmp_path / "a", tiny_spec(), seed=0) != make_snapshot(tmp_path / "b", tiny_spec(), seed=1)
 
 
+SCHEMA = ROOT / "manifests/manifest.schema.json"
+
+
+def schema() -> str:
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": "urn:fgsnap:manifest:1"}
+    return json.dumps(head | msgspec.json.schema(Manifest), indent=2) + "\n"
+
+
 def test_the_published_schema_is_the_manifest(tmp_path: Path) -> None:
-    published = json.loads((ROOT / "manifests/manifest.schema.json").read_text())
-    schema = json.loads(msgspec.json.encode(msgspec.json.schema(Manifest)))
-    assert {"$schema": published["$schema"], "$id": published["$id"]} | schema == published
+    assert SCHEMA.read_text() == schema(), "write it anew with: python -m tests.test_snapshot"
+    published = json.loads(SCHEMA.read_text())
     make_snapshot(tmp_path / "s", tiny_spec(), 2, text_files=TEXT)
     manifest = json.loads((tmp_path / "s/manifest.json").read_text())
     jsonschema.Draft202012Validator(published).validate(manifest)
@@ -570,3 +586,59 @@ def test_the_directory_can_be_copied_and_renamed(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "s", tmp_path / "t")
     (tmp_path / "u").symlink_to(tmp_path / "t")
     assert verify(tmp_path / "u").id == identity
+
+
+# A reader made from docs/format.md alone, without fgsnap's code
+
+
+def read_logical_tensors(path: Path) -> dict[str, np.ndarray]:
+    """All logical tensors of a snapshot, float32 only, for what the document promises."""
+
+    def digest(data: bytes) -> str:
+        return hashlib.sha256(data).hexdigest()
+
+    commit = json.loads((path / "snapshot.json").read_bytes())
+    assert (commit["format"], commit["requires"]) == (1, [])
+    raw = (path / "manifest.json").read_bytes()
+    assert digest(raw) == commit["manifest"] == commit["id"]
+    manifest = json.loads(raw)
+    for name, entry in manifest["files"].items():
+        data = (path / name).read_bytes()
+        assert (len(data), digest(data)) == (entry["bytes"], entry["sha256"])
+        if entry["chunks"]:
+            chunks = (path / name.replace(".safetensors", ".chunks")).read_bytes()
+            assert digest(chunks) == entry["chunks"]
+            assert chunks == b"".join(blake3(data[at : at + 4194304]).digest() for at in range(0, len(data), 4194304))
+    extents: dict[str, list[int]] = {}
+    slices = []
+    for entry in manifest["tensors"]:
+        data = (path / entry["file"]).read_bytes()[entry["offset"] : entry["offset"] + entry["bytes"]]
+        stored = np.frombuffer(data, {"float32": "<f4"}[entry["dtype"]]).reshape(entry["shape"])
+        for segment in entry["segments"]:
+            axis, start, stop, offset = (segment[key] for key in ("axis", "start", "stop", "offset"))
+            part = stored.take(range(offset, offset + stop - start), axis)
+            if segment["tensor"] is None:
+                assert not part.any()
+                continue
+            extent = extents.setdefault(segment["tensor"], list(part.shape))
+            extent[axis] = max(extent[axis], stop)
+            slices.append((segment["tensor"], axis, start, stop, part))
+    logical = {name: np.full(extent, np.nan, np.float32) for name, extent in extents.items()}
+    for name, axis, start, stop, part in slices:
+        logical[name][(slice(None),) * axis + (slice(start, stop),)] = part
+    return logical
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_the_document_is_enough_to_write_a_reader(tmp_path: Path, tp: int) -> None:
+    spec = tiny_spec(qkv_bias=True, mlp_bias=True)
+    weights = random_weights(spec)
+    make_snapshot(tmp_path / "s", spec, tp, weights=weights, text_files=TEXT)
+    read = read_logical_tensors(tmp_path / "s")
+    assert read.keys() == weights.keys()
+    for name, array in weights.items():
+        np.testing.assert_array_equal(read[name], array, name)
+
+
+if __name__ == "__main__":
+    SCHEMA.write_text(schema())

@@ -1,4 +1,4 @@
-"""Snapshots that are damaged, swapped, unfinished, too new or made to harm: each is refused, in bounded time, by name."""
+"""Snapshots that are damaged, swapped, unfinished, too new or made to harm: each is refused, by name."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def small(tmp_path: Path) -> Path:
     return tmp_path / "s"
 
 
-def refused(action: Callable[[], object], match: str = "") -> None:
+def refused(action: Callable[[], object], match: str | None = None) -> None:
     with pytest.raises(SnapshotRefused, match=match) as error:
         action()
     assert len(error.value.lines()) == 3
@@ -40,13 +40,14 @@ def refused(action: Callable[[], object], match: str = "") -> None:
 # One flipped byte
 
 
-def test_every_flipped_byte_of_every_covered_file_is_refused(small: Path) -> None:
+def test_every_flipped_byte_of_every_covered_file_is_refused(tmp_path: Path) -> None:
     """``verify`` sees any; opening already sees those of everything that opening reads."""
+    small = tmp_path / "s"
+    make_snapshot(small, SMALL, text_files=TEXT, canary=Canary("", [1, 2], [3, 4], [0.5, 1.5]))
     covered = [f for f in sorted(small.iterdir()) if f.name not in ("README.md", ".gitattributes")]
-    assert len(covered) == 3 + len(TEXT) + 2 * 2
+    assert len(covered) == 3 + len(TEXT) + 2
     for file in covered:
-        original = file.read_bytes()
-        data = bytearray(original)
+        data = file.read_bytes()
         seen_by_opening = 4096 if file.suffix == ".safetensors" else len(data) if file.name in (
             COMMIT, MANIFEST, CANARY,
         ) else 0  # fmt: skip
@@ -235,7 +236,7 @@ LIES: dict[str, tuple[tuple, Any, str]] = {
     "text-with-chunks": (("files", "config.json", "chunks"), "00", "rank files have chunk digests"),
     "heads-zero": (("spec", "layer_kinds", 0, "attention", "heads"), 0, "heads is 0, not positive"),
     "kv-heads-zero": (("spec", "layer_kinds", 0, "attention", "kv_heads"), 0, "kv_heads is 0, not positive"),
-    "kv-heads-odd": (("spec", "layer_kinds", 0, "attention", "heads"), 7, None or "2 ranks|does not divide"),
+    "kv-heads-odd": (("spec", "layer_kinds", 0, "attention", "heads"), 7, "does not divide"),
     "heads-uneven": (("spec", "layer_kinds", 0, "attention", "kv_heads"), 3, "2 heads cannot share 3"),
     "head-dim-negative": (("spec", "layer_kinds", 0, "attention", "head_dim"), -2, "out of range"),
     "width-huge": (("spec", "width"), 10**30, "out of range|cannot be read"),
@@ -246,7 +247,7 @@ LIES: dict[str, tuple[tuple, Any, str]] = {
     "layer-index-negative": (("spec", "layers"), [-1], "out of range"),
     "rope-index": (("spec", "layer_kinds", 0, "attention", "rope"), 9, "rope that does not exist"),
     "rope-theta": (("spec", "ropes", 0, "theta"), 0.0, r"ropes\[0\]\.theta is 0\.0, not positive"),
-    "spec-field": (("spec", "layer_kinds", 0, "attention", "hyena"), 1, r"unknown field `hyena`.*layer_kinds\[0\]\.attention"),
+    "spec-field": (("spec", "layer_kinds", 0, "attention", "hyena"), 1, r"unknown field `hyena`.*s\[0\]\.attention"),
     "spec-feature": (("spec", "layer_kinds", 0, "attention", "sinks"), True, r"attention\.sinks"),
     "bos": (("text", "bos_token_id"), 7, "outside the vocabulary"),
     "bos-missing": (("text", "add_bos"), True, "add_bos is set"),

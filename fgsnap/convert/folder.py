@@ -48,7 +48,7 @@ SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,199}")
 
 # Real headers stay far below these; the caps keep a hostile one from filling memory before it is refused.
 MAX_HEADER_BYTES = 16 << 20
-MAX_TENSORS = 200_000
+MAX_TENSORS = 100_000
 MAX_RANK = 8
 
 # The dtypes fgsnap computes with, and the bits an element takes for every dtype of the format.

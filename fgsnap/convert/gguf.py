@@ -23,10 +23,11 @@ from fgsnap.spec import DType
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-MAX_TENSORS = 200_000
+MAX_TENSORS = 100_000
 MAX_KEYS = 10_000
 MAX_NAME_BYTES = 1024
 MAX_ARRAY = 1 << 22
+PIECE = 1 << 20
 ARRAY, STRING = 9, 8
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 NUMBERS = {"I8", "I16", "I32", "I64", "F64"}
@@ -72,7 +73,7 @@ class Gguf:
         raw: np.ndarray[Any, Any] = np.frombuffer(self._map, np.uint8, count, begin)
         if place.type in UNQUANTISED:
             return raw.view(NUMPY_DTYPES[tensor.dtype]).reshape(stop - start, *inner)
-        return _dequantise(raw.reshape(stop - start, row_bytes), place.type).reshape(stop - start, *inner)
+        return _dequantise(raw.reshape(stop - start, row_bytes), place).reshape(stop - start, *inner)
 
     def text_files(self) -> dict[str, bytes]:
         from fgsnap.convert import gguf_tokenizer
@@ -380,7 +381,7 @@ def _check_types(label: str, places: dict[str, Place]) -> None:
     """Refuse a block type that the library cannot dequantise, before any work is done."""
     for place in {place.type: place for place in places.values() if place.type not in NUMBERS}.values():
         try:
-            _dequantise(np.zeros((1, place.block_bytes), np.uint8), place.type)
+            _dequantise(np.zeros((1, place.block_bytes), np.uint8), place)
         except NotImplementedError:
             raise UnsupportedModel(
                 f"{label} has tensors of the GGUF type {place.type}.",
@@ -397,13 +398,18 @@ def _default_dtype(places: dict[str, Place]) -> DType:
     return "float16" if types <= {"F32", "F16"} else "bfloat16"
 
 
-def _dequantise(blocks: np.ndarray[Any, Any], kind: str) -> np.ndarray[Any, Any]:
-    """Rows of blocks as float32, by the format's own library."""
+def _dequantise(blocks: np.ndarray[Any, Any], place: Place) -> np.ndarray[Any, Any]:
+    """Rows of blocks as float32, by the format's own library, in pieces: it needs as much again as it returns."""
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize
 
+    kind = GGMLQuantizationType[place.type]
+    width = blocks.shape[1] // place.block_bytes * place.block
+    values: np.ndarray[Any, Any] = np.empty((len(blocks), width), np.float32)
+    step = max(1, PIECE // width)
     with np.errstate(over="ignore", invalid="ignore"):
-        values: np.ndarray[Any, Any] = dequantize(blocks, GGMLQuantizationType[kind])
+        for start in range(0, len(blocks), step):
+            values[start : start + step] = dequantize(blocks[start : start + step], kind)
     return values
 
 

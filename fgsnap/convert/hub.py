@@ -97,7 +97,7 @@ def _errors(repository: str, revision: str | None) -> Iterator[None]:
         ) from error
     except RepositoryNotFoundError as error:
         raise NotFound(
-            f"The Hub has no repository {repository}, or it is private or gated.",
+            f"The Hub has no {where}, or it is private or gated.",
             f"The answer was {error.response.status_code}.",
             "Check the name; for a private or gated model set HF_TOKEN to a token that may read it.",
         ) from error

@@ -99,6 +99,11 @@ def whole(tensor: str, source: str, shape: Shape) -> Rule:
     return rule(tensor, shape, (take(source, shape),))
 
 
+def is_whole(rule: Rule) -> bool:
+    """Whether the rule moves nothing: the logical tensor's rows are the rows of one source tensor."""
+    return rule == whole(rule.tensor, rule.takes[0].source, rule.shape)
+
+
 def pair_to_half(tensor: str, source: str, shape: Shape, heads: int, dims: int | None = None) -> Rule:
     """Query or key rows of a checkpoint that rotates adjacent pairs, in the order that rotates half against half.
 

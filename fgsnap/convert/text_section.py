@@ -49,7 +49,7 @@ def _eos(value: Any, vocab_size: int) -> tuple[int, ...]:
 def _bos(tokenizer_config: Mapping[str, Any], tokenizer: _Tokenizer, stated: Any) -> tuple[int | None, bool]:
     """The token that begins a text, and whether the tokenizer puts it before raw text.
 
-    The post-processor inside tokenizer.json decides; transformers ignores the flags beside it, for they are often stale.
+    The post-processor inside tokenizer.json decides; transformers ignores the flags beside it, which are often stale.
     """
     named = _token_id(tokenizer, tokenizer_config.get("bos_token"))
     bos_id = named if named is not None else stated if type(stated) is int else None

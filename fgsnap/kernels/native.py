@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import mmap
 import os
 import struct
@@ -180,6 +181,9 @@ class Weight(NamedTuple):
     data: memoryview
 
 
+NOTHING = Weight(0, 0, (), memoryview(b""))
+
+
 class Rotation:
     """Inverse frequencies and the factor on cos and sin. Compared by identity: a plan keeps an angle table for each."""
 
@@ -202,18 +206,18 @@ class Cache(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A batch as the kernels read it; ``angles`` holds one table for each rotation the step has met."""
+    """A batch as the kernels read it.
 
-    token_count: int
+    ``data`` is tokens, positions, each token's offset into the blocks, blocks, tiles and rows; ``words`` is where the
+    second to the fourth are. ``angles`` holds one table for each rotation that the step has met.
+    """
+
+    count_tokens: int
     block_size: int
     highest_token: int
     highest_block: int
-    tokens: array[int]
-    positions: array[int]
-    tables: array[int]
-    blocks: array[int]
-    tiles: array[int]
-    rows: array[int]
+    words: tuple[int, ...]
+    data: tuple[array[int], ...]
     angles: dict[Rotation, Activation]
 
 
@@ -257,13 +261,16 @@ def _bits(number: float) -> int:
     return int.from_bytes(struct.pack("=d", number), sys.byteorder, signed=True)
 
 
+_ONE = _bits(1.0)
+
+
 def _at(numbers: array[Any]) -> int:
     return numbers.buffer_info()[0]
 
 
-def _need(condition: bool, op: str, text: str) -> None:
-    if not condition:
-        raise ValueError(f"{op}: {text}")
+def _misuse(op: str, text: str) -> ValueError:
+    """A caller's mistake that must not reach C++, where it would read or write out of bounds."""
+    return ValueError(f"{op}: {text}")
 
 
 def _show(x: Activation) -> str:
@@ -290,7 +297,8 @@ class Native:
         library, reason = _load()
         if library is None:
             raise HostError("The native backend cannot be used.", reason, "Use --backend reference.")
-        _need(dtype in DTYPES, "native", f"KV cache of {dtype}; it has {', '.join(DTYPES)}")
+        if dtype not in DTYPES:
+            raise _misuse("native", f"KV cache of {dtype}; it has {', '.join(DTYPES)}")
         self.dtype = dtype
         self.threads = threads or default_threads()
         self.instructions = instructions or _instruction_sets(library)[0]
@@ -304,7 +312,8 @@ class Native:
         self._library = library
         self._handle = handle
         self._tape: array[int] = array("q")
-        self._free: dict[int, list[Memory]] = {}
+        self._free: dict[int, list[Memory]] = {}  # by size
+        self._homes: dict[int, list[Memory]] = {}  # the same lists, by how many numbers are asked for
         self._lent: list[Memory] = []  # seen from outside: not reused, only kept until no record can mean it
         self._held: list[object] = []  # what the records on the tape refer to
         self._allocated = 0
@@ -318,24 +327,21 @@ class Native:
     # tensors
 
     def weight(self, data: memoryview, dtype: str, shape: Sequence[int]) -> Weight:
-        _need(dtype in _TYPES, "weight", f"dtype {dtype}; native has {', '.join(_TYPES)}")
-        kind = _TYPES[dtype]
-        count = 1
-        for extent in shape:
-            count *= extent
-        expected = count * _ITEM[kind]
-        _need(
-            data.nbytes == expected, "weight", f"{data.nbytes} bytes for {dtype} {list(shape)}, which takes {expected}"
-        )
-        _need(data.c_contiguous, "weight", "its bytes are not contiguous")
-        return Weight(address(data), kind, tuple(shape), data)
+        if dtype not in _TYPES:
+            raise _misuse("weight", f"dtype {dtype}; native has {', '.join(_TYPES)}")
+        expected = math.prod(shape) * _ITEM[_TYPES[dtype]]
+        if data.nbytes != expected or not data.c_contiguous:
+            found = f"{data.nbytes} {'' if data.c_contiguous else 'scattered '}bytes"
+            raise _misuse("weight", f"{found} for {dtype} {list(shape)}, which takes {expected}")
+        return Weight(address(data), _TYPES[dtype], tuple(shape), data)
 
     def rope(self, inverse_frequencies: Sequence[float], factor: float) -> Rotation:
         return Rotation(inverse_frequencies, factor)
 
     def kv_cache(self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int) -> list[Cache]:
         sizes = (layers, blocks, block_size, kv_heads, head_dim)
-        _need(min(sizes) > 0, "kv_cache", f"sizes {sizes} must be positive")
+        if min(sizes) <= 0:
+            raise _misuse("kv_cache", f"sizes {sizes} must be positive")
         return [self._cache(blocks, block_size, kv_heads, head_dim) for _ in range(layers)]
 
     def _cache(self, blocks: int, block_size: int, kv_heads: int, head_dim: int) -> Cache:
@@ -349,90 +355,56 @@ class Native:
                 f"{2 * half} bytes of KV cache for one layer cannot be had.", str(error), "Lower --kv-memory."
             ) from error
         at = address(memoryview(data))
-        return Cache(
-            blocks, block_size, kv_heads, head_dim, (at, at + half, kind, block_size, kv_heads, head_dim, stride), data
-        )
+        words = (at, at + half, kind, block_size, kv_heads, head_dim, stride)
+        return Cache(blocks, block_size, kv_heads, head_dim, words, data)
 
     def plan(self, batch: Batch, block_size: int) -> Plan:
-        tokens, starts, lengths = array("i", batch.tokens), batch.starts, batch.lengths
-        count = len(tokens)
-        _need(count > 0 and block_size > 0, "plan", "an empty batch")
-        _need(len(batch.positions) == count, "plan", f"{count} tokens, {len(batch.positions)} positions")
-        _need(min(tokens) >= 0, "plan", f"token {min(tokens)}")
-        agree = (
-            len(starts) == len(lengths) + 1 == len(batch.block_tables) + 1 and starts[0] == 0 and starts[-1] == count
-        )
-        _need(agree, "plan", f"starts {list(starts)} do not divide {count} tokens into {len(lengths)} sequences")
-        positions, tables, blocks, tiles = array("i"), array("i"), array("i"), array("i")
-        for s, table in enumerate(batch.block_tables):
-            first, stop, length = starts[s], starts[s + 1], lengths[s]
-            _need(0 < stop - first <= length, "plan", f"sequence {s}: {stop - first} tokens, {length} keys")
-            _need(len(table) * block_size >= length, "plan", f"sequence {s}: {len(table)} blocks for {length} keys")
-            own = range(length - (stop - first), length)
-            _need(
-                list(batch.positions[first:stop]) == list(own),
-                "plan",
-                f"sequence {s}: positions do not end at its length",
-            )
-            positions.extend(own)
+        _check_batch(batch, block_size)
+        tokens, rows = array("i", batch.tokens), array("i", batch.rows)
+        positions, tables, blocks, tiles = array("i", batch.positions), array("i"), array("i"), array("i")
+        for first, stop, table in zip(batch.starts, batch.starts[1:], batch.block_tables, strict=False):
             tables.extend([len(blocks)] * (stop - first))
             blocks.extend(table)
             for at in range(first, stop, TILE):
                 tiles.extend((at, min(TILE, stop - at)))
-        _need(min(blocks) >= 0, "plan", f"block {min(blocks)}")
-        rows = array("i", batch.rows)
-        _need(not rows or (min(rows) >= 0 and max(rows) < count), "plan", f"rows {list(rows)} of {count} tokens")
-        return Plan(count, block_size, max(tokens), max(blocks), tokens, positions, tables, blocks, tiles, rows, {})
+        words = (_at(positions), _at(tables), _at(blocks))
+        data = (tokens, positions, tables, blocks, tiles, rows)
+        return Plan(len(tokens), block_size, max(tokens), max(blocks), words, data, {})
 
     # ops
 
     def embed(self, plan: Plan, table: Weight, scale: float) -> Activation:
-        _need(len(table.shape) == 2, "embed", f"table of shape {list(table.shape)}")
-        _need(plan.highest_token < table.shape[0], "embed", f"token {plan.highest_token} of {table.shape[0]}")
-        y = self._new(plan.token_count, table.shape[1])
+        if len(table.shape) != 2 or plan.highest_token >= table.shape[0]:
+            raise _misuse("embed", f"token {plan.highest_token} in a table of shape {list(table.shape)}")
+        width = table.shape[1]
+        y = self._new(plan.count_tokens, width)
+        tokens = _at(plan.data[0])
         self._record(
-            (plan, table),
-            _EMBED,
-            _at(plan.tokens),
-            table.at,
-            y.at,
-            plan.token_count,
-            y.columns,
-            table.kind,
-            _bits(scale),
+            (plan, table), (_EMBED, tokens, table.at, y.at, plan.count_tokens, width, table.kind, _bits(scale))
         )
         return y
 
     def norm(self, x: Activation, args: NormArgs) -> Activation:
-        _need(args.kind in _NORMS, "norm", f"kind {args.kind}")
-        weight, bias = args.weight, args.bias
-        for part in (weight, bias):
-            if part is not None:
-                _need(part.shape == (x.columns,), "norm", f"weight of shape {list(part.shape)} for x {_show(x)}")
-        y = self._new(x.rows, x.columns)
-        self._record(
-            (weight, bias),
-            _NORM,
-            _NORMS[args.kind],
-            x.at,
-            y.at,
-            *_pointers(weight, bias),
-            x.rows,
-            x.columns,
-            *_kinds(weight, bias),
-            args.unit_offset,
-            _bits(args.eps),
-        )
+        how, columns = _NORMS.get(args.kind), x.columns
+        weight = NOTHING if args.weight is None else args.weight
+        bias = NOTHING if args.bias is None else args.bias
+        if how is None:
+            raise _misuse("norm", f"kind {args.kind}; native has {', '.join(_NORMS)}")
+        if weight.shape not in ((columns,), ()) or bias.shape not in ((columns,), ()):
+            raise _misuse("norm", f"weight {list(weight.shape)}, bias {list(bias.shape)} for x {_show(x)}")
+        y = self._new(x.rows, columns)
+        sizes = (x.rows, columns, weight.kind, bias.kind, args.unit_offset, _bits(args.eps))
+        self._record((weight, bias), (_NORM, how, x.at, y.at, weight.at, bias.at, *sizes))
         return y
 
     def add(self, x: Activation, branch: Activation, multiplier: float = 1.0) -> Activation:
-        same = x.rows == branch.rows and x.columns == branch.columns
-        _need(same, "add", f"x {_show(x)}, branch {_show(branch)}")
-        self._record(None, _ADD, x.at, branch.at, x.rows, x.columns, _bits(multiplier))
+        if x.rows != branch.rows or x.columns != branch.columns:
+            raise _misuse("add", f"x {_show(x)}, branch {_show(branch)}")
+        self._record(None, (_ADD, x.at, branch.at, x.rows, x.columns, _bits(multiplier)))
         return x
 
     def linear(self, x: Activation, weight: Weight, bias: Weight | None = None) -> Activation:
-        return self._linear("linear", x, None, weight, bias, weight.shape[0], 1.0, None)
+        return self._linear("linear", x, (0, x.rows), weight, bias, weight.shape[0], (_ONE, 0))
 
     def logits(
         self,
@@ -444,10 +416,14 @@ class Native:
         multiplier: float,
         softcap: float | None,
     ) -> Activation:
-        _need(x.rows == plan.token_count, "logits", f"x {_show(x)} for {plan.token_count} tokens")
-        _need(0 < vocab_size <= weight.shape[0], "logits", f"{vocab_size} of {weight.shape[0]} rows")
+        if x.rows != plan.count_tokens:
+            raise _misuse("logits", f"x {_show(x)} for {plan.count_tokens} tokens")
+        if not 0 < vocab_size <= weight.shape[0]:
+            raise _misuse("logits", f"{vocab_size} of {weight.shape[0]} rows")
+        rows = plan.data[5]
         self._held.append(plan)
-        y = self._linear("logits", x, plan.rows, weight, bias, vocab_size, multiplier, softcap)
+        scaling = (_bits(multiplier), _bits(softcap or 0.0))
+        y = self._linear("logits", x, (_at(rows), len(rows)), weight, bias, vocab_size, scaling)
         self._flush()
         return y
 
@@ -455,102 +431,72 @@ class Native:
         self,
         op: str,
         x: Activation,
-        rows: array[int] | None,
+        rows: tuple[int, int],
         weight: Weight,
         bias: Weight | None,
         out: int,
-        multiplier: float,
-        softcap: float | None,
+        scaling: tuple[int, int],
     ) -> Activation:
-        fits = len(weight.shape) == 2 and weight.shape[1] == x.columns
-        _need(fits, op, f"x {_show(x)}, weight {list(weight.shape)}")
-        if bias is not None:
-            _need(bias.shape == weight.shape[:1], op, f"bias {list(bias.shape)}, weight {list(weight.shape)}")
-        count = x.rows if rows is None else len(rows)
+        shape = weight.shape
+        if len(shape) != 2 or shape[1] != x.columns:
+            raise _misuse(op, f"x {_show(x)}, weight {list(shape)}")
+        if bias is None:
+            bias = NOTHING
+        elif bias.shape != shape[:1]:
+            raise _misuse(op, f"bias {list(bias.shape)}, weight {list(shape)}")
+        at, count = rows
         y = self._new(count, out)
-        self._record(
-            (weight, bias),
-            _LINEAR,
-            x.at,
-            0 if rows is None else _at(rows),
-            *_pointers(weight, bias),
-            y.at,
-            count,
-            x.columns,
-            out,
-            *_kinds(weight, bias),
-            _bits(multiplier),
-            _bits(softcap or 0.0),
-        )
+        sizes = (count, x.columns, out, weight.kind, bias.kind)
+        self._record((weight, bias), (_LINEAR, x.at, at, weight.at, bias.at, y.at, *sizes, *scaling))
         return y
 
     def append(
         self, qkv: Activation, cache: Cache, plan: Plan, args: AttentionArgs, rope: Rotation | None
     ) -> Activation:
         width = (args.heads + 2 * args.kv_heads) * args.head_dim
-        fits = qkv.rows == plan.token_count and qkv.columns == width
-        _need(fits, "append", f"qkv {_show(qkv)}, expected [{plan.token_count}, {width}]")
-        self._agree("append", cache, plan, args)
-        q = self._new(plan.token_count, args.heads * args.head_dim)
-        half = 0 if rope is None else len(rope.frequencies)
-        _need(2 * half <= args.head_dim, "append", f"{2 * half} rotated dims in a head of {args.head_dim}")
-        self._record(
-            (plan, cache),
-            _APPEND,
-            qkv.at,
-            q.at,
-            0 if rope is None else self._angles(plan, rope).at,
-            half,
-            _at(plan.positions),
-            _at(plan.tables),
-            _at(plan.blocks),
-            plan.token_count,
-            args.heads,
-            *cache.words,
-        )
+        if qkv.rows != plan.count_tokens or qkv.columns != width:
+            raise _misuse("append", f"qkv {_show(qkv)}, expected [{plan.count_tokens}, {width}]")
+        _check_cache("append", cache, plan, args)
+        angles, half = (0, 0) if rope is None else (self._angles(plan, rope).at, len(rope.frequencies))
+        if 2 * half > args.head_dim:
+            raise _misuse("append", f"{2 * half} rotated dims in a head of {args.head_dim}")
+        q = self._new(plan.count_tokens, args.heads * args.head_dim)
+        sizes = (plan.count_tokens, args.heads)
+        self._record((plan, cache), (_APPEND, qkv.at, q.at, angles, half, *plan.words, *sizes, *cache.words))
         return q
 
     def attend(self, q: Activation, cache: Cache, plan: Plan, args: AttentionArgs) -> Activation:
         width = args.heads * args.head_dim
-        _need(
-            q.rows == plan.token_count and q.columns == width,
-            "attend",
-            f"q {_show(q)}, expected [{plan.token_count}, {width}]",
-        )
-        _need(args.window is None or args.window > 0, "attend", f"window {args.window}")
-        self._agree("attend", cache, plan, args)
-        y = self._new(plan.token_count, width)
-        self._record(
-            (plan, cache),
-            _ATTEND,
-            q.at,
-            y.at,
-            _at(plan.positions),
-            _at(plan.tables),
-            _at(plan.blocks),
-            _at(plan.tiles),
-            len(plan.tiles) // 2,
-            args.heads,
-            args.window or 0,
-            _bits(args.scale),
-            *cache.words,
-        )
+        if q.rows != plan.count_tokens or q.columns != width:
+            raise _misuse("attend", f"q {_show(q)}, expected [{plan.count_tokens}, {width}]")
+        window = 0 if args.window is None else args.window
+        if window < 0 or args.window == 0:
+            raise _misuse("attend", f"window {args.window}")
+        _check_cache("attend", cache, plan, args)
+        y = self._new(plan.count_tokens, width)
+        tiles = plan.data[4]
+        sizes = (_at(tiles), len(tiles) // 2, args.heads, window, _bits(args.scale))
+        self._record((plan, cache), (_ATTEND, q.at, y.at, *plan.words, *sizes, *cache.words))
         return y
 
     def activate(self, x: Activation, kind: str, gated: bool) -> Activation:
-        _need(kind in _ACTIVATIONS, "activate", f"kind {kind}; native has {', '.join(_ACTIVATIONS)}")
-        _need(not gated or x.columns % 2 == 0, "activate", f"gated x {_show(x)} has an odd width")
+        how = _ACTIVATIONS.get(kind)
+        if how is None:
+            raise _misuse("activate", f"kind {kind}; native has {', '.join(_ACTIVATIONS)}")
+        if gated and x.columns % 2 != 0:
+            raise _misuse("activate", f"gated x {_show(x)} has an odd width")
         inner = x.columns // 2 if gated else x.columns
         y = self._new(x.rows, inner)
-        self._record(None, _ACTIVATE, _ACTIVATIONS[kind], x.at, y.at, x.rows, inner, gated)
+        self._record(None, (_ACTIVATE, how, x.at, y.at, x.rows, inner, gated))
         return y
 
     # results
 
     def sample(self, logits: Activation, how: Sequence[Sampling]) -> list[Sampled]:
-        _need(len(how) == logits.rows, "sample", f"{len(how)} ways for logits {_show(logits)}")
-        for one in how:
-            _need(one.temperature >= 0 and one.top_k >= 0, "sample", f"{one}")
+        if len(how) != logits.rows:
+            raise _misuse("sample", f"{len(how)} ways for logits {_show(logits)}")
+        if not all(one.temperature >= 0 and one.top_k >= 0 for one in how):
+            raise _misuse("sample", "a negative temperature or top_k")
         self._flush()
         top = max((one.logprobs for one in how), default=0)
         asked = b"".join(struct.pack("=dqddq", o.temperature, o.top_k, o.top_p, o.uniform, o.logprobs) for o in how)
@@ -584,32 +530,28 @@ class Native:
 
     # the tape
 
-    def _agree(self, op: str, cache: Cache, plan: Plan, args: AttentionArgs) -> None:
-        same = cache.kv_heads == args.kv_heads and cache.head_dim == args.head_dim
-        _need(same, op, f"cache of {cache.kv_heads} heads of {cache.head_dim}, args {args}")
-        _need(args.heads % args.kv_heads == 0, op, f"{args.heads} heads on {args.kv_heads} key heads")
-        _need(cache.block_size == plan.block_size, op, f"blocks of {plan.block_size} in a cache of {cache.block_size}")
-        _need(plan.highest_block < cache.blocks, op, f"block {plan.highest_block} of {cache.blocks}")
-
     def _angles(self, plan: Plan, rope: Rotation) -> Activation:
         """The rotation's cos and sin at the plan's positions, computed once a step."""
-        if rope not in plan.angles:
+        found = plan.angles.get(rope)
+        if found is None:
             half = len(rope.frequencies)
-            y = self._new(plan.token_count, 2 * half)
-            numbers = (_at(plan.positions), _at(rope.frequencies), y.at, plan.token_count, half)
-            self._record((plan, rope), _ROPE, *numbers, _bits(rope.factor))
-            plan.angles[rope] = y
-        return plan.angles[rope]
+            found = plan.angles[rope] = self._new(plan.count_tokens, 2 * half)
+            sizes = (plan.count_tokens, half, _bits(rope.factor))
+            self._record((plan, rope), (_ROPE, plan.words[0], _at(rope.frequencies), found.at, *sizes))
+        return found
 
     def _new(self, rows: int, columns: int) -> Activation:
-        size = _size_class(rows * columns * 4)
-        home = self._free.setdefault(size, [])
+        count = rows * columns
+        home = self._homes.get(count)
+        if home is None:
+            home = self._homes[count] = self._free.setdefault(_size_class(count * 4), [])
         if home:
             return Activation(rows, columns, home.pop(), home)
+        size = _size_class(count * 4)
         self._allocated += size
         return Activation(rows, columns, _allocate(size), home)
 
-    def _record(self, held: object, *words: int) -> None:
+    def _record(self, held: object, words: tuple[int, ...]) -> None:
         self._held.append(held)
         self._tape.extend(words)
 
@@ -623,8 +565,8 @@ class Native:
         self._lent.clear()
         if self._allocated > POOL_BYTES:
             self._allocated = 0
-            for home in self._free.values():
-                home.clear()
+            self._homes.clear()
+            self._free.clear()
         self._check(code, "run")
 
     def _check(self, code: int, op: str) -> None:
@@ -635,12 +577,29 @@ class Native:
             )
 
 
-def _pointers(weight: Weight | None, bias: Weight | None) -> tuple[int, int]:
-    return (0 if weight is None else weight.at), (0 if bias is None else bias.at)
+def _check_batch(batch: Batch, block_size: int) -> None:
+    """The kernels follow these indices without looking."""
+    count, starts, lengths, rows = len(batch.tokens), batch.starts, batch.lengths, batch.rows
+    if count == 0 or block_size <= 0 or len(batch.positions) != count or min(batch.tokens) < 0:
+        raise _misuse("plan", f"{count} tokens, {len(batch.positions)} positions, blocks of {block_size}")
+    if not len(starts) - 1 == len(lengths) == len(batch.block_tables) or starts[0] != 0 or starts[-1] != count:
+        raise _misuse("plan", f"starts {list(starts)} do not divide {count} tokens into {len(lengths)} sequences")
+    for s, (table, length) in enumerate(zip(batch.block_tables, lengths, strict=True)):
+        first, stop = starts[s], starts[s + 1]
+        if not 0 < stop - first <= length or len(table) * block_size < length or min(table) < 0:
+            raise _misuse("plan", f"sequence {s}: {stop - first} tokens, {length} keys, {len(table)} blocks")
+        if list(batch.positions[first:stop]) != list(range(length - stop + first, length)):
+            raise _misuse("plan", f"sequence {s}: its positions are not the last ones of {length} keys")
+    if rows and not 0 <= min(rows) <= max(rows) < count:
+        raise _misuse("plan", f"rows {list(rows)} of {count} tokens")
 
 
-def _kinds(weight: Weight | None, bias: Weight | None) -> tuple[int, int]:
-    return (0 if weight is None else weight.kind), (0 if bias is None else bias.kind)
+def _check_cache(op: str, cache: Cache, plan: Plan, args: AttentionArgs) -> None:
+    if cache.kv_heads != args.kv_heads or cache.head_dim != args.head_dim or args.heads % args.kv_heads != 0:
+        raise _misuse(op, f"cache of {cache.kv_heads} heads of {cache.head_dim}, {args}")
+    if cache.block_size != plan.block_size or plan.highest_block >= cache.blocks:
+        text = f"block {plan.highest_block} of {plan.block_size} tokens"
+        raise _misuse(op, f"{text}, cache of {cache.blocks} blocks of {cache.block_size}")
 
 
 def _size_class(size: int) -> int:

@@ -20,6 +20,7 @@ State = Literal["starting", "ready", "stalled", "restarting", "failed", "stoppin
 STALL_SECONDS = 60.0
 RETRIES = 5  # restarts in a row that may fail before the service gives up
 STOP_SECONDS = 2.0
+backoff = asyncio.sleep  # between starts that fail; a name of its own for tests to shorten
 
 
 class Lost(NamedTuple):
@@ -114,7 +115,7 @@ class Link:
                 self._settle("failed")
                 raise error
             self._bury(error)
-            await asyncio.sleep(2.0 ** (failed_starts - 1) if failed_starts else 0.0)
+            await backoff(2.0 ** (failed_starts - 1) if failed_starts else 0.0)
             self.restarts += 1
             worker = self._start()
 

@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
@@ -15,6 +16,13 @@ import msgspec
 from fgsnap.runtime.worker import WorkerOptions, live
 from fgsnap.snapshot import Snapshot
 
+# Where fgsnap is not installed, it is found where this process found it.
+BOOT = """
+import sys
+sys.path.append(sys.argv.pop(1))
+from fgsnap.runtime.worker import main
+sys.exit(main(sys.argv[1:]))
+"""
 LINGER_SECONDS = 1.0  # a worker whose pipe is closed gets so long to end by itself
 
 
@@ -99,11 +107,14 @@ def _become_worker(be: Callable[[], int], not_ours: tuple[socket.socket, ...], m
 
 
 def spawn(options: WorkerOptions) -> Worker:
-    """Start a worker in a fresh interpreter: the server has threads by now, and may no longer fork."""
+    """Start a worker in a fresh interpreter: the server has threads by now, and may no longer fork.
+
+    The interpreter is told not to look for modules in the working directory, as ``-m`` alone would make it.
+    """
     ours, theirs = socket.socketpair()
     theirs.set_inheritable(True)
     arguments = [str(theirs.fileno()), str(os.getpid()), msgspec.json.encode(options).decode()]
-    command = [sys.executable, "-m", "fgsnap.runtime.worker", *arguments]
+    command = [sys.executable, "-c", BOOT, str(Path(__file__).parents[2]), *arguments]
     try:
         pid = os.posix_spawn(sys.executable, command, os.environ)
     finally:

@@ -211,7 +211,7 @@ class App:
                     data = answer.opening() + data
                 if data:
                     await send(_part(data))
-                if piece is not None and piece.tokens:
+                if data and piece is not None and piece.tokens:
                     self._on_token()
             last = answer.closing()
         except RequestError as error:

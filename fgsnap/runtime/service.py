@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 import socket
@@ -16,6 +17,7 @@ import uvicorn
 import uvicorn.lifespan.off  # uvicorn would import it in the middle of its start
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from fgsnap.errors import UsageError
 from fgsnap.runtime import startup, wire
 from fgsnap.runtime.link import STALL_SECONDS, Link
 from fgsnap.runtime.server import App, Identity, TextSide
@@ -85,7 +87,7 @@ class Service:
             tell=_tell,
             on_phase=self._note_phase,
             on_ready=self._note_ready,
-            stall_seconds=float(os.environ.get("FGSNAP_STALL_SECONDS", STALL_SECONDS)),
+            stall_seconds=_stall_seconds(os.environ.get("FGSNAP_STALL_SECONDS")),
         )
         self._app = App(
             text,
@@ -139,7 +141,7 @@ class Service:
             return 128 + again.result()
         again.cancel()
         if self._app.open:
-            _tell(f"{self._app.open} requests did not finish within {grace:.0f} s and were cut.")
+            _tell(f"{self._app.open} requests did not finish within {grace:g} s and were cut.")
         return 0 if first == signal.SIGTERM else 128 + first
 
     async def _idle(self) -> None:
@@ -206,6 +208,16 @@ class Service:
     def _warn_if_open(self, listener: socket.socket) -> None:
         if not self._options.api_key_file and not str(listener.getsockname()[0]).startswith(LOOPBACK):
             _tell("anyone who reaches this address may use the service; --api-key-file asks for a key.")
+
+
+def _stall_seconds(setting: str | None) -> float:
+    try:
+        seconds = STALL_SECONDS if setting is None else float(setting)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise UsageError(f"FGSNAP_STALL_SECONDS is {setting!r}.", "It is a number of seconds above 0.")
+    return seconds
 
 
 def _signals() -> asyncio.Queue[int]:

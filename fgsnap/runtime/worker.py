@@ -1,7 +1,7 @@
 """The engine's process: map, bind, check the canary, then step while there is work and listen to the pipe.
 
-It is forked by ``launch`` before the server imports anything for HTTP, and started anew as
-``python -m fgsnap.runtime.worker`` when one has died. It never outlives its parent.
+It is forked before the server imports anything for HTTP, and started anew in a fresh interpreter when one has died; see
+``process``. It never outlives its parent.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import math
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -261,11 +260,7 @@ def _die_with(parent: int) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``python -m fgsnap.runtime.worker FD PARENT OPTIONS``: the socket's descriptor, its parent, options as JSON."""
+    """Live in an interpreter of its own. The arguments: the socket's descriptor, the parent, the options as JSON."""
     descriptor, parent, options = arguments
     end = socket.socket(fileno=int(descriptor))
     return live(end, msgspec.json.decode(options, type=WorkerOptions), None, time.monotonic(), int(parent))
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

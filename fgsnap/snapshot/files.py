@@ -50,6 +50,25 @@ def _unreadable(path: Path, name: str, error: OSError) -> HostError:
     return HostError(f"Cannot read {path / name}.", f"{reason}.", "Check the file's permissions and the disk.")
 
 
+def present(path: Path, name: str) -> bool:
+    """Whether anything has this name. True as well where only opening it can tell."""
+    try:
+        (path / name).lstat()
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def listed(path: Path) -> list[str]:
+    """The names of everything in the snapshot's directory, sorted."""
+    try:
+        return sorted(entry.name for entry in path.iterdir())
+    except OSError as error:
+        raise _unreadable(path, "", error) from error
+
+
 def check_size(path: Path, name: str, descriptor: int, expected: int) -> None:
     """Refuse a file that is not exactly ``expected`` bytes long."""
     size = os.fstat(descriptor).st_size

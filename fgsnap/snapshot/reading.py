@@ -16,7 +16,7 @@ import msgspec
 from fgsnap.errors import NotFound, SnapshotRefused
 from fgsnap.layout import Segment
 from fgsnap.snapshot.checks import canary_fault, manifest_fault, rank_headers
-from fgsnap.snapshot.files import changed, check_size, opened, read_all, refused
+from fgsnap.snapshot.files import changed, check_size, opened, present, read_all, refused
 from fgsnap.snapshot.format import (
     CANARY,
     COMMIT,
@@ -35,6 +35,7 @@ from fgsnap.snapshot.format import (
 )
 
 _LARGEST_JSON = 64 << 20
+_MADV_POPULATE_READ = 22  # of linux/mman.h; the mmap module has no name for it yet
 
 T = TypeVar("T")
 
@@ -78,8 +79,11 @@ class Snapshot:
 
     def touch(self) -> None:
         """Bring every page of every rank file into memory now, so that a request never waits for the disk."""
-        for view in self._views.values():
-            view[:: mmap.PAGESIZE].tobytes()
+        for name, mapped in self._maps.items():
+            try:
+                mapped.madvise(_MADV_POPULATE_READ)
+            except OSError:  # Linux before 5.14
+                self._views[name][:: mmap.PAGESIZE].tobytes()
 
     def slices(self, logical: str) -> list[tuple[TensorEntry, Segment]]:
         """The stored slices that make up one logical tensor, each once even when several ranks hold it."""
@@ -122,7 +126,7 @@ def open_snapshot(path: Path | str, *, committed: bool = True) -> Snapshot:
         SnapshotRefused: it is no snapshot, unfinished, damaged, or needs a newer reader.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
         raise NotFound(f"There is no snapshot at {path}.", "The directory does not exist.", "Check the path.")
     commit = _read_commit(path) if committed else None
     raw = _read_json(path, MANIFEST)
@@ -172,7 +176,7 @@ def _check_file(path: Path, name: str, size: int) -> None:
 
 
 def _read_commit(path: Path) -> Commit:
-    if not os.path.lexists(path / COMMIT):
+    if not present(path, COMMIT):
         raise SnapshotRefused(
             f"{path} is not a finished snapshot.",
             f"It has no {COMMIT}, which is written last.",
@@ -206,7 +210,7 @@ def _check_version(path: Path, name: str, raw: bytes) -> None:
 
 def _read_canary(path: Path, manifest: Manifest, identity: str, digest: str | None) -> Canary | None:
     if digest is None:
-        if os.path.lexists(path / CANARY):
+        if present(path, CANARY):
             raise refused(path, f"{CANARY} is there, but {COMMIT} knows of none.")
         return None
     raw = _read_json(path, CANARY)

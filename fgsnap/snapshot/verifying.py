@@ -11,7 +11,7 @@ from typing import NamedTuple
 from blake3 import blake3
 
 from fgsnap.errors import SnapshotRefused
-from fgsnap.snapshot.files import changed, check_size, opened, read_all, refused
+from fgsnap.snapshot.files import changed, check_size, listed, opened, read_all, refused
 from fgsnap.snapshot.format import CHUNK, DIGEST_BYTES, FileEntry, Manifest, chunks_file, chunks_size
 from fgsnap.snapshot.reading import open_snapshot
 
@@ -49,7 +49,7 @@ def verify(path: Path | str, progress: Callable[[int], None] | None = None) -> R
 
 def _refuse_strays(path: Path, manifest: Manifest) -> None:
     known = {*manifest.files, *map(chunks_file, manifest.files)}
-    strays = sorted(f.name for f in path.iterdir() if f.suffix in (".safetensors", ".chunks") and f.name not in known)
+    strays = [name for name in listed(path) if name.endswith((".safetensors", ".chunks")) and name not in known]
     if strays:
         raise refused(path, f"{strays[0]} does not belong to it.")
 
@@ -62,7 +62,7 @@ def _verify_rank(path: Path, name: str, entry: FileEntry, manifest: Manifest, ad
     if hashlib.sha256(recorded).hexdigest() != entry.chunks:
         raise changed(path, chunks_file(name))
     sha256 = hashlib.sha256()
-    buffers = [memoryview(bytearray(CHUNK)), memoryview(bytearray(CHUNK))]
+    buffers = [memoryview(bytearray(min(CHUNK, entry.bytes))) for _ in range(2)]
     with opened(path, name) as descriptor, ThreadPoolExecutor(1) as pool:
         check_size(path, name, descriptor, entry.bytes)
         hashing: Future[None] | None = None

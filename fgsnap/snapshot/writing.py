@@ -58,8 +58,8 @@ class SnapshotWriter:
         self._entries: dict[str, FileEntry] = {}
         self._tables: dict[int, tuple[TensorEntry, ...]] = {}
         self._pool: ThreadPoolExecutor | None = None
-        _refuse_taken(self.target)
         with _writing(self.directory):
+            _refuse_taken(self.target)
             self._made_parents = _make_parents(self.target.parent)
             self._lock = _lock_directory(self.directory)
             try:
@@ -117,6 +117,7 @@ class SnapshotWriter:
     def write_manifest(self, manifest: Manifest) -> str:
         """Write ``manifest.json`` and return the snapshot's id."""
         assert manifest.tp == self.tp and manifest.files == self._entries and manifest.tensors == self.tensors
+        assert not manifest.provenance.source.startswith("/"), "a snapshot does not say where it was made"
         # Through the decoder once, so that 1 and 1.0 in a float field give one text and one id.
         self._manifest = msgspec.json.decode(canonical(manifest), type=Manifest)
         text = canonical(self._manifest)

@@ -232,7 +232,9 @@ DAMAGED = {
     "dynamic factor": ({"rope_scaling": {"rope_type": "dynamic", "factor": 0.5}}, "factor"),
     "yarn theta": ({"rope_scaling": YARN, "rope_theta": 1.0}, "rope_theta"),
     "llama3 band": ({"rope_scaling": LLAMA3}, "low_freq_factor"),
-    "longrope list": ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, "short"),
+    "longrope list": (
+        {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, "short",
+    ),
     "longrope zero": (
         {"rope_scaling": {"rope_type": "longrope", "short_factor": [0.0] * 4, "long_factor": [1.0] * 4}}, "short",
     ),
@@ -250,7 +252,7 @@ def test_a_damaged_config_is_refused_by_key(case):
 
 @pytest.mark.parametrize("config", [{}, {"model_type": None}, {"model_type": "falcon"}, {"model_type": ["llama"]}])
 def test_unknown_families(config):
-    with pytest.raises(SourceError, match="model.type"):
+    with pytest.raises(SourceError, match=r"model.type"):
         families.find(config)
 
 

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fgsnap.convert.rules import digest, pair_to_half, read_box, rotated_first, rule, sources, take, whole, write_box
+from fgsnap.convert.rules import (
+    digest,
+    is_whole,
+    pair_to_half,
+    read_box,
+    rotated_first,
+    rule,
+    sources,
+    take,
+    whole,
+    write_box,
+)
 
 
 class Tensors:
@@ -181,7 +194,7 @@ def views(draw):
     axis = draw(st.integers(0, len(view) - 1))
     cuts = sorted({0, view[axis], *draw(st.lists(st.integers(0, view[axis]), max_size=2))})
     rules = []
-    for index, part in enumerate(zip(cuts, cuts[1:], strict=False)):
+    for index, part in enumerate(itertools.pairwise(cuts)):
         order = tuple(draw(st.permutations(range(len(view)))))
         sizes = [part[1] - part[0] if a == axis else view[a] for a in order]
         split = draw(st.integers(1, len(view)))
@@ -222,6 +235,14 @@ def test_only_the_source_rows_of_a_slab_are_read():
     tensors = Tensors([heads])
     read(heads, tensors, (8, 0), (4, 3))
     assert min(low for _, low, _ in tensors.asked) >= 8 and max(high for *_, high in tensors.asked) <= 12
+
+
+def test_which_rules_move_nothing():
+    assert is_whole(whole("a", "b", (4, 4)))
+    assert not is_whole(pair_to_half("a", "b", (4, 4), heads=1))
+    assert not is_whole(rule("a", (4, 4), [take("b", (8, 4), cut={0: (0, 4)})]))
+    assert not is_whole(rule("a", (4, 4), [take("b", (4, 4), order=(1, 0))]))
+    assert not is_whole(rule("a", (4, 4), [take("b", (2, 4)), take("c", (2, 4))]))
 
 
 def test_reading_into_a_strided_part_of_a_slab():

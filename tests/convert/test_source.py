@@ -245,21 +245,20 @@ def test_a_pipe_or_a_folder_is_no_shard(tmp_path: Path) -> None:
     refused(tmp_path / "dir", "neither model.safetensors")
 
 
-@pytest.mark.parametrize("mode", ["elsewhere", "nowhere", "twice"])
-def test_an_index_that_is_wrong_about_a_tensor(tmp_path: Path, mode: str) -> None:
-    second = float_file(a=[2.0]) if mode == "twice" else float_file(b=[2.0])
-    shards = {"m-1.safetensors": float_file(a=[1.0]), "m-2.safetensors": second}
-    claims = {
-        "elsewhere": {"a": "m-2.safetensors", "b": "m-1.safetensors"},
-        "nowhere": {"c": "m-1.safetensors"},
-        "twice": {},
-    }
-    weight_map = {"a": "m-1.safetensors", "x": "m-2.safetensors", **claims[mode]}
-    if mode != "twice":
-        weight_map.pop("x")
-        weight_map.setdefault("b", "m-2.safetensors")
-    words = {"elsewhere": "it is in", "nowhere": "no shard holds it", "twice": "is in two shards"}
-    refused(sharded(tmp_path, shards, weight_map), words[mode])
+ONE, TWO = "m-1.safetensors", "m-2.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("tensor", "weight_map", "words"),
+    [
+        ("b", {"a": TWO, "b": ONE}, "it is in"),
+        ("b", {"a": ONE, "b": TWO, "c": ONE}, "no shard holds it"),
+        ("a", {"a": ONE, "b": TWO}, "is in two shards"),
+    ],
+)
+def test_an_index_that_is_wrong(tmp_path: Path, tensor: str, weight_map: dict[str, str], words: str) -> None:
+    shards = {ONE: float_file(a=[1.0]), TWO: float_file(**{tensor: [2.0]})}
+    refused(sharded(tmp_path, shards, weight_map), words)
 
 
 HOSTILE_NAMES = [
@@ -343,8 +342,8 @@ def test_a_header_that_lies_is_refused(tmp_path: Path, case: str) -> None:
     assert "model.safetensors" in error.what
 
 
-def test_a_hundred_thousand_tensors_are_refused_or_read_quickly(tmp_path: Path) -> None:
-    many = file_of({f"t{index}": entry("F32", [0], 0, 0) for index in range(210_000)})
+def test_more_tensors_than_any_model_has_are_refused(tmp_path: Path) -> None:
+    many = file_of({f"t{index}": entry("F32", [0], 0, 0) for index in range(100_001)})
     refused(folder(tmp_path, many), "the limit")
 
 

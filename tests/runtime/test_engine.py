@@ -289,8 +289,9 @@ def test_what_can_never_run_is_refused_with_the_arithmetic(blocks, prompt, max_t
     assert caught.value.code.startswith(code)
 
 
-def test_a_request_that_exactly_fits_runs():
-    engine = Engine(stub(blocks=4))
+@pytest.mark.parametrize("settings", [{"blocks": 4}, {"max_length": 16}], ids=["cache", "context"])
+def test_a_request_that_exactly_fits_runs(settings):
+    engine = Engine(stub(**settings))
     engine.submit(request("r", [1] * 10, 6, ignore_eos=True))
     assert len(summary(finish(engine)["r"])[0]) == 6
 

@@ -91,9 +91,10 @@ def test_vllm_s_switched_off_top_k_is_off():
     [
         ("max_tokens", 0), ("max_tokens", "7"), ("max_tokens", 2**80), ("max_tokens", True), ("temperature", -0.1),
         ("temperature", 2.1), ("temperature", "hot"), ("top_p", 0), ("top_p", 1.01), ("top_k", -2), ("n", 0),
-        ("n", 129), ("seed", 2**63), ("seed", 1.5), ("stop", ""), ("stop", [""]), ("stop", ["x"] * 17), ("stop", "x" * 257),
-        ("stop", 5), ("stop_token_ids", [-1]), ("stop_token_ids", ["a"]), ("stop_token_ids", [1] * 65),
-        ("logprobs", -1), ("logprobs", 21), ("logprobs", True), ("stream", "yes"), ("stream_options", {"include_usage": 1}), ("model", 5),
+        ("n", 129), ("seed", 2**63), ("seed", 1.5), ("stop", ""), ("stop", [""]), ("stop", ["x"] * 17),
+        ("stop", "x" * 257), ("stop", 5), ("stop_token_ids", [-1]), ("stop_token_ids", ["a"]),
+        ("stop_token_ids", [1] * 65), ("logprobs", -1), ("logprobs", 21), ("logprobs", True), ("stream", "yes"),
+        ("stream_options", {"include_usage": 1}), ("model", 5),
         ("ignore_eos", "x"), ("stream_options", {}), ("stop", "\ud800"),
     ],
 )  # fmt: skip

@@ -148,6 +148,13 @@ def test_random_tokens_of_a_real_vocabulary_stream_as_they_decode(smol, data):
     assert "".join(streamed(smol, ids)) == smol.decode(ids)
 
 
+def test_wrong_bytes_appear_while_the_answer_runs():
+    stream = TextStream(byte_level_tokenizer)
+    shown = "".join(stream.feed([0xFF]) for _ in range(40))
+    assert set(shown) == {REPLACEMENT}
+    assert len(shown) == 39
+
+
 def test_real_text_streams_word_by_word(smol):
     ids = smol.encode("The capital of France is Paris.")
     assert [delta for delta in streamed(smol, ids) if delta] == [

@@ -16,6 +16,7 @@ import pytest
 from fgsnap.errors import HostError, SnapshotRefused
 from fgsnap.runtime import wire, worker
 from fgsnap.runtime.engine import Engine
+from fgsnap.runtime.process import BOOT
 from fgsnap.runtime.request import Request, SamplingParams
 from fgsnap.snapshot import open_snapshot
 from tests.doubles import StubModel
@@ -230,19 +231,19 @@ def test_another_snapshot_at_the_same_place_is_refused(snapshot):
 
 
 def test_a_canary_that_does_not_match_is_refused(tmp_path):
-    path = servable_snapshot(tmp_path / "snap", wrong_canary=True)
+    path = servable_snapshot(tmp_path / "snap", canary="wrong")
     with pytest.raises(SnapshotRefused, match="does not compute what it should"):
         worker.begin_engine(options(path), None, lambda name: None)
 
 
 def test_without_a_canary_the_logits_have_to_be_finite(tmp_path):
-    path = servable_snapshot(tmp_path / "snap", canary=False)
+    path = servable_snapshot(tmp_path / "snap", canary="none")
     _, ready = worker.begin_engine(options(path), None, lambda name: None)
     assert ready.canary == "no canary recorded, logits finite"
 
 
 def test_full_verification_finds_a_flipped_byte(tmp_path):
-    path = servable_snapshot(tmp_path / "snap", canary=False)
+    path = servable_snapshot(tmp_path / "snap", canary="none")
     chosen = options(path, verify="full")
     rank = path / "rank-00000-of-00001.safetensors"
     data = bytearray(rank.read_bytes())
@@ -256,7 +257,7 @@ def start_process(snapshot, parent):
     ours, theirs = socket.socketpair()
     with theirs:
         arguments = [str(theirs.fileno()), str(parent), msgspec.json.encode(options(snapshot)).decode()]
-        command = [sys.executable, "-m", "fgsnap.runtime.worker", *arguments]
+        command = [sys.executable, "-c", BOOT, ".", *arguments]
         return ours, subprocess.Popen(command, pass_fds=[theirs.fileno()])
 
 

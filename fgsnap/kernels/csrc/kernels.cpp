@@ -21,7 +21,7 @@ constexpr int TOKENS = 2, ROWS = 1;
 #endif
 
 constexpr int QUERIES = 12;        // attention scores this many queries of one key head together
-constexpr int64_t AHEAD = 1024;    // bytes of prefetch in front of a single stream of weights
+constexpr int64_t AHEAD = 2;       // panels of prefetch, into the second-level cache: the first one holds x
 constexpr int64_t LONGEST_PAD = 16;
 
 // --- dot products ---------------------------------------------------------------------------------------------------
@@ -45,12 +45,12 @@ INLINE void tile(const float* x, int64_t padded, const char* w, int64_t stride, 
     V sums[T * R];
     for (int i = 0; i < T * R; ++i) sums[i] = zero();
     const int64_t whole = width / STEP * STEP;
-    const int64_t ahead = R == 1 ? AHEAD : R * stride;  // the same place of the next panel
+    const int64_t ahead = AHEAD * R * stride;
     for (int64_t k = 0; k < whole; k += STEP) {
         const char* at = w + k * W::BYTES;
-        for (int r = 0; r < R; ++r) __builtin_prefetch(at + r * stride + ahead);
+        for (int r = 0; r < R; ++r) __builtin_prefetch(at + r * stride + ahead, 0, 2);
         if (W::BYTES * STEP > 64)
-            for (int r = 0; r < R; ++r) __builtin_prefetch(at + r * stride + ahead + 64);
+            for (int r = 0; r < R; ++r) __builtin_prefetch(at + r * stride + ahead + 64, 0, 2);
         step<W, T, R>(x + k, padded, at, stride, sums);
     }
     if (whole < width) {
@@ -68,12 +68,12 @@ INLINE void tile(const float* x, int64_t padded, const char* w, int64_t stride, 
     for (int t = 0; t < T; ++t) std::memcpy(y + t * pitch, flat + t * R, R * sizeof(float));
 }
 
-template <class W, int T, int R>
+template <class W, int T>
 INLINE void panels(
     const float* x, int64_t padded, const char* w, int64_t stride, int64_t rows, int64_t width, float* y, int64_t pitch) {
     int64_t r = 0;
-    for (; r + R <= rows; r += R) tile<W, T, R>(x, padded, w + r * stride, stride, width, y + r, pitch);
-    if (R > 1)
+    for (; r + ROWS <= rows; r += ROWS) tile<W, T, ROWS>(x, padded, w + r * stride, stride, width, y + r, pitch);
+    if (ROWS > 1)
         for (; r < rows; ++r) tile<W, T, 1>(x, padded, w + r * stride, stride, width, y + r, pitch);
 }
 
@@ -83,18 +83,18 @@ INLINE int64_t tokens_at_once(int64_t count) {
     return tiles == 0 ? 1 : (count + tiles - 1) / tiles;
 }
 
-// y[t][r] = packed x[t] . w[r] for up to TOKENS tokens and any number of rows, R rows at a time.
-template <class W, int R>
+// y[t][r] = packed x[t] . w[r] for up to TOKENS tokens and any number of rows.
+template <class W>
 void dots(const float* x, int64_t tokens, int64_t padded, const char* w, int64_t stride, int64_t rows, int64_t width,
           float* y, int64_t pitch) {
     switch (tokens) {
-        case 1: return panels<W, 1, R>(x, padded, w, stride, rows, width, y, pitch);
-        case 2: return panels<W, 2, R>(x, padded, w, stride, rows, width, y, pitch);
+        case 1: return panels<W, 1>(x, padded, w, stride, rows, width, y, pitch);
+        case 2: return panels<W, 2>(x, padded, w, stride, rows, width, y, pitch);
 #if LANES == 16
-        case 3: return panels<W, 3, R>(x, padded, w, stride, rows, width, y, pitch);
-        case 4: return panels<W, 4, R>(x, padded, w, stride, rows, width, y, pitch);
-        case 5: return panels<W, 5, R>(x, padded, w, stride, rows, width, y, pitch);
-        case 6: return panels<W, 6, R>(x, padded, w, stride, rows, width, y, pitch);
+        case 3: return panels<W, 3>(x, padded, w, stride, rows, width, y, pitch);
+        case 4: return panels<W, 4>(x, padded, w, stride, rows, width, y, pitch);
+        case 5: return panels<W, 5>(x, padded, w, stride, rows, width, y, pitch);
+        case 6: return panels<W, 6>(x, padded, w, stride, rows, width, y, pitch);
 #endif
     }
 }
@@ -128,14 +128,11 @@ void linear_rows(const Linear& op, int64_t begin, int64_t end, Scratch& scratch)
         for (int64_t t = 0; t < tokens; ++t) {
             const int64_t row = op.rows == nullptr ? first + t : op.rows[first + t];
             pack<W>(op.x + row * op.in, op.in, packed + t * padded);
+            const int64_t later = row + most < op.count ? row + most : row;  // the next tile will come from further away
+            for (int64_t k = 0; k < op.in; k += 16) __builtin_prefetch(op.x + later * op.in + k, 0, 2);
         }
         float* y = op.y + first * op.out + begin;
-        // The first tile fetches the weights from memory, which one stream of whole rows does fastest; the others find
-        // them cached.
-        if (first == 0)
-            dots<W, 1>(packed, tokens, padded, w, stride, rows, op.in, y, op.out);
-        else
-            dots<W, ROWS>(packed, tokens, padded, w, stride, rows, op.in, y, op.out);
+        dots<W>(packed, tokens, padded, w, stride, rows, op.in, y, op.out);
         for (int64_t t = 0; t < tokens; ++t) finish(op, y + t * op.out, begin, rows);
     }
 }
@@ -237,20 +234,26 @@ INLINE vf gelu(vf x) {
 
 INLINE vf relu(vf x) { return select(x < 0.0f, vf{}, x); }
 
+// y = act(x) * up for `count` numbers; up null: 1.
+template <class F>
+INLINE void act_part(const float* x, const float* up, float* y, int64_t count, F act) {
+    vf v{}, factor = splat(1.0f);
+    std::memcpy(&v, x, size_t(count) * 4);
+    if (up != nullptr) std::memcpy(&factor, up, size_t(count) * 4);
+    v = act(v) * factor;
+    std::memcpy(y, &v, size_t(count) * 4);
+}
+
 template <class F>
 INLINE void each(const Activate& op, int64_t begin, int64_t end, F act) {
-    const int64_t pitch = op.gated ? 2 * op.inner : op.inner;
+    const int64_t pitch = op.gated ? 2 * op.inner : op.inner, whole = op.inner / LANES * LANES;
     for (int64_t t = begin; t < end; ++t) {
         const float* x = op.x + t * pitch;
+        const float* up = op.gated ? x + op.inner : nullptr;
         float* y = op.y + t * op.inner;
-        for (int64_t i = 0; i < op.inner; i += LANES) {
-            const size_t bytes = size_t(op.inner - i < LANES ? op.inner - i : LANES) * 4;
-            vf v{}, up = splat(1.0f);
-            std::memcpy(&v, x + i, bytes);
-            if (op.gated) std::memcpy(&up, x + op.inner + i, bytes);
-            v = act(v) * up;
-            std::memcpy(y + i, &v, bytes);
-        }
+        for (int64_t i = 0; i < whole; i += LANES) act_part(x + i, up == nullptr ? up : up + i, y + i, LANES, act);
+        if (whole < op.inner)
+            act_part(x + whole, up == nullptr ? up : up + whole, y + whole, op.inner - whole, act);
     }
 }
 
@@ -416,7 +419,7 @@ void score(const Attend& op, const int32_t* table, const float* packed, int64_t 
         const int64_t rows = key + inside < high ? inside : high - key;
         const char* w = cache.keys + slot(cache, table, key, head) * W::BYTES;
         for (int64_t first = 0; first < count; first += most)
-            dots<W, ROWS>(packed + first * cache.stride, count - first < most ? count - first : most, cache.stride, w,
+            dots<W>(packed + first * cache.stride, count - first < most ? count - first : most, cache.stride, w,
                     cache.stride * W::BYTES, rows, cache.stride, scores + first * pitch + key - low, pitch);
         key += rows;
     }

@@ -1,9 +1,9 @@
 // The C interface that fgsnap/kernels/native.py loads: threads, the tape, and sampling.
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <exception>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "sample.h"
@@ -15,8 +15,9 @@
 namespace fgsnap {
 namespace {
 
-constexpr int64_t SERIAL = 16384;       // an op on fewer numbers than this is not worth waking anyone for
+constexpr int64_t SMALL = 16384;        // an op on fewer numbers than this is not worth dividing
 constexpr int64_t CACHED = 256 * 1024;  // weight bytes a thread keeps near while all tokens pass over them
+constexpr int64_t SHARES = 4;           // grains a thread should find, so that all finish together
 
 // All kernels this machine can run, the best first.
 std::vector<const Kernels*> usable() {
@@ -38,121 +39,97 @@ struct Engine {
     const Kernels& kernels;
 };
 
-struct Work {
-    const void* record;
-    Kind kind;
-    int64_t units;
-    int64_t grain;  // units taken at a time; all of them when one thread should do the op alone
-    bool alone() const { return grain >= units; }
-};
-
 template <class T>
 const T& as(const void* record) {
     return *static_cast<const T*>(record);
 }
 
-int64_t shared(int64_t units, int64_t numbers, int threads) {
-    if (numbers < SERIAL || threads == 1) return units;
-    return std::max<int64_t>(1, units / (threads * 4));
-}
-
-// Tiles times key heads; a few short sequences are not divided.
-Work attend_work(const Attend& op, int threads) {
-    const int64_t units = op.tile_count * op.cache.kv_heads;
-    int64_t keys = 0;
-    for (int64_t i = 0; i < op.tile_count && keys < SERIAL; ++i) keys += op.positions[op.tiles[2 * i]] + 1;
-    const bool small = threads == 1 || keys * op.heads * op.cache.head_dim < 4 * SERIAL;
-    return {&op, op.kind, units, small ? units : 1};
-}
-
-// Rows of weight taken at a time: few enough to stay cached and to divide the work, whole panels.
-int64_t linear_grain(const Linear& op, const Kernels& kernels, int threads) {
-    const int64_t bytes = op.in * (op.weight_type == Type::f32 ? 4 : 2);
-    int64_t grain = op.out;
-    if (threads > 1 && op.count * op.in * op.out >= SERIAL) grain = op.out / (threads * 4);
-    if (op.count > 1) grain = std::min(grain, CACHED / std::max<int64_t>(bytes, 1));
-    return std::max<int64_t>(grain / kernels.panel, 1) * kernels.panel;
-}
-
-Work measure(const void* record, const Kernels& kernels, int threads, size_t& bytes) {
-    const Kind kind = as<Kind>(record);
-    const auto rows = [&](auto& op, int64_t width) {
-        bytes = sizeof(op);
-        return Work{record, kind, op.count, shared(op.count, op.count * width, threads)};
-    };
-    switch (kind) {
-        case Kind::embed: return rows(as<Embed>(record), as<Embed>(record).width);
-        case Kind::norm: return rows(as<Norm>(record), as<Norm>(record).width);
-        case Kind::add: return rows(as<Add>(record), as<Add>(record).width);
-        case Kind::rope: return rows(as<Rope>(record), as<Rope>(record).half * 16);
-        case Kind::append: {
-            const auto& op = as<Append>(record);
-            return rows(op, (op.heads + 2 * op.cache.kv_heads) * op.cache.head_dim);
-        }
-        case Kind::activate: return rows(as<Activate>(record), as<Activate>(record).inner * 8);
-        case Kind::linear: {
-            const auto& op = as<Linear>(record);
-            bytes = sizeof(op);
-            return {record, kind, op.count == 0 ? 0 : op.out, linear_grain(op, kernels, threads)};
-        }
-        case Kind::attend: {
-            const auto& op = as<Attend>(record);
-            bytes = sizeof(op);
-            return attend_work(op, threads);
-        }
-    }
-    bytes = 0;
-    return {record, kind, 0, 0};
-}
-
-void compute(const Work& work, const Kernels& kernels, int64_t begin, int64_t end, Scratch& scratch) {
-    switch (work.kind) {
-        case Kind::embed: return kernels.embed(as<Embed>(work.record), begin, end);
-        case Kind::norm: return kernels.norm(as<Norm>(work.record), begin, end);
-        case Kind::add: return kernels.add(as<Add>(work.record), begin, end);
-        case Kind::linear: return kernels.linear(as<Linear>(work.record), begin, end, scratch);
-        case Kind::rope: return kernels.rope(as<Rope>(work.record), begin, end);
-        case Kind::append: return kernels.append(as<Append>(work.record), begin, end, scratch);
-        case Kind::attend: return kernels.attend(as<Attend>(work.record), begin, end, scratch);
-        case Kind::activate: return kernels.activate(as<Activate>(work.record), begin, end);
-    }
-}
-
-struct alignas(64) Counter {
-    std::atomic<int64_t> next{0};
+struct Record {
+    const void* words;
+    Kind kind;
 };
 
-struct Step {
-    const Kernels& kernels;
-    std::vector<Work> works;
-    std::unique_ptr<Counter[]> counters;
-    std::atomic<bool> failed{false};
+// How a record's op divides, and how long the record is.
+struct Shape {
+    Job::Phase phase;
+    size_t bytes;
 };
 
-// One op: whoever is free takes the next grain. An op that is done alone is done by thread 0.
-void take(Step& step, size_t index, int thread, Scratch& scratch) {
-    const Work& work = step.works[index];
-    if (work.alone()) {
-        if (thread == 0 && work.units > 0) compute(work, step.kernels, 0, work.units, scratch);
-        return;
-    }
-    std::atomic<int64_t>& next = step.counters[index].next;
-    for (int64_t begin; (begin = next.fetch_add(work.grain, std::memory_order_relaxed)) < work.units;)
-        compute(work, step.kernels, begin, std::min(begin + work.grain, work.units), scratch);
-}
+class Divider {
+   public:
+    Divider(const Kernels& kernels, int threads) : kernels_(kernels), threads_(threads) {}
 
-// Every op waits for the one before, except that thread 0 need not wait for itself.
-void run_step(void* argument, Team& team, int thread) {
-    Step& step = *static_cast<Step*>(argument);
-    for (size_t i = 0; i < step.works.size(); ++i) {
-        if (i > 0 && !(step.works[i - 1].alone() && step.works[i].alone())) team.barrier();
-        try {
-            take(step, i, thread, team.scratch(thread));
-        } catch (const std::exception&) {
-            step.failed = true;
+    Shape divide(Record record) const {
+        switch (record.kind) {
+            case Kind::embed: return rows(as<Embed>(record.words), as<Embed>(record.words).width);
+            case Kind::norm: return rows(as<Norm>(record.words), as<Norm>(record.words).width);
+            case Kind::add: return rows(as<Add>(record.words), as<Add>(record.words).width);
+            case Kind::rope: return rows(as<Rope>(record.words), as<Rope>(record.words).half * 16);
+            case Kind::activate: return rows(as<Activate>(record.words), as<Activate>(record.words).inner * 8);
+            case Kind::append: return append(as<Append>(record.words));
+            case Kind::linear: return linear(as<Linear>(record.words));
+            case Kind::attend: return attend(as<Attend>(record.words));
+        }
+        return {{0, 1}, 0};
+    }
+
+   private:
+    int64_t grain(int64_t units, int64_t numbers) const {
+        if (numbers < SMALL || threads_ == 1) return std::max<int64_t>(units, 1);
+        return std::max<int64_t>(1, units / (threads_ * SHARES));
+    }
+
+    template <class Op>
+    Shape rows(const Op& op, int64_t width) const {
+        return {{op.count, grain(op.count, op.count * width)}, sizeof(op)};
+    }
+
+    Shape append(const Append& op) const { return rows(op, (op.heads + 2 * op.cache.kv_heads) * op.cache.head_dim); }
+
+    // Few enough rows of weight to stay cached while the tokens pass, and whole panels.
+    Shape linear(const Linear& op) const {
+        const int64_t row_bytes = std::max<int64_t>(1, op.in * (op.weight_type == Type::f32 ? 4 : 2));
+        int64_t rows = grain(op.out, op.count * op.in * op.out);
+        if (op.count > 1) rows = std::min(rows, CACHED / row_bytes);
+        return {{op.count == 0 ? 0 : op.out, std::max<int64_t>(1, rows / kernels_.panel) * kernels_.panel}, sizeof(op)};
+    }
+
+    // Tiles of tokens times key heads; a few short sequences are not divided.
+    Shape attend(const Attend& op) const {
+        const int64_t units = op.tile_count * op.cache.kv_heads;
+        int64_t keys = 0;
+        for (int64_t i = 0; i < op.tile_count && keys < SMALL; ++i) keys += op.positions[op.tiles[2 * i]] + 1;
+        const bool small = threads_ == 1 || keys * op.heads * op.cache.head_dim < 4 * SMALL;
+        return {{units, small ? units : 1}, sizeof(op)};
+    }
+
+    const Kernels& kernels_;
+    const int threads_;
+};
+
+class Step : public Job {
+   public:
+    Step(const Kernels& kernels, std::vector<Record> records, std::vector<Phase> phases)
+        : Job(std::move(phases)), kernels_(kernels), records_(std::move(records)) {}
+
+   private:
+    void compute(size_t phase, int64_t begin, int64_t end, Scratch& scratch) override {
+        const void* words = records_[phase].words;
+        switch (records_[phase].kind) {
+            case Kind::embed: return kernels_.embed(as<Embed>(words), begin, end);
+            case Kind::norm: return kernels_.norm(as<Norm>(words), begin, end);
+            case Kind::add: return kernels_.add(as<Add>(words), begin, end);
+            case Kind::linear: return kernels_.linear(as<Linear>(words), begin, end, scratch);
+            case Kind::rope: return kernels_.rope(as<Rope>(words), begin, end);
+            case Kind::append: return kernels_.append(as<Append>(words), begin, end, scratch);
+            case Kind::attend: return kernels_.attend(as<Attend>(words), begin, end, scratch);
+            case Kind::activate: return kernels_.activate(as<Activate>(words), begin, end);
         }
     }
-}
+
+    const Kernels& kernels_;
+    const std::vector<Record> records_;
+};
 
 struct Rows {
     const float* logits;
@@ -162,30 +139,58 @@ struct Rows {
     int64_t top;
     int64_t* top_tokens;
     double* top_logprobs;
-    std::atomic<int64_t> next{0};
-    std::atomic<bool> failed{false};
 };
 
-void pick_rows(void* argument, Team&, int) {
-    Rows& work = *static_cast<Rows*>(argument);
-    for (int64_t r; (r = work.next.fetch_add(1)) < work.rows;) {
-        const float* logits = work.logits + r * work.columns;
-        try {
-            work.picked[r] = work.how == nullptr ? lead(logits, work.columns)
-                                                 : pick(logits, work.columns, work.how[r],
-                                                        work.top_tokens + r * work.top, work.top_logprobs + r * work.top);
-        } catch (const std::exception&) {
-            work.failed = true;
+class PickRows : public Job {
+   public:
+    explicit PickRows(const Rows& rows) : Job({{rows.rows, 1}}), rows_(rows) {}
+
+   private:
+    void compute(size_t, int64_t begin, int64_t end, Scratch&) override {
+        for (int64_t r = begin; r < end; ++r) {
+            const float* logits = rows_.logits + r * rows_.columns;
+            rows_.picked[r] = rows_.how == nullptr
+                                  ? lead(logits, rows_.columns)
+                                  : pick(logits, rows_.columns, rows_.how[r], rows_.top_tokens + r * rows_.top,
+                                         rows_.top_logprobs + r * rows_.top);
         }
     }
+
+    const Rows rows_;
+};
+
+enum Outcome { DONE = 0, NO_MEMORY = 1, NO_TAPE = 2 };
+
+Outcome run(Engine& engine, const std::shared_ptr<Job>& job) {
+    engine.team.run(job);
+    return job->failed() ? NO_MEMORY : DONE;
 }
 
-int together(Engine& engine, Rows& work) {
-    if (work.rows == 1)
-        pick_rows(&work, engine.team, 0);
-    else
-        engine.team.run(pick_rows, &work);
-    return work.failed ? 1 : 0;
+Outcome run_tape(Engine& engine, const int64_t* words, int64_t count) {
+    const Divider divider(engine.kernels, engine.team.threads());
+    std::vector<Record> records;
+    std::vector<Job::Phase> phases;
+    for (int64_t at = 0; at < count;) {
+        const Record record{words + at, Kind(words[at])};
+        const Shape shape = divider.divide(record);
+        const int64_t length = int64_t(shape.bytes / sizeof(int64_t));
+        if (length == 0 || length > count - at) return NO_TAPE;
+        if (shape.phase.units > 0) {
+            records.push_back(record);
+            phases.push_back(shape.phase);
+        }
+        at += length;
+    }
+    return run(engine, std::make_shared<Step>(engine.kernels, std::move(records), std::move(phases)));
+}
+
+template <class Function>
+int guarded(const Function& function) {
+    try {
+        return function();
+    } catch (const std::exception&) {
+        return NO_MEMORY;
+    }
 }
 
 }  // namespace
@@ -215,32 +220,17 @@ EXPORT void fgsnap_close(void* handle) { delete static_cast<Engine*>(handle); }
 
 // Executes the records in words[0, count) in order. 0: done; 1: out of memory; 2: not a tape.
 EXPORT int fgsnap_run(void* handle, const int64_t* words, int64_t count) {
-    Engine& engine = *static_cast<Engine*>(handle);
-    try {
-        Step step{engine.kernels, {}, nullptr, {}};
-        step.works.reserve(size_t(count / 6 + 1));
-        for (int64_t at = 0; at < count;) {
-            size_t bytes = 0;
-            step.works.push_back(measure(words + at, engine.kernels, engine.team.threads(), bytes));
-            if (bytes == 0 || int64_t(bytes / 8) > count - at) return 2;
-            at += int64_t(bytes / 8);
-        }
-        step.counters.reset(new Counter[step.works.size()]);
-        engine.team.run(run_step, &step);
-        return step.failed ? 1 : 0;
-    } catch (const std::exception&) {
-        return 1;
-    }
+    return guarded([&] { return run_tape(*static_cast<Engine*>(handle), words, count); });
 }
 
 // top_tokens and top_logprobs have `top` places a row.
 EXPORT int fgsnap_sample(void* handle, const float* logits, int64_t rows, int64_t columns, const Sampling* how,
                          Picked* picked, int64_t top, int64_t* top_tokens, double* top_logprobs) {
-    Rows work{logits, rows, columns, how, picked, top, top_tokens, top_logprobs, {}, {}};
-    return together(*static_cast<Engine*>(handle), work);
+    const Rows work{logits, rows, columns, how, picked, top, top_tokens, top_logprobs};
+    return guarded([&] { return run(*static_cast<Engine*>(handle), std::make_shared<PickRows>(work)); });
 }
 
 EXPORT int fgsnap_top_two(void* handle, const float* logits, int64_t rows, int64_t columns, Picked* picked) {
-    Rows work{logits, rows, columns, nullptr, picked, 0, nullptr, nullptr, {}, {}};
-    return together(*static_cast<Engine*>(handle), work);
+    const Rows work{logits, rows, columns, nullptr, picked, 0, nullptr, nullptr};
+    return guarded([&] { return run(*static_cast<Engine*>(handle), std::make_shared<PickRows>(work)); });
 }

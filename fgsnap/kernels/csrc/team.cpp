@@ -1,16 +1,17 @@
-// Waiting is a short spin, then sleep: a spin inside a run spares the wake-up between two ops, and a team that has
-// nothing to do uses no processor time.
+// Waiting is a short spin, then sleep: the spin spares a wake-up between two phases, and a team that has nothing to do
+// uses no processor time.
 #include "team.h"
 
 #include <chrono>
 #include <cstdlib>
 #include <new>
+#include <utility>
 
 namespace fgsnap {
 namespace {
 
-constexpr int64_t BETWEEN_OPS_NS = 30'000;  // about what a sleep and a wake-up cost
-constexpr int64_t BETWEEN_RUNS_NS = 3'000;
+constexpr int64_t BETWEEN_PHASES_NS = 30'000;  // about what a sleep and a wake-up cost
+constexpr int64_t BETWEEN_JOBS_NS = 3'000;
 
 void relax() {
 #if defined(__x86_64__)
@@ -29,14 +30,19 @@ float* Scratch::need(size_t floats) {
         std::free(data_);
         size_ = (floats + floats / 2 + 1023) / 1024 * 1024;
         data_ = static_cast<float*>(std::aligned_alloc(64, size_ * sizeof(float)));
-        if (data_ == nullptr) throw std::bad_alloc();
+        if (data_ == nullptr) {
+            size_ = 0;
+            throw std::bad_alloc();
+        }
     }
     return data_;
 }
 
-Team::Team(int threads) : threads_(threads), scratches_(new Scratch[size_t(threads)]) {
+Job::Job(std::vector<Phase> phases) : phases_(std::move(phases)), progress_(new Progress[phases_.size()]) {}
+
+Team::Team(int threads) {
     try {
-        for (int i = 1; i < threads; ++i) workers_.emplace_back(&Team::work, this, i);
+        for (int i = 1; i < threads; ++i) workers_.emplace_back(&Team::work, this);
     } catch (...) {
         stop();
         throw;
@@ -47,60 +53,76 @@ Team::~Team() { stop(); }
 
 void Team::stop() {
     ending_.store(true);
-    change(runs_);
+    changed();
     for (std::thread& worker : workers_) worker.join();
 }
 
-void Team::run(Body body, void* argument) {
-    body_ = body;
-    argument_ = argument;
-    if (threads_ > 1) change(runs_);
-    body(argument, *this, 0);
-    barrier();
+void Team::run(const std::shared_ptr<Job>& job) {
+    if (!workers_.empty()) {
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            job_ = job;
+            jobs_.fetch_add(1);
+        }
+        changed();
+    }
+    take_part(*job, scratch_);
 }
 
-void Team::work(int thread) {
+void Team::work() {
+    Scratch scratch;
     for (uint64_t seen = 0;;) {
-        wait(runs_, seen, BETWEEN_RUNS_NS);
+        wait(BETWEEN_JOBS_NS, [&] { return jobs_.load() != seen || ending_.load(); });
         if (ending_.load()) return;
-        ++seen;
-        body_(argument_, *this, thread);
-        barrier();
+        std::shared_ptr<Job> job;
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            job = job_;
+            seen = jobs_.load();
+        }
+        take_part(*job, scratch);
     }
 }
 
-void Team::barrier() {
-    if (threads_ == 1) return;
-    const uint64_t now = barriers_.load();
-    if (arrived_.fetch_add(1) + 1 == threads_) {
-        arrived_.store(0);
-        change(barriers_);
-    } else {
-        wait(barriers_, now, BETWEEN_OPS_NS);
+void Team::take_part(Job& job, Scratch& scratch) {
+    for (size_t i = 0; i < job.phases_.size(); ++i) {
+        const Job::Phase phase = job.phases_[i];
+        Job::Progress& progress = job.progress_[i];
+        for (int64_t begin; (begin = progress.taken.fetch_add(phase.grain)) < phase.units;) {
+            const int64_t end = begin + phase.grain < phase.units ? begin + phase.grain : phase.units;
+            try {
+                job.compute(i, begin, end, scratch);
+            } catch (const std::bad_alloc&) {
+                job.failed_.store(true);
+            }
+            if (progress.done.fetch_add(end - begin) + end - begin == phase.units) changed();
+        }
+        wait(BETWEEN_PHASES_NS, [&] { return progress.done.load() >= phase.units; });
     }
 }
 
-// A sleeper counts itself before it looks at the value for the last time, and a change is made before the sleepers are
-// counted; both in one total order, so one of the two sees the other.
-void Team::change(std::atomic<uint64_t>& value) {
-    value.fetch_add(1);
+// A sleeper counts itself before it looks at the condition for the last time, and a change is made before the sleepers
+// are counted; both in one total order, so one of the two sees the other.
+void Team::changed() {
     if (sleepers_.load() == 0) return;
     { const std::lock_guard<std::mutex> lock(mutex_); }
-    changed_.notify_all();
+    woken_.notify_all();
 }
 
-void Team::wait(std::atomic<uint64_t>& value, uint64_t old, int64_t patience_ns) {
+template <class Condition>
+void Team::wait(int64_t patience_ns, const Condition& condition) {
     using Clock = std::chrono::steady_clock;
+    if (condition()) return;
     const auto give_up = Clock::now() + std::chrono::nanoseconds(patience_ns);
     do {
-        for (int i = 0; i < 32; ++i) {
-            if (value.load(std::memory_order_acquire) != old) return;
+        for (int i = 0; i < 16; ++i) {
             relax();
+            if (condition()) return;
         }
     } while (Clock::now() < give_up);
     std::unique_lock<std::mutex> lock(mutex_);
     sleepers_.fetch_add(1);
-    changed_.wait(lock, [&] { return value.load() != old; });
+    woken_.wait(lock, condition);
     sleepers_.fetch_sub(1);
 }
 

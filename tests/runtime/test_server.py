@@ -1,0 +1,648 @@
+"""The HTTP app over the real worker loop, with a stub model and a byte tokenizer, driven by the official client."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+
+import openai
+import pytest
+
+from fgsnap.runtime import server
+from tests.doubles import ByteText, StubModel
+from tests.serving import MODEL, StubWorkers, ask, client, samples, send_only, stub_service, until
+
+ROUTES = [
+    ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("GET", "/v1/models"),
+    ("GET", f"/v1/models/{MODEL}"), ("GET", "/metrics"), ("GET", "/health"), ("GET", "/health/live"),
+    ("GET", "/health/ready"), ("GET", "/health/startup"),
+]  # fmt: skip
+GREEDY = {"model": MODEL, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def service():
+    """One service for the tests that leave it as it was."""
+    with stub_service() as running:
+        until(lambda: running.link.state == "ready")
+        yield running
+
+
+@pytest.fixture(scope="module")
+def api(service):
+    with client(service.url) as made:
+        yield made
+
+
+def continuation(prompt: str, count: int) -> list[int]:
+    """The greedy tokens of the stub model, without engine or server."""
+    from fgsnap.kernels.ops import Batch, Sampling
+
+    tokens = list(prompt.encode())
+    for _ in range(count):
+        model = StubModel(blocks=64)
+        length = len(tokens)
+        batch = Batch(tokens, range(length), (0, length), (length,), (range(64),), (length - 1,))
+        tokens.append(model.sample(model.forward(batch), [Sampling()])[0].token)
+    return tokens[len(prompt.encode()) :]
+
+
+# ------------------------------------------------------------------------------------------------- right answers
+
+
+def test_a_completion(api):
+    answer = api.completions.create(prompt="hello", max_tokens=6, extra_body={"ignore_eos": True}, **GREEDY)
+    assert answer.choices[0].text == ByteText().decode(continuation("hello", 6))
+    assert answer.choices[0].finish_reason == "length" and answer.choices[0].logprobs is None
+    assert answer.object == "text_completion" and answer.model == MODEL
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (5, 6, 11)
+
+
+def test_without_a_length_a_completion_has_sixteen_tokens(api):
+    answer = api.completions.create(prompt="hello", extra_body={"ignore_eos": True}, **GREEDY)
+    assert answer.usage.completion_tokens == 16
+
+
+def test_a_streamed_completion_is_the_plain_one_in_pieces(api):
+    arguments = {**GREEDY, "prompt": "stream me", "max_tokens": 12, "extra_body": {"ignore_eos": True}}
+    plain = api.completions.create(**arguments)
+    chunks = list(api.completions.create(stream=True, **arguments))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == plain.choices[0].text
+    assert [chunk.choices[0].finish_reason for chunk in chunks][-1] == "length"
+    assert all(chunk.choices[0].finish_reason is None and chunk.usage is None for chunk in chunks[:-1])
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_usage_comes_in_a_last_chunk_without_choices(api):
+    chunks = list(
+        api.completions.create(
+            prompt="abc", max_tokens=4, stream=True, stream_options={"include_usage": True},
+            extra_body={"ignore_eos": True}, **GREEDY,
+        )
+    )  # fmt: skip
+    assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 4 and chunks[-1].usage.prompt_tokens == 3
+    assert all(chunk.usage is None and "usage" in chunk.model_fields_set for chunk in chunks[:-1])
+
+
+def test_a_chat(api):
+    messages = [{"role": "user", "content": "hi"}]
+    answer = api.chat.completions.create(messages=messages, max_tokens=5, extra_body={"ignore_eos": True}, **GREEDY)
+    assert answer.choices[0].message.content == ByteText().decode(continuation("user: hi\nassistant:", 5))
+    assert answer.choices[0].message.role == "assistant" and answer.object == "chat.completion"
+    assert answer.usage.prompt_tokens == len("user: hi\nassistant:")
+
+
+def test_a_streamed_chat_begins_with_the_role(api):
+    arguments = {**GREEDY, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8}
+    plain = api.chat.completions.create(**arguments)
+    chunks = list(api.chat.completions.create(stream=True, stream_options={"include_usage": True}, **arguments))
+    assert chunks[0].choices[0].delta.role == "assistant" and chunks[0].choices[0].delta.content == ""
+    said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert said == plain.choices[0].message.content
+    assert chunks[-1].usage == plain.usage and chunks[0].object == "chat.completion.chunk"
+
+
+def test_without_a_length_a_chat_may_fill_the_context(api):
+    messages = [{"role": "user", "content": "hi"}]
+    answer = api.chat.completions.create(messages=messages, extra_body={"ignore_eos": True}, **GREEDY)
+    assert answer.usage.total_tokens == 256 and answer.choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "texts"),
+    [
+        ("ab", ["ab"]),
+        (["ab", "cd", "e"], ["ab", "cd", "e"]),
+        (list(b"ab"), ["ab"]),
+        ([list(b"ab"), list(b"cd")], ["ab", "cd"]),
+    ],
+)
+def test_prompts_as_text_token_ids_or_lists_of_either(api, prompt, texts):
+    arguments = {"prompt": prompt, "max_tokens": 4, "extra_body": {"ignore_eos": True}, **GREEDY}
+    answer = api.completions.create(**arguments)
+    expected = [ByteText().decode(continuation(text, 4)) for text in texts]
+    assert [(choice.index, choice.text) for choice in answer.choices] == list(enumerate(expected))
+    assert answer.usage.prompt_tokens == sum(map(len, texts)) and answer.usage.completion_tokens == 4 * len(texts)
+    streamed = [""] * len(texts)
+    for chunk in api.completions.create(stream=True, **arguments):
+        streamed[chunk.choices[0].index] += chunk.choices[0].text
+    assert streamed == expected
+
+
+def test_n_choices_differ_and_repeat_with_their_seed(api):
+    arguments = {"prompt": "dice", "n": 4, "seed": 3, "max_tokens": 12, "temperature": 1.5, "model": MODEL}
+    first, second = (api.completions.create(**arguments) for _ in range(2))
+    texts = [choice.text for choice in first.choices]
+    assert texts == [choice.text for choice in second.choices] and len(set(texts)) == 4
+    alone = api.completions.create(**{**arguments, "n": 1})
+    assert alone.choices[0].text == texts[0] and first.usage.prompt_tokens == 4
+
+
+def test_without_a_seed_answers_differ(api):
+    arguments = {"prompt": "dice", "max_tokens": 24, "temperature": 1.5, "model": MODEL}
+    assert len({api.completions.create(**arguments).choices[0].text for _ in range(3)}) == 3
+
+
+def test_a_stop_token_ends_with_stop_and_is_not_shown(api):
+    tokens = continuation("halt", 8)
+    answer = api.completions.create(prompt="halt", max_tokens=8, extra_body={"stop_token_ids": [tokens[3]]}, **GREEDY)
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.choices[0].text == ByteText().decode(tokens[: tokens.index(tokens[3])])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_text_ends_with_stop_and_frees_the_engine(service, api, stream):
+    # A model of random bytes seldom writes whole characters, so the text is looked at before a stop is chosen from it.
+    arguments = {**GREEDY, "prompt": "find a stop", "extra_body": {"ignore_eos": True}}
+    text = api.completions.create(max_tokens=200, **arguments).choices[0].text
+    at = next(i for i in range(20, len(text)) if text[i].isascii() and text[i] not in text[:i])
+    answer = api.completions.create(max_tokens=200, stop=["never!", text[at]], stream=stream, **arguments)
+    if stream:
+        chunks = list(answer)
+        assert "".join(chunk.choices[0].text for chunk in chunks) == text[:at]
+        assert chunks[-1].choices[0].finish_reason == "stop"
+    else:
+        assert answer.choices[0].text == text[:at] and answer.choices[0].finish_reason == "stop"
+        assert answer.usage.completion_tokens < 200
+    until(lambda: all_blocks_free(service.url))
+
+
+def test_completion_logprobs(api):
+    answer = api.completions.create(prompt="p", max_tokens=3, logprobs=2, extra_body={"ignore_eos": True}, **GREEDY)
+    logprobs = answer.choices[0].logprobs
+    assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.text_offset) == 3
+    for number, top in zip(logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
+        assert number == max(top.values()) < 0  # greedy: the very same number
+
+
+def test_chat_logprobs_stream_as_they_are_in_one_piece(api):
+    arguments = {
+        **GREEDY, "messages": [{"role": "user", "content": "p"}], "max_tokens": 6, "logprobs": True, "top_logprobs": 3,
+        "extra_body": {"ignore_eos": True},
+    }  # fmt: skip
+    plain = api.chat.completions.create(**arguments).choices[0].logprobs.content
+    streamed = [
+        entry
+        for chunk in api.chat.completions.create(stream=True, **arguments)
+        if chunk.choices[0].logprobs
+        for entry in chunk.choices[0].logprobs.content
+    ]
+    assert streamed == plain and len(plain) == 6
+    for entry, token in zip(plain, continuation("user: p\nassistant:", 6), strict=True):
+        assert entry.bytes == ([token] if token < 256 else []) and len(entry.top_logprobs) == 3
+        assert entry.logprob == entry.top_logprobs[0].logprob
+
+
+def test_many_at_once_get_what_each_gets_alone(api):
+    prompts = [f"prompt {number}" for number in range(16)]
+    found: dict[str, str] = {}
+
+    def one(prompt):
+        answer = api.completions.create(prompt=prompt, max_tokens=10, extra_body={"ignore_eos": True}, **GREEDY)
+        found[prompt] = answer.choices[0].text
+
+    threads = [threading.Thread(target=one, args=(prompt,)) for prompt in prompts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {prompt: ByteText().decode(continuation(prompt, 10)) for prompt in prompts}
+
+
+def test_long_texts_are_tokenized_aside(service, monkeypatch):
+    names = []
+    encode = ByteText.encode
+
+    def noted(self, text):
+        names.append(threading.current_thread().name)
+        return encode(self, text)
+
+    monkeypatch.setattr(ByteText, "encode", noted)
+    monkeypatch.setattr(server, "INLINE_CHARACTERS", 10)
+    for prompt in ("short", "a longer text"):
+        assert ask(service.url, "POST", "/v1/completions", {"prompt": prompt, "max_tokens": 1}).status == 200
+    assert names[0] != names[1]
+
+
+def test_the_model_is_listed(api):
+    (card,) = api.models.list().data
+    assert card.id == MODEL and card.max_model_len == 256
+    assert api.models.retrieve(MODEL).id == MODEL
+
+
+def test_headers(service):
+    reply = ask(service.url, "POST", "/v1/completions", {"prompt": "x", "max_tokens": 1}, x_request_id="mine")
+    assert reply.headers["x-request-id"] == "mine" and "server" not in reply.headers
+    assert len(ask(service.url, "GET", "/v1/models").headers["x-request-id"]) == 16
+    stream = ask(service.url, "POST", "/v1/completions", {"prompt": "x", "max_tokens": 1, "stream": True})
+    assert stream.headers["content-type"] == "text/event-stream" and stream.body.endswith(b"data: [DONE]\n\n")
+
+
+# ------------------------------------------------------------------------------------------------- wrong requests
+
+
+def test_the_client_sees_its_mistakes_as_the_errors_it_knows(api):
+    with pytest.raises(openai.BadRequestError) as caught:
+        api.completions.create(prompt="x", model=MODEL, max_tokens=0)
+    assert caught.value.param == "max_tokens" and caught.value.type == "invalid_request_error"
+    with pytest.raises(openai.NotFoundError) as missing:
+        api.completions.create(prompt="x", model="gpt-5")
+    assert missing.value.code == "model_not_found" and "gpt-5" in missing.value.message
+    with pytest.raises(openai.NotFoundError):
+        api.models.retrieve("gpt-5")
+    with pytest.raises(openai.BadRequestError, match="echo"):
+        api.completions.create(prompt="x", model=MODEL, echo=True)
+    with pytest.raises(openai.BadRequestError, match="No role 'wizard'"):
+        api.chat.completions.create(messages=[{"role": "wizard", "content": "x"}], model=MODEL)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_beyond_the_context_the_answer_has_the_arithmetic(api, stream):
+    with pytest.raises(openai.BadRequestError) as caught:
+        api.completions.create(prompt="x" * 250, max_tokens=7, model=MODEL, stream=stream)
+    assert caught.value.code == "context_length_exceeded"
+    assert "maximum context length is 256 tokens; the request needs 257: 250 of prompt + 7" in caught.value.message
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_the_engine_refuses_is_a_400_also_for_a_stream(stream):
+    with stub_service(StubWorkers(blocks=8)) as service, client(service.url) as api:
+        with pytest.raises(openai.BadRequestError) as caught:
+            api.completions.create(prompt="x" * 40, max_tokens=10, model=MODEL, stream=stream)
+        assert (
+            caught.value.code == "kv_cache_exceeded" and "13 blocks of 4, but the cache has 8" in caught.value.message
+        )
+        assert all_blocks_free(service.url)
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"", 400),
+        (b"{", 400),
+        (b"[]", 400),
+        (b'{"prompt":' + b"[" * 500_000, 400),
+        (b'{"prompt":"\xff"}', 400),
+        (b'{"prompt": 5}', 400),
+        (b'{"messages": "x"}', 400),
+        (b'{"prompt": ""}', 400),
+    ],
+)
+def test_bad_bodies(service, body, status):
+    reply = ask(service.url, "POST", "/v1/completions", body)
+    assert reply.status == status and set(reply.error()) == {"message", "type", "param", "code"}
+
+
+def test_unknown_routes_and_methods_are_answered_in_the_same_form(service):
+    assert ask(service.url, "GET", "/v2/nothing").error()["type"] == "invalid_request_error"
+    assert ask(service.url, "GET", "/v2/nothing").status == 404
+    assert ask(service.url, "GET", "/v1/completions").status == 405
+    assert ask(service.url, "DELETE", "/v1/models").error()["message"]
+
+
+def test_a_body_beyond_the_limit_is_a_413_and_is_not_kept(service):
+    assert ask(service.url, "POST", "/v1/completions", b"x" * (server.BODY_LIMIT + 1)).status == 413
+    assert ask(service.url, "POST", "/v1/completions", b"x" * server.BODY_LIMIT).status == 400
+
+
+def test_a_body_in_endless_chunks_is_cut(service):
+    with socket.create_connection(("127.0.0.1", service.port), timeout=30) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
+        chunk = b"%x\r\n" % (1 << 20) + b"x" * (1 << 20) + b"\r\n"
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            for _ in range(1000):
+                connection.sendall(chunk)
+    assert ask(service.url, "GET", "/health/live").status == 200
+
+
+@pytest.mark.parametrize("header", [b"x: " + b"y" * (2 << 20), b"x: y\r\n" * 400_000], ids=["long", "many"])
+def test_a_flood_of_headers_is_cut(service, header):
+    with socket.create_connection(("127.0.0.1", service.port), timeout=30) as connection:
+        sent = 0
+        try:
+            for start in range(0, len(head := b"GET / HTTP/1.1\r\nhost: x\r\n" + header), 1 << 16):
+                connection.sendall(head[start : start + (1 << 16)])
+                sent += 1 << 16
+            answer = connection.recv(64)
+        except (ConnectionResetError, BrokenPipeError):
+            answer = b""
+    assert answer[:12] in (b"", b"HTTP/1.1 400")
+    assert ask(service.url, "GET", "/health/live").status == 200
+
+
+def test_a_body_that_does_not_come_is_given_up(service, monkeypatch):
+    monkeypatch.setattr(server, "BODY_SECONDS", 0.1)
+    with socket.create_connection(("127.0.0.1", service.port), timeout=30) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n{")
+        assert connection.recv(64).startswith(b"HTTP/1.1 408")
+    until(lambda: service.app.open == 0)
+
+
+def test_a_server_error_tells_nothing_of_the_inside(service, monkeypatch, capfd):
+    monkeypatch.setattr(ByteText, "encode", lambda self, text: 1 / 0)
+    reply = ask(service.url, "POST", "/v1/completions", {"prompt": "x"})
+    assert reply.status == 500 and "division" not in reply.body.decode()
+    assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------------- keys
+
+
+def test_without_a_key_only_health_is_answered():
+    with stub_service(keys=(b"first", b"second")) as service:
+        until(lambda: service.link.state == "ready")
+        assert {(method, route.path.replace("{name:path}", MODEL)) for route in service.app.routes
+                for method in route.methods - {"HEAD"}} == set(ROUTES)  # fmt: skip
+        for method, path in [*ROUTES, ("GET", "/nothing"), ("PUT", "/v1/completions"), ("GET", "//v1/models")]:
+            for headers in (
+                {},
+                {"authorization": "Bearer wrong"},
+                {"authorization": "Basic first"},
+                {"x_api_key": "first"},
+            ):
+                status = ask(service.url, method, path, {} if method == "POST" else None, **headers).status
+                assert (status == 401) == (path not in server.PUBLIC), (method, path, headers)
+        for key in ("first", "second"):
+            assert ask(service.url, "GET", "/v1/models", authorization=f"bearer {key}").status == 200
+        with client(service.url, "wrong") as api, pytest.raises(openai.AuthenticationError):
+            api.models.list()
+        with client(service.url, "first") as api:
+            assert api.completions.create(prompt="x", model=MODEL, max_tokens=1).usage.completion_tokens == 1
+
+
+# -------------------------------------------------------------------------------------------- clients that leave
+
+
+def all_blocks_free(url) -> bool:
+    now = samples(url)
+    return now.get("fgsnap_kv_blocks_free") == now.get("fgsnap_kv_blocks") and now["fgsnap_requests_running"] == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_client_that_leaves_is_noticed_and_its_blocks_are_free(path, stream):
+    with stub_service() as service:
+        until(lambda: service.link.state == "ready")
+        service.workers.model.delay = 0.02
+        asked = {"prompt": "x"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "x"}]}
+        body = {**asked, "n": 3, "max_tokens": 200, "ignore_eos": True, "stream": stream}
+        with send_only(service.url, path, body):
+            until(lambda: service.link.stats and service.link.stats.generated_tokens > 6)
+        steps = service.link.stats.steps
+        until(lambda: all_blocks_free(service.url), what="blocks are free")
+        assert service.link.stats.steps - steps < 20, "the request would have taken 200"
+        assert service.app.open == 0 and not service.link._open
+
+
+def test_a_client_that_leaves_before_the_engine_is_ready_is_forgotten():
+    workers = StubWorkers()
+    workers.may_begin.clear()
+    with stub_service(workers) as service:
+        with send_only(service.url, "/v1/completions", {"prompt": "x", "max_tokens": 5}):
+            until(lambda: service.app.open == 1)
+        until(lambda: service.app.open == 0)
+        workers.may_begin.set()
+        until(lambda: service.link.state == "ready")
+        assert ask(service.url, "GET", "/health/ready").status == 200
+        assert service.link.stats is None, "nothing was ever submitted"
+
+
+def test_one_hundred_clients_that_come_and_go_leave_nothing_behind():
+    with stub_service() as service:
+        until(lambda: service.link.state == "ready")
+        service.workers.model.delay = 0.002
+        for number in range(100):
+            body = {"prompt": f"{number}", "max_tokens": 50, "stream": number % 2 == 0}
+            with send_only(service.url, "/v1/completions", body) as connection:
+                if number % 3 == 0:
+                    time.sleep(0.01)
+                elif number % 3 == 1 and number % 2 == 0:
+                    connection.recv(10)
+        until(lambda: service.app.open == 0 and all_blocks_free(service.url))
+        assert not service.link._open
+
+
+# ----------------------------------------------------------------------------------------- the engine's condition
+
+
+def test_early_requests_are_held_and_then_answered():
+    workers = StubWorkers()
+    workers.may_begin.clear()
+    with stub_service(workers) as service, client(service.url) as api:
+        assert ask(service.url, "GET", "/health/live").status == 200
+        assert ask(service.url, "GET", "/health").status == ask(service.url, "GET", "/health/ready").status == 503
+        assert ask(service.url, "GET", "/health/ready").json() == {"status": "starting"}
+        assert ask(service.url, "GET", "/v1/models").json()["data"][0]["max_model_len"] is None
+        answers = []
+        threads = [
+            threading.Thread(target=lambda n=n: answers.append(api.completions.create(prompt="x", model=MODEL, n=n)))
+            for n in (1, 2)
+        ]
+        for thread in threads:
+            thread.start()
+        until(lambda: samples(service.url)["fgsnap_requests_held"] == 2)
+        assert not answers
+        workers.may_begin.set()
+        for thread in threads:
+            thread.join(10)
+        assert sorted(len(answer.choices) for answer in answers) == [1, 2]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_worker_that_dies_fails_its_requests_and_is_replaced(stream):
+    with stub_service() as service, client(service.url) as api:
+        until(lambda: service.link.state == "ready")
+        service.workers.model.delay = 0.01
+        service.on_loop(
+            lambda: service._loop.call_later(0.2, setattr, service.workers.model, "raises", OSError("gone"))
+        )
+        with pytest.raises(openai.APIError, match="engine"):
+            answer = api.completions.create(prompt="x", model=MODEL, max_tokens=250, stream=stream)
+            for _ in answer:
+                pass
+        until(lambda: service.link.state == "ready" and service.link.restarts == 1)
+        assert api.completions.create(prompt="x", model=MODEL, max_tokens=3).choices
+        assert "The engine failed. OSError: gone" in service.told[0]
+        assert samples(service.url)["fgsnap_worker_restarts_total"] == 1
+
+
+def test_requests_that_come_while_the_engine_is_replaced_are_held():
+    workers = StubWorkers()
+    with stub_service(workers) as service, client(service.url) as api:
+        until(lambda: service.link.state == "ready")
+        workers.may_begin.clear()
+        workers.model.raises = OSError("gone")
+        with pytest.raises(openai.InternalServerError):
+            api.completions.create(prompt="x", model=MODEL)
+        until(lambda: workers.started == 2)
+        assert ask(service.url, "GET", "/health/ready").json() == {"status": "restarting"}
+        threading.Timer(0.1, workers.may_begin.set).start()
+        assert api.completions.create(prompt="x", model=MODEL, max_tokens=3).choices
+
+
+def test_a_stalled_worker_is_told_and_replaced():
+    with stub_service(stall_seconds=0.4) as service, client(service.url) as api:
+        until(lambda: service.link.state == "ready")
+        hung = service.workers.model
+        service.workers.may_begin.clear()
+        hung.may_step.clear()
+        with pytest.raises(openai.InternalServerError, match="stalled") as caught:
+            api.completions.create(prompt="x", model=MODEL)
+        assert caught.value.response.headers["retry-after"] == "1"
+        service.workers.may_begin.set()
+        until(lambda: service.link.state == "ready")
+        assert api.completions.create(prompt="x", model=MODEL, max_tokens=3).choices
+        assert "stalled" in service.told[0] and service.link.restarts == 1
+
+
+def test_while_stalled_ready_says_so_and_live_stays():
+    workers = StubWorkers()
+    with stub_service(workers, stall_seconds=0.3) as service:
+        until(lambda: service.link.state == "ready")
+        start = workers.start
+
+        def replacement_that_takes_long():
+            workers.may_begin.clear()
+            return start()
+
+        service.link._start = replacement_that_takes_long
+        workers.model.may_step.clear()
+        with send_only(service.url, "/v1/completions", {"prompt": "x"}):
+            until(lambda: ask(service.url, "GET", "/health/ready").json() == {"status": "stalled"})
+            assert ask(service.url, "GET", "/health/ready").status == 503
+            assert ask(service.url, "GET", "/health/live").status == 200
+        workers.may_begin.set()
+        until(lambda: service.link.state == "ready")
+        assert ask(service.url, "GET", "/health/ready").json() == {"status": "ready"}
+
+
+def test_an_idle_engine_is_not_stalled():
+    with stub_service(stall_seconds=0.1) as service, client(service.url) as api:
+        until(lambda: service.link.state == "ready")
+        time.sleep(0.5)
+        assert api.completions.create(prompt="x", model=MODEL, max_tokens=3).choices and service.link.restarts == 0
+
+
+def test_a_first_start_that_fails_ends_the_service():
+    workers = StubWorkers()
+    workers.fail_starts = 1
+    with stub_service(workers) as service:
+        until(lambda: service.failure)
+        assert service.failure.what == "The engine failed." and workers.started == 1
+        reply = ask(service.url, "POST", "/v1/completions", {"prompt": "x"})
+        assert reply.status == 503 and reply.error()["type"] == "server_error"
+
+
+def test_replacements_are_tried_again_and_again(monkeypatch):
+    from fgsnap.runtime import link
+
+    slept = []
+
+    async def no_time(seconds):
+        slept.append(seconds)
+
+    monkeypatch.setattr(link, "RETRIES", 2)
+    monkeypatch.setattr(link, "backoff", no_time)
+    workers = StubWorkers()
+    with stub_service(workers) as service:
+        until(lambda: service.link.state == "ready")
+        workers.fail_starts = 9
+        workers.model.raises = OSError("gone")
+        assert ask(service.url, "POST", "/v1/completions", {"prompt": "x"}).status == 503
+        until(lambda: service.failure)
+        assert workers.started == 4 and slept == [0.0, 1.0, 2.0]
+
+
+def test_an_error_in_the_middle_of_a_stream_is_a_chunk_that_clients_see():
+    with stub_service() as service:
+        until(lambda: service.link.state == "ready")
+        service.workers.model.delay = 0.01
+        service.on_loop(
+            lambda: service._loop.call_later(0.3, setattr, service.workers.model, "raises", OSError("gone"))
+        )
+        body = {"prompt": "x", "max_tokens": 250, "stream": True, "ignore_eos": True}
+        reply = ask(service.url, "POST", "/v1/completions", body)
+        *_, error, done, rest = reply.body.split(b"\n\n")
+        assert reply.status == 200 and done == b"data: [DONE]" and not rest
+        assert json.loads(error.removeprefix(b"data: "))["error"]["code"] == "unavailable"
+
+
+def test_a_nan_is_an_error_of_that_request_only():
+    with stub_service(StubWorkers(nan_after=ord("!"))) as service, client(service.url) as api:
+        with pytest.raises(openai.InternalServerError, match="no finite logit"):
+            api.completions.create(prompt="x!", model=MODEL)
+        assert api.completions.create(prompt="x", model=MODEL, max_tokens=2).choices
+        assert service.link.restarts == 0
+
+
+def test_when_full_it_says_so():
+    workers = StubWorkers()
+    workers.may_begin.clear()
+    with stub_service(workers, max_open=2) as service:
+        with (
+            send_only(service.url, "/v1/completions", {"prompt": "x"}),
+            send_only(service.url, "/v1/completions", {"prompt": "x"}),
+        ):
+            until(lambda: service.app.open == 2)
+            reply = ask(service.url, "POST", "/v1/completions", {"prompt": "x"})
+            assert reply.status == 429 and reply.headers["retry-after"] == "1"
+            assert reply.error()["type"] == "rate_limit_error"
+        until(lambda: service.app.open == 0)
+
+
+def test_while_draining_new_requests_go_elsewhere_and_old_ones_finish():
+    with stub_service() as service, client(service.url) as api:
+        until(lambda: service.link.state == "ready")
+        service.workers.model.delay = 0.02
+        stream = api.completions.create(
+            prompt="x", model=MODEL, max_tokens=40, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(iter(stream))
+        service.app.draining = True
+        reply = ask(service.url, "POST", "/v1/completions", {"prompt": "x"})
+        assert reply.status == 503 and reply.headers["retry-after"] == "1" and reply.headers["connection"] == "close"
+        assert ask(service.url, "GET", "/health/ready").json() == {"status": "draining"}
+        assert ask(service.url, "GET", "/health/live").status == 200
+        assert list(stream)[-1].choices[0].finish_reason == "length"
+
+
+def test_a_silent_engine_is_bridged_by_comments(monkeypatch):
+    monkeypatch.setattr(server, "KEEP_ALIVE_SECONDS", 0.05)
+    with stub_service() as service:
+        until(lambda: service.link.state == "ready")
+        service.workers.model.may_step.clear()
+        threading.Timer(0.4, service.workers.model.may_step.set).start()
+        body = {"prompt": "x", "max_tokens": 2, "stream": True, "ignore_eos": True}
+        reply = ask(service.url, "POST", "/v1/completions", body)
+        assert reply.body.startswith(b": still working\n\n") and reply.body.endswith(b"data: [DONE]\n\n")
+
+
+# ------------------------------------------------------------------------------------------------------- metrics
+
+
+def test_metrics_count(service, api):
+    before = samples(service.url)
+    api.completions.create(prompt="count me", max_tokens=5, extra_body={"ignore_eos": True}, **GREEDY)
+    after = samples(service.url)
+    grown = {name: after[name] - before[name] for name in after if name.startswith("fgsnap_")}
+    assert grown["fgsnap_prompt_tokens_total"] == 8 and grown["fgsnap_generated_tokens_total"] == 5
+    assert grown["fgsnap_time_to_first_token_seconds_count"] == grown["fgsnap_request_seconds_count"] == 1
+    assert grown["fgsnap_inter_token_seconds_count"] == 4
+    text = ask(service.url, "GET", "/metrics").body.decode()
+    assert 'fgsnap_choices_finished_total{reason="length"}' in text
+    assert 'fgsnap_http_responses_total{route="/v1/completions",status="200"}' in text
+    assert 'fgsnap_snapshot_info{backend="stub",device="cpu",id="' in text
+
+
+def test_metrics_are_well_formed(service):
+    from prometheus_client.parser import text_string_to_metric_families
+
+    families = list(text_string_to_metric_families(ask(service.url, "GET", "/metrics").body.decode()))
+    assert all(family.documentation for family in families)
+    histograms = {family.name: family for family in families if family.type == "histogram"}
+    assert len(histograms) == 3
+    for family in histograms.values():
+        buckets = [sample.value for sample in family.samples if sample.name.endswith("_bucket")]
+        assert buckets == sorted(buckets)
