@@ -20,10 +20,12 @@ INNER = {
     "fgsnap.errors": (),
     "fgsnap.spec": ("fgsnap.errors",),
     "fgsnap.layout": ("fgsnap.errors", "fgsnap.spec"),
-    "fgsnap.snapshot": ("fgsnap.errors", "fgsnap.spec", "fgsnap.layout", "fgsnap.snapshot"),
+    "fgsnap.progress": (),
+    "fgsnap.snapshot": ("fgsnap.errors", "fgsnap.spec", "fgsnap.layout", "fgsnap.progress", "fgsnap.snapshot"),
     "fgsnap.kernels": ("fgsnap.errors", "fgsnap.kernels"),
     "fgsnap.convert": (
-        "fgsnap.errors", "fgsnap.spec", "fgsnap.layout", "fgsnap.snapshot", "fgsnap.convert", "fgsnap",
+        "fgsnap.errors", "fgsnap.spec", "fgsnap.layout", "fgsnap.progress", "fgsnap.snapshot", "fgsnap.convert",
+        "fgsnap",
     ),
     "fgsnap.runtime": (
         "fgsnap.errors", "fgsnap.spec", "fgsnap.layout", "fgsnap.snapshot", "fgsnap.kernels", "fgsnap.runtime",
@@ -36,6 +38,7 @@ OUTER = {
     "fgsnap.errors": set(),
     "fgsnap.spec": {"msgspec"},
     "fgsnap.layout": {"msgspec"},
+    "fgsnap.progress": set(),
     "fgsnap.snapshot": {"msgspec", "blake3"},
     "fgsnap.kernels.reference": {"torch"},
     "fgsnap.kernels.choose": {"torch"},

@@ -167,10 +167,11 @@ def test_digests_whatever_the_slabs(tmp_path: Path, slab: int) -> None:
 def test_a_snapshot_of_several_chunks_verifies_with_progress(tmp_path: Path) -> None:
     spec = tiny_spec(width=256, vocab_size=6000, layers=1)
     make_snapshot(tmp_path / "s", spec, text_files=TEXT)
-    steps: list[int] = []
-    report = verify(tmp_path / "s", steps.append)
-    assert sum(steps) == report.bytes > 2 * CHUNK
-    assert max(steps) == CHUNK
+    steps: list[tuple[int, int]] = []
+    report = verify(tmp_path / "s", lambda done, total: steps.append((done, total)))
+    assert steps[-1] == (report.bytes, report.bytes)
+    assert report.bytes > 2 * CHUNK
+    assert max(b[0] - a[0] for a, b in itertools.pairwise([(0, 0), *steps])) == CHUNK
     file = tmp_path / "s" / rank_file(0, 1)
     with file.open("r+b") as out:
         out.seek(CHUNK + 99)

@@ -34,12 +34,9 @@ from fgsnap.convert.source import NUMPY_DTYPES, Source, open_source
 from fgsnap.convert.text_section import text_section
 from fgsnap.errors import FgsnapError, HostError, SnapshotRefused
 from fgsnap.layout import Piece, pieces
+from fgsnap.progress import Progress, counted
 from fgsnap.snapshot import Canary, Manifest, PlannedTensor, Provenance, RankLayout, SnapshotWriter
 from fgsnap.spec import DType
-
-Progress = Callable[[int, int], None]
-"""Told (bytes written so far, bytes in all), from the calling thread."""
-
 
 class Result(msgspec.Struct, frozen=True):
     """A published snapshot; ``bytes`` are those of its rank files."""
@@ -84,7 +81,7 @@ def convert(
         with SnapshotWriter(Path(target), recipe.spec, tp) as writer:
             writer.check_space(size)
             digests = _Background(source.file_digests)
-            _write_ranks(writer, layouts, source, recipe, workers or default_workers(), _counted(progress, size))
+            _write_ranks(writer, layouts, source, recipe, workers or default_workers(), counted(progress, size))
             for name in sorted(texts):
                 writer.add_file(name, texts[name])
             identity = writer.write_manifest(
@@ -238,18 +235,6 @@ def _read_piece(
         narrowed: Array = np.empty(piece.extent, part.dtype)
         cast(raw, held, narrowed, dtype, rule.takes[0].source)
         np.copyto(part, narrowed)
-
-
-def _counted(progress: Progress | None, total: int) -> Callable[[int], None]:
-    done = 0
-
-    def wrote(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total)
-
-    return wrote
 
 
 class _Background:

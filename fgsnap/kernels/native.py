@@ -296,7 +296,8 @@ class Native:
     def __init__(self, dtype: str = "bfloat16", threads: int | None = None, instructions: str | None = None) -> None:
         library, reason = _load()
         if library is None:
-            raise HostError("The native backend cannot be used.", reason, "Use --backend reference.")
+            next_step = "Install a C++ compiler and then fgsnap again, or use --backend reference."
+            raise HostError("The native backend cannot be used.", reason, next_step)
         if dtype not in DTYPES:
             raise _misuse("native", f"KV cache of {dtype}; it has {', '.join(DTYPES)}")
         self.dtype = dtype

@@ -114,7 +114,7 @@ def spawn(options: WorkerOptions) -> Worker:
     ours, theirs = socket.socketpair()
     theirs.set_inheritable(True)
     arguments = [str(theirs.fileno()), str(os.getpid()), msgspec.json.encode(options).decode()]
-    command = [sys.executable, "-c", BOOT, str(Path(__file__).parents[2]), *arguments]
+    command = [sys.executable, "-P", "-c", BOOT, str(Path(__file__).parents[2]), *arguments]
     try:
         pid = os.posix_spawn(sys.executable, command, os.environ)
     finally:

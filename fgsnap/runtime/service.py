@@ -157,7 +157,7 @@ class Service:
             await asyncio.to_thread(verify, self._options.snapshot, self._go_on)
         await asyncio.Event().wait()
 
-    def _go_on(self, hashed: int) -> None:
+    def _go_on(self, done: int, total: int) -> None:
         """Called as the check proceeds; it must not hold up the end of the service."""
         if self._app.draining:
             raise InterruptedError("the service is ending")

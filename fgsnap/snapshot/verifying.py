@@ -11,6 +11,7 @@ from typing import NamedTuple
 from blake3 import blake3
 
 from fgsnap.errors import SnapshotRefused
+from fgsnap.progress import Progress, counted
 from fgsnap.snapshot.files import changed, check_size, listed, opened, read_all, refused
 from fgsnap.snapshot.format import CHUNK, DIGEST_BYTES, FileEntry, Manifest, chunks_file, chunks_size
 from fgsnap.snapshot.reading import open_snapshot
@@ -25,17 +26,18 @@ class Report(NamedTuple):
     canary: bool
 
 
-def verify(path: Path | str, progress: Callable[[int], None] | None = None) -> Report:
+def verify(path: Path | str, progress: Progress | None = None) -> Report:
     """Compare every covered byte with the digests; SnapshotRefused names the file, and a rank file's chunk and tensors.
 
     Args:
         path: the snapshot directory.
-        progress: called with the number of bytes checked since the last call.
+        progress: told (bytes checked so far, bytes in all) after each chunk.
     """
     path = Path(path)
-    advance = progress or (lambda _: None)
     with open_snapshot(path) as snapshot:
         manifest = snapshot.manifest
+        total = sum(entry.bytes for entry in manifest.files.values())
+        advance = counted(progress, total)
         _refuse_strays(path, manifest)
         for name, entry in manifest.files.items():
             if entry.chunks is None:
@@ -43,7 +45,6 @@ def verify(path: Path | str, progress: Callable[[int], None] | None = None) -> R
                 advance(entry.bytes)
             else:
                 _verify_rank(path, name, entry, manifest, advance)
-        total = sum(entry.bytes for entry in manifest.files.values())
         return Report(snapshot.id, len(manifest.files), total, snapshot.canary is not None)
 
 

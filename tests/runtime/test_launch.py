@@ -394,7 +394,7 @@ def test_sigterm_under_load_cuts_nothing(snapshot):
             replies = []
 
             def one(url=url, replies=replies):
-                body = {"prompt": "load", "max_tokens": 300, "ignore_eos": True}
+                body = {"prompt": "load", "max_tokens": 1500, "ignore_eos": True}
                 replies.append(ask(url, "POST", "/v1/completions", body))
 
             threads = [threading.Thread(target=one) for _ in range(6)]
@@ -404,5 +404,5 @@ def test_sigterm_under_load_cuts_nothing(snapshot):
             service.signal(signal.SIGTERM)
             for thread in threads:
                 thread.join()
-            assert [reply.json()["usage"]["completion_tokens"] for reply in replies] == [300] * 6
+            assert [reply.json()["usage"]["completion_tokens"] for reply in replies] == [1500] * 6
             assert service.ended() == 0

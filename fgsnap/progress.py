@@ -1,0 +1,21 @@
+"""How long work over many bytes tells how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Progress = Callable[[int, int], None]
+"""Told (bytes done so far, bytes in all), from the thread that asked for the work."""
+
+
+def counted(progress: Progress | None, total: int) -> Callable[[int], None]:
+    """A function to be told the bytes of each part as it is done; it passes on the sum."""
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
+    return advance
