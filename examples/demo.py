@@ -11,7 +11,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +33,14 @@ def main(checkpoint: str, snapshot: str, prompt: str) -> None:
         server = subprocess.Popen(command)
         try:
             # No waiting for readiness: a request that comes too early is held until the canary has matched.
-            answer = ask(f"http://127.0.0.1:{port}/v1/chat/completions", prompt)
+            print(f"> {prompt}")
+            for text in ask(f"http://127.0.0.1:{port}/v1/chat/completions", prompt):
+                print(text, end="", flush=True)
+            print()
         finally:
             server.send_signal(signal.SIGTERM)
             server.wait()
-        print(f"\n> {prompt}\n{answer}\n")
+        print()
         show_phases(json.loads(report.read_text()))
 
 
@@ -44,7 +50,8 @@ FGSNAP = [sys.executable, "-m", "fgsnap"]
 def fgsnap(*arguments: str) -> None:
     """Run one fgsnap command, shown as a user would type it."""
     show([*FGSNAP, *arguments])
-    subprocess.run([*FGSNAP, *arguments], check=True)
+    if code := subprocess.run([*FGSNAP, *arguments]).returncode:
+        sys.exit(code)  # it has said why
 
 
 def show(command: list[str]) -> None:
@@ -57,21 +64,23 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def ask(url: str, prompt: str, patience: float = 60.0) -> str:
-    """The model's greedy answer; tries again while the server's socket is not open yet."""
-    import time
-
-    body = {"messages": [{"role": "user", "content": prompt}], "temperature": 0, "max_tokens": 64}
+def ask(url: str, prompt: str, patience: float = 60.0) -> Iterator[str]:
+    """The model's greedy answer as it streams in; tries again while the server's socket is not open yet."""
+    body = {"messages": [{"role": "user", "content": prompt}], "temperature": 0, "max_tokens": 64, "stream": True}
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     give_up = time.monotonic() + patience
     while True:
         try:
-            with urllib.request.urlopen(request) as response:
-                return str(json.load(response)["choices"][0]["message"]["content"])
-        except urllib.error.URLError:
-            if time.monotonic() > give_up:
+            response = urllib.request.urlopen(request)
+            break
+        except urllib.error.URLError as error:
+            if not isinstance(error.reason, ConnectionRefusedError) or time.monotonic() > give_up:
                 raise
-            time.sleep(0.01)
+            time.sleep(0.001)
+    with response:
+        for line in response:
+            if line.startswith(b"data: {"):
+                yield json.loads(line[6:])["choices"][0]["delta"].get("content") or ""
 
 
 def show_phases(report: dict[str, Any]) -> None:

@@ -100,9 +100,8 @@ class PartialDirectory:
 
 def create_file(path: Path) -> int:
     """A descriptor of a new file, to write and to map; every user may read the file, whatever the umask."""
-    with host_errors(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        os.fchmod(descriptor, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    os.fchmod(descriptor, 0o644)
     return descriptor
 
 
@@ -113,14 +112,14 @@ def write_all(descriptor: int, data: memoryview) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """A new file with these bytes, on disk when this returns."""
-    descriptor = create_file(path)
-    try:
-        with host_errors(path, len(data)):
+    """Write a new file, on disk when this returns; HostError says why it cannot be."""
+    with host_errors(path, len(data)):
+        descriptor = create_file(path)
+        try:
             write_all(descriptor, memoryview(data))
             os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def sync_directory(path: Path) -> None:
@@ -145,8 +144,9 @@ def host_errors(path: Path, needed: int = 0) -> Iterator[None]:
 
 
 def _disk_full(path: Path, needed: int, why: str) -> HostError:
+    need = f": it needs {needed} bytes ({needed / (1 << 30):.2f} GiB)" if needed else ""
     return HostError(
-        f"No room to write {path.name}: it needs {needed} bytes ({needed / (1 << 30):.2f} GiB).",
+        f"No room to write {path.name}{need}.",
         f"In {path.parent}: {why}.",
         "Free some space or choose a directory on another disk.",
     )
@@ -167,29 +167,30 @@ def _lock_directory(path: Path) -> int:
     while True:
         with contextlib.suppress(FileExistsError):
             path.mkdir()
-        try:
-            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except FileNotFoundError:
-            continue  # its writer finished between the two calls
-        except NotADirectoryError as error:
-            raise UsageError(
-                f"{path} is in the way.", "It is not a directory.", "Remove it, then try again."
-            ) from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(FileNotFoundError):  # its writer finished between the two calls
+            lock = _locked(path)
             if _is_at(lock, path):
                 return lock
-        except BlockingIOError as error:
-            os.close(lock)
-            raise UsageError(
-                f"Another process is writing {path.name.removesuffix('.partial')}.",
-                f"It holds the lock of {path}.",
-                "Wait until it ends, or choose another directory.",
-            ) from error
-        except BaseException:
-            os.close(lock)
+            os.close(lock)  # its writer renamed or removed it before the lock was ours
+
+
+def _locked(path: Path) -> int:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except NotADirectoryError as error:
+        raise UsageError(f"{path} is in the way.", "It is not a directory.", "Remove it, then try again.") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if not isinstance(error, BlockingIOError):
             raise
-        os.close(lock)  # its writer renamed or removed it before the lock was ours
+        raise UsageError(
+            f"Another process is writing {path.name.removesuffix('.partial')}.",
+            f"It holds the lock of {path}.",
+            "Wait until it ends, or choose another directory.",
+        ) from error
+    return descriptor
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
@@ -203,8 +204,9 @@ def _is_at(descriptor: int, path: Path) -> bool:
 def _empty(directory: Path) -> None:
     import shutil
 
-    for entry in os.scandir(directory):
-        if entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path)
-        else:
-            os.unlink(entry.path)
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path)
+            else:
+                os.unlink(entry.path)

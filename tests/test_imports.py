@@ -21,11 +21,14 @@ INNER = {
     "fgsnap.spec": ("fgsnap.errors",),
     "fgsnap.layout": ("fgsnap.errors", "fgsnap.spec"),
     "fgsnap.progress": (),
-    "fgsnap.snapshot": ("fgsnap.errors", "fgsnap.spec", "fgsnap.layout", "fgsnap.progress", "fgsnap.snapshot"),
+    "fgsnap.atomic": ("fgsnap.errors",),
+    "fgsnap.snapshot": (
+        "fgsnap.errors", "fgsnap.spec", "fgsnap.layout", "fgsnap.progress", "fgsnap.atomic", "fgsnap.snapshot",
+    ),
     "fgsnap.kernels": ("fgsnap.errors", "fgsnap.kernels"),
     "fgsnap.convert": (
-        "fgsnap.errors", "fgsnap.spec", "fgsnap.layout", "fgsnap.progress", "fgsnap.snapshot", "fgsnap.convert",
-        "fgsnap",
+        "fgsnap.errors", "fgsnap.spec", "fgsnap.layout", "fgsnap.progress", "fgsnap.atomic", "fgsnap.snapshot",
+        "fgsnap.convert", "fgsnap",
     ),
     "fgsnap.runtime": (
         "fgsnap.errors", "fgsnap.spec", "fgsnap.layout", "fgsnap.snapshot", "fgsnap.kernels", "fgsnap.runtime",
@@ -39,6 +42,7 @@ OUTER = {
     "fgsnap.spec": {"msgspec"},
     "fgsnap.layout": {"msgspec"},
     "fgsnap.progress": set(),
+    "fgsnap.atomic": set(),
     "fgsnap.snapshot": {"msgspec", "blake3"},
     "fgsnap.kernels.reference": {"torch"},
     "fgsnap.kernels.choose": {"torch"},

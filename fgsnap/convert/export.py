@@ -8,13 +8,10 @@ beside the target, which gets its name when everything is on disk.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import math
 import mmap
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,20 +19,20 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
+from fgsnap.atomic import PartialDirectory, create_file, host_errors, write_file
 from fgsnap.convert import families
 from fgsnap.convert.folder import INDEX, SINGLE
 from fgsnap.convert.plan import SLAB
 from fgsnap.convert.rules import Array, Rule, Shape, digest, sources, write_box
 from fgsnap.convert.source import NUMPY_DTYPES
-from fgsnap.errors import HostError, UsageError
 from fgsnap.layout import logical_shapes
+from fgsnap.progress import Progress, counted
 from fgsnap.snapshot import Manifest, Snapshot, open_snapshot, read_logical
 from fgsnap.spec import DTYPE_BYTES, DType
 
 SHARD = 5_000_000_000
 """Most bytes of tensors in one file; a single larger tensor has a file of its own."""
 
-Progress = Callable[[int, int], None]
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -74,12 +71,13 @@ def export(
         rules = families.find({"model_type": manifest.provenance.family}).rules(manifest.spec)
         shards = _shards(_tensors(manifest, rules), shard_bytes)
         total = sum(tensor.bytes for shard in shards for tensor in shard)
-        target = Path(os.path.abspath(target))
-        with _new_directory(target, total) as directory:
-            _write_tensors(snapshot, rules, shards, directory, total, progress)
+        with PartialDirectory(Path(target)) as new:
+            new.check_space(total)
+            _write_tensors(snapshot, rules, shards, new.path, counted(progress, total))
             for name, data in _texts(snapshot):
-                _write_file(directory / name, data)
-        return Exported(target, sum(map(len, shards)), total, _notes(manifest, rules))
+                write_file(new.path / name, data)
+            path = new.publish()
+        return Exported(path, sum(map(len, shards)), total, _notes(manifest, rules))
 
 
 def _tensors(manifest: Manifest, rules: tuple[Rule, ...]) -> list[_Tensor]:
@@ -106,8 +104,7 @@ def _write_tensors(
     rules: tuple[Rule, ...],
     shards: list[list[_Tensor]],
     directory: Path,
-    total: int,
-    progress: Progress | None,
+    wrote: Callable[[int], None],
 ) -> None:
     names = [SINGLE] if len(shards) == 1 else [
         f"model-{at:05d}-of-{len(shards):05d}.safetensors" for at in range(1, len(shards) + 1)
@@ -116,18 +113,18 @@ def _write_tensors(
         targets: dict[str, Array] = {}
         for name, shard in zip(names, shards, strict=True):
             targets |= files.enter_context(_mapped(directory / name, shard))
-        _put_all(snapshot, rules, targets, total, progress)
+        _put_all(snapshot, rules, targets, wrote)
     if len(shards) > 1:
         places = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        total = sum(tensor.bytes for shard in shards for tensor in shard)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-        _write_file(directory / INDEX, _json(index))
+        write_file(directory / INDEX, _json(index))
 
 
 def _put_all(
-    snapshot: Snapshot, rules: tuple[Rule, ...], targets: dict[str, Array], total: int, progress: Progress | None
+    snapshot: Snapshot, rules: tuple[Rule, ...], targets: dict[str, Array], wrote: Callable[[int], None]
 ) -> None:
     """The loop: every logical tensor, slab by slab, to where its rule read it."""
-    done = 0
     shapes = logical_shapes(snapshot.manifest.spec)
     for rule in rules:
         kind = targets[rule.takes[0].source].dtype
@@ -139,45 +136,48 @@ def _put_all(
             flat: Array = part.reshape(-1).view(np.uint8)
             read_logical(snapshot, rule.tensor, start, start + len(part), flat.data)
             write_box(rule, targets.__getitem__, (start,) + (0,) * len(inner), part)
-            done += part.nbytes
-            if progress is not None:
-                progress(done, total)
+            wrote(part.nbytes)
 
 
 @contextlib.contextmanager
 def _mapped(path: Path, shard: list[_Tensor]) -> Iterator[dict[str, Array]]:
     """A new safetensors file with its header, mapped for writing: one array a tensor. On disk when this ends."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header = _header(shard)
+    size = len(header) + sum(tensor.bytes for tensor in shard)
+    with contextlib.ExitStack() as stack:
+        with host_errors(path, size):
+            descriptor = create_file(path)
+            stack.callback(os.close, descriptor)
+            os.posix_fallocate(descriptor, 0, size)  # a full disk under a map would kill the process
+            memory = mmap.mmap(descriptor, size)
+        memory[: len(header)] = header
+        yield _arrays(memory, len(header), shard)
+        with host_errors(path, size):
+            memory.flush()
+            os.fsync(descriptor)
+
+
+def _header(shard: list[_Tensor]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in shard:
-        header[tensor.name] = {
+        entries[tensor.name] = {
             "dtype": _CODES[tensor.dtype], "shape": tensor.shape, "data_offsets": (end, end + tensor.bytes)
         }  # fmt: skip
         end += tensor.bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(entries, separators=(",", ":")).encode()
     text = text.ljust(-(-(8 + len(text)) // 8) * 8 - 8)
-    with path.open("xb+") as file:
-        _reserve(path, file.fileno(), 8 + len(text) + end)
-        memory = mmap.mmap(file.fileno(), 8 + len(text) + end)
-        memory[: 8 + len(text)] = len(text).to_bytes(8, "little") + text
-        arrays, at = {}, 8 + len(text)
-        for tensor in shard:
-            kind = np.dtype(NUMPY_DTYPES[tensor.dtype])
-            flat: Array = np.frombuffer(memory, kind, math.prod(tensor.shape), at)
-            arrays[tensor.name] = flat.reshape(tensor.shape)
-            at += tensor.bytes
-        yield arrays
-        os.fchmod(file.fileno(), 0o644)
-        memory.flush()
-        os.fsync(file.fileno())
+    return len(text).to_bytes(8, "little") + text
 
 
-def _reserve(path: Path, descriptor: int, size: int) -> None:
-    """Take the disk space before mapping, for a full disk under a map would kill the process."""
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        raise _host_error(path, size, error) from error
+def _arrays(memory: mmap.mmap, at: int, shard: list[_Tensor]) -> dict[str, Array]:
+    """Each tensor's array over the file's bytes, the first at ``at``."""
+    arrays = {}
+    for tensor in shard:
+        flat: Array = np.frombuffer(memory, NUMPY_DTYPES[tensor.dtype], math.prod(tensor.shape), at)
+        arrays[tensor.name] = flat.reshape(tensor.shape)
+        at += tensor.bytes
+    return arrays
 
 
 def _texts(snapshot: Snapshot) -> Iterator[tuple[str, bytes]]:
@@ -204,78 +204,6 @@ def _notes(manifest: Manifest, rules: tuple[Rule, ...]) -> tuple[str, ...]:
     if origin.dropped:
         notes.append(f"Tensors of the source without use were dropped: {', '.join(origin.dropped)}.")
     return tuple(notes)
-
-
-@contextlib.contextmanager
-def _new_directory(target: Path, needed: int) -> Iterator[Path]:
-    """A locked, empty ``<target>.partial`` that becomes ``target`` at the end, or vanishes."""
-    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
-        raise UsageError(f"Cannot export to {target}.", "It exists and is not empty.", "Choose another directory.")
-    partial = target.with_name(target.name + ".partial")
-    lock = _lock(partial)
-    try:
-        _check_space(partial, needed)
-        yield partial
-        os.fsync(lock)
-        partial.rename(target)
-        _sync(target.parent)
-    except OSError as error:
-        raise _host_error(partial, needed, error) from error
-    finally:
-        if partial.is_dir() and os.path.samestat(os.fstat(lock), partial.lstat()):
-            shutil.rmtree(partial)
-        os.close(lock)
-
-
-def _lock(partial: Path) -> int:
-    """Create, lock and empty the directory; what a killed export left there goes."""
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError as error:
-        raise _host_error(partial, 0, error) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(lock)
-        raise UsageError(
-            f"Another process is writing {partial}.", "It holds the directory's lock.", "Wait until it ends."
-        ) from error
-    partial.chmod(0o755)
-    for entry in partial.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-    return lock
-
-
-def _check_space(directory: Path, needed: int) -> None:
-    disk = os.statvfs(directory)
-    if disk.f_blocks and disk.f_bavail * disk.f_frsize < needed:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def _host_error(path: Path, needed: int, error: OSError) -> HostError:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    what = f"No room to write {path.name}: it needs {needed} bytes." if full else f"Cannot write {path}."
-    return HostError(what, f"{error.strerror or error}.", "Choose a directory that you may write to, with room.")
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
-        os.fchmod(file.fileno(), 0o644)
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _json(value: Any) -> bytes:

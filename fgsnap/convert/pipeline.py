@@ -38,6 +38,7 @@ from fgsnap.progress import Progress, counted
 from fgsnap.snapshot import Canary, Manifest, PlannedTensor, Provenance, RankLayout, SnapshotWriter
 from fgsnap.spec import DType
 
+
 class Result(msgspec.Struct, frozen=True):
     """A published snapshot; ``bytes`` are those of its rank files."""
 

@@ -1,4 +1,6 @@
-"""Serving a snapshot. A request's life, one module a line:
+"""Serving a snapshot.
+
+A request's life, one module a line:
 
 1  server      reads the HTTP request, watches its connection, and routes it
 2  protocol    checks the body into a typed request, or answers 400 with the field at fault

@@ -162,7 +162,7 @@ def begin_engine(
         threads=options.threads,
     )
     mark("map and bind")
-    canary = check_canary(decoder, snapshot, options.dtype)
+    canary = check_canary(decoder, snapshot)
     mark("canary")
     budget = options.max_batch_tokens or DEFAULT_TOKEN_BUDGET
     engine = Engine(decoder, eos_token_ids=snapshot.manifest.text.eos_token_ids, token_budget=budget)
@@ -190,7 +190,7 @@ def _open(options: WorkerOptions) -> Snapshot:
     return snapshot
 
 
-def check_canary(decoder: Decoder, snapshot: Snapshot, dtype: str) -> str:
+def check_canary(decoder: Decoder, snapshot: Snapshot) -> str:
     """One prefill of the canary prompt, its outcome in words. It also warms the backend up.
 
     A snapshot that was recorded without a canary still has to give finite logits.
@@ -205,7 +205,7 @@ def check_canary(decoder: Decoder, snapshot: Snapshot, dtype: str) -> str:
         tokens = canaries.prompt(snapshot)
         match = canaries.check(decoder, canaries.Values(tokens, tokens, [0.0] * len(tokens)), math.inf)
     else:
-        match = canaries.check(decoder, expected, canaries.TOLERANCE[_computed_dtype(snapshot, dtype)])
+        match = canaries.check(decoder, expected, canaries.TOLERANCE[decoder.dtype])
     if not match.ok:
         raise SnapshotRefused(
             f"The model of {snapshot.path} does not compute what it should.",
@@ -214,12 +214,6 @@ def check_canary(decoder: Decoder, snapshot: Snapshot, dtype: str) -> str:
             "Run 'fgsnap verify' on it, and try --backend reference.",
         )
     return f"canary ok ({match.checked} positions)" if expected else "no canary recorded, logits finite"
-
-
-def _computed_dtype(snapshot: Snapshot, dtype: str) -> str:
-    if dtype != "auto":
-        return dtype
-    return next(entry.dtype for entry in snapshot.manifest.tensors if entry.name == "embed.weight")
 
 
 def _fail(pipe: Pipe, error: FgsnapError) -> int:

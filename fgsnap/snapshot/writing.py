@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -15,7 +12,7 @@ from typing import TYPE_CHECKING, Self
 import msgspec
 from blake3 import blake3
 
-from fgsnap.errors import HostError, UsageError
+from fgsnap.atomic import PartialDirectory, create_file, host_errors, write_all, write_file
 from fgsnap.snapshot.format import (
     CANARY,
     CHUNK,
@@ -49,8 +46,6 @@ class SnapshotWriter:
     """
 
     def __init__(self, target: Path, spec: DecoderSpec, tp: int) -> None:
-        self.target = Path(os.path.abspath(target))
-        self.directory = self.target.with_name(self.target.name + ".partial")
         self.spec = spec
         self.tp = tp
         self.id = ""
@@ -58,16 +53,8 @@ class SnapshotWriter:
         self._entries: dict[str, FileEntry] = {}
         self._tables: dict[int, tuple[TensorEntry, ...]] = {}
         self._pool: ThreadPoolExecutor | None = None
-        with _writing(self.directory):
-            _refuse_taken(self.target)
-            self._made_parents = _make_parents(self.target.parent)
-            self._lock = _lock_directory(self.directory)
-            try:
-                _empty(self.directory)
-                self.directory.chmod(0o755)
-            except BaseException:
-                os.close(self._lock)
-                raise
+        self._partial = PartialDirectory(target)
+        self.directory = self._partial.path
 
     def __enter__(self) -> Self:
         return self
@@ -89,10 +76,7 @@ class SnapshotWriter:
 
     def check_space(self, needed: int) -> None:
         """Raise HostError when the disk has visibly less than ``needed`` bytes left."""
-        disk = os.statvfs(self.directory)
-        free = disk.f_bavail * disk.f_frsize
-        if disk.f_blocks and free < needed:
-            raise _disk_full(self.directory, needed, f"{free} bytes are free")
+        self._partial.check_space(needed)
 
     def rank(self, rank: int, layout: RankLayout) -> RankWriter:
         """Begin one rank file. Several may be open at once, each used by one thread at a time."""
@@ -111,7 +95,7 @@ class SnapshotWriter:
     def add_file(self, name: str, data: bytes) -> None:
         """Write one text file; the manifest covers it."""
         assert SAFE_NAME.fullmatch(name) and name not in UNCOVERED, name
-        self._write(name, data)
+        write_file(self.directory / name, data)
         self._entries[name] = FileEntry(len(data), hashlib.sha256(data).hexdigest())
 
     def write_manifest(self, manifest: Manifest) -> str:
@@ -121,7 +105,7 @@ class SnapshotWriter:
         # Through the decoder once, so that 1 and 1.0 in a float field give one text and one id.
         self._manifest = msgspec.json.decode(canonical(manifest), type=Manifest)
         text = canonical(self._manifest)
-        self._write(MANIFEST, text)
+        write_file(self.directory / MANIFEST, text)
         self.id = hashlib.sha256(text).hexdigest()
         return self.id
 
@@ -133,44 +117,22 @@ class SnapshotWriter:
             assert canary.id == self.id
             text = canonical(canary)
             digest = hashlib.sha256(text).hexdigest()
-            self._write(CANARY, text)
-        self._write("README.md", _readme(self._manifest, self.id).encode())
-        self._write(".gitattributes", b"".join(b"*.%b filter=lfs diff=lfs merge=lfs -text\n" % s for s in _LARGE))
-        self._write(COMMIT, canonical(Commit(FORMAT, self._manifest.requires, self.id, self.id, digest)))
-        with _writing(self.directory):
-            os.fsync(self._lock)
-            try:
-                self.directory.rename(self.target)
-            except OSError as error:
-                if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                    _refuse_taken(self.target)
-                raise
-            _sync_directory(self.target.parent)
-        self._made_parents = []
+            write_file(self.directory / CANARY, text)
+        write_file(self.directory / "README.md", _readme(self._manifest, self.id).encode())
+        large = b"".join(b"*.%b filter=lfs diff=lfs merge=lfs -text\n" % suffix for suffix in _LARGE)
+        write_file(self.directory / ".gitattributes", large)
+        commit = Commit(FORMAT, self._manifest.requires, self.id, self.id, digest)
+        write_file(self.directory / COMMIT, canonical(commit))
+        target = self._partial.publish()
         self.close()
-        return self.target
+        return target
 
     def close(self) -> None:
         """Stop; without a published snapshot, remove everything that was written."""
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
-        if self._lock < 0:
-            return
-        try:
-            if _is_at(self._lock, self.directory):
-                _empty(self.directory)
-                self.directory.rmdir()
-                for parent in self._made_parents:
-                    with contextlib.suppress(OSError):
-                        parent.rmdir()
-        finally:
-            os.close(self._lock)
-            self._lock = -1
-
-    def _write(self, name: str, data: bytes) -> None:
-        with _writing(self.directory, len(data)):
-            _write_file(self.directory / name, data)
+        self._partial.close()
 
 
 _LARGE = (b"safetensors", b"chunks")
@@ -188,8 +150,8 @@ class RankWriter:
         self._chunk = blake3()
         self._digests: list[bytes] = []
         self._at = 0
-        with _writing(path, layout.size):
-            self._fd = _create(path)
+        with host_errors(path, layout.size):
+            self._fd = create_file(path)
         self.write(0, memoryview(rank_header(path.name, layout.tensors, layout.data_start)))
 
     def __enter__(self) -> Self:
@@ -217,13 +179,13 @@ class RankWriter:
         if self._at % CHUNK:
             self._digests.append(self._chunk.digest())
         digests = b"".join(self._digests)
-        with _writing(self.path, self.layout.size):
+        with host_errors(self.path, self.layout.size):
             try:
                 os.fsync(self._fd)
             finally:
                 os.close(self._fd)
                 self._fd = -1
-            _write_file(self.path.with_name(chunks_file(self.path.name)), digests)
+            write_file(self.path.with_name(chunks_file(self.path.name)), digests)
         entry = FileEntry(self._at, self._sha256.hexdigest(), hashlib.sha256(digests).hexdigest())
         self._entries[self.path.name] = entry
         return entry
@@ -264,119 +226,8 @@ class RankWriter:
                 self._chunk = blake3()
 
     def _put(self, data: memoryview) -> None:
-        with _writing(self.path, self.layout.size):
-            _write_all(self._fd, data)
-
-
-def _refuse_taken(target: Path) -> None:
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        reason = "It exists and is not a directory."
-    elif target.is_dir() and any(target.iterdir()):
-        reason = "The directory exists and is not empty."
-    else:
-        return
-    raise UsageError(f"Cannot write a snapshot to {target}.", reason, "Choose another directory or remove this one.")
-
-
-def _make_parents(parent: Path) -> list[Path]:
-    """Create missing parents; returns those created, innermost first."""
-    missing = [p for p in (parent, *parent.parents) if not p.exists()]
-    parent.mkdir(parents=True, exist_ok=True)
-    return missing
-
-
-def _lock_directory(path: Path) -> int:
-    """Create ``path`` if need be and lock it: a descriptor that holds the lock until it is closed."""
-    while True:
-        with contextlib.suppress(FileExistsError):
-            path.mkdir()
-        try:
-            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except FileNotFoundError:
-            continue  # its writer finished between the two calls
-        except NotADirectoryError as error:
-            raise UsageError(
-                f"{path} is in the way.", "It is not a directory.", "Remove it, then try again."
-            ) from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(lock)
-            raise UsageError(
-                f"Another convert is writing {path.name.removesuffix('.partial')}.",
-                f"It holds the lock of {path}.",
-                "Wait until it ends, or choose another directory.",
-            ) from error
-        if _is_at(lock, path):
-            return lock
-        os.close(lock)  # its writer renamed or removed it before the lock was ours
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether ``path`` is still the directory that ``descriptor`` has open."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.lstat())
-    except FileNotFoundError:
-        return False
-
-
-def _empty(directory: Path) -> None:
-    import shutil  # brings the compression modules, which opening a snapshot can do without
-
-    for entry in os.scandir(directory):
-        if entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path)
-        else:
-            os.unlink(entry.path)
-
-
-def _create(path: Path) -> int:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    os.fchmod(descriptor, 0o644)  # whatever the umask
-    return descriptor
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    descriptor = _create(path)
-    try:
-        _write_all(descriptor, memoryview(data))
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_all(descriptor: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _writing(path: Path, needed: int = 0) -> Iterator[None]:
-    """Turn the operating system's refusals to write ``path`` into errors of ours."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise _disk_full(path, needed, os.strerror(error.errno)) from error
-        raise HostError(
-            f"Cannot write {path}.", os.strerror(error.errno or 0) + ".", "Check the directory's permissions."
-        ) from error
-
-
-def _disk_full(path: Path, needed: int, why: str) -> HostError:
-    return HostError(
-        f"No room to write {path.name}: it needs {needed} bytes ({needed / (1 << 30):.2f} GiB).",
-        f"In {path.parent}: {why}.",
-        "Free some space or choose a directory on another disk.",
-    )
+        with host_errors(self.path, self.layout.size):
+            write_all(self._fd, data)
 
 
 def _readme(manifest: Manifest, identity: str) -> str:

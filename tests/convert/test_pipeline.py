@@ -284,7 +284,7 @@ def test_a_signal_leaves_nothing(writing, number, code):
 
 def test_a_second_convert_to_a_directory_in_use_is_refused(writing, model):
     _, target = writing
-    with pytest.raises(UsageError, match="Another convert"):
+    with pytest.raises(UsageError, match="Another process"):
         plain(model, target)
     assert target.with_name("snap.partial").is_dir()
 

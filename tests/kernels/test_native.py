@@ -436,12 +436,17 @@ def test_threads_sleep_when_there_is_nothing_to_do(ops):
     assert time.process_time() - before < 0.1
 
 
+def running_threads():
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
 def test_closing_ends_the_threads():
-    before = len(os.listdir("/proc/self/task"))
+    gc.collect()
+    before = running_threads()
     ops = Native("float32", 5)
-    assert len(os.listdir("/proc/self/task")) == before + 4
+    assert running_threads() == before + 4
     ops.close()
-    assert len(os.listdir("/proc/self/task")) == before
+    assert running_threads() == before
 
 
 def run_python(code, **environment):

@@ -49,17 +49,27 @@ struct Record {
     Kind kind;
 };
 
-// How a record's op divides, and how long the record is.
-struct Shape {
-    Job::Phase phase;
-    size_t bytes;
-};
+// The words that a record of this kind has; 0: there is no such kind.
+int64_t length(Kind kind) {
+    switch (kind) {
+        case Kind::embed: return sizeof(Embed) / 8;
+        case Kind::norm: return sizeof(Norm) / 8;
+        case Kind::add: return sizeof(Add) / 8;
+        case Kind::linear: return sizeof(Linear) / 8;
+        case Kind::rope: return sizeof(Rope) / 8;
+        case Kind::append: return sizeof(Append) / 8;
+        case Kind::attend: return sizeof(Attend) / 8;
+        case Kind::activate: return sizeof(Activate) / 8;
+    }
+    return 0;
+}
 
+// How an op divides into units, and units into grains, on a team of some threads.
 class Divider {
    public:
     Divider(const Kernels& kernels, int threads) : kernels_(kernels), threads_(threads) {}
 
-    Shape divide(Record record) const {
+    Job::Phase divide(const Record& record) const {
         switch (record.kind) {
             case Kind::embed: return rows(as<Embed>(record.words), as<Embed>(record.words).width);
             case Kind::norm: return rows(as<Norm>(record.words), as<Norm>(record.words).width);
@@ -70,7 +80,7 @@ class Divider {
             case Kind::linear: return linear(as<Linear>(record.words));
             case Kind::attend: return attend(as<Attend>(record.words));
         }
-        return {{0, 1}, 0};
+        return {0, 1};
     }
 
    private:
@@ -80,27 +90,29 @@ class Divider {
     }
 
     template <class Op>
-    Shape rows(const Op& op, int64_t width) const {
-        return {{op.count, grain(op.count, op.count * width)}, sizeof(op)};
+    Job::Phase rows(const Op& op, int64_t width) const {
+        return {op.count, grain(op.count, op.count * width)};
     }
 
-    Shape append(const Append& op) const { return rows(op, (op.heads + 2 * op.cache.kv_heads) * op.cache.head_dim); }
+    Job::Phase append(const Append& op) const {
+        return rows(op, (op.heads + 2 * op.cache.kv_heads) * op.cache.head_dim);
+    }
 
     // Few enough rows of weight to stay cached while the tokens pass, and whole panels.
-    Shape linear(const Linear& op) const {
+    Job::Phase linear(const Linear& op) const {
         const int64_t row_bytes = std::max<int64_t>(1, op.in * (op.weight_type == Type::f32 ? 4 : 2));
         int64_t rows = grain(op.out, op.count * op.in * op.out);
         if (op.count > 1) rows = std::min(rows, CACHED / row_bytes);
-        return {{op.count == 0 ? 0 : op.out, std::max<int64_t>(1, rows / kernels_.panel) * kernels_.panel}, sizeof(op)};
+        return {op.count == 0 ? 0 : op.out, std::max<int64_t>(1, rows / kernels_.panel) * kernels_.panel};
     }
 
     // Tiles of tokens times key heads; a few short sequences are not divided.
-    Shape attend(const Attend& op) const {
+    Job::Phase attend(const Attend& op) const {
         const int64_t units = op.tile_count * op.cache.kv_heads;
         int64_t keys = 0;
         for (int64_t i = 0; i < op.tile_count && keys < SMALL; ++i) keys += op.positions[op.tiles[2 * i]] + 1;
         const bool small = threads_ == 1 || keys * op.heads * op.cache.head_dim < 4 * SMALL;
-        return {{units, small ? units : 1}, sizeof(op)};
+        return {units, small ? units : 1};
     }
 
     const Kernels& kernels_;
@@ -172,14 +184,14 @@ Outcome run_tape(Engine& engine, const int64_t* words, int64_t count) {
     std::vector<Job::Phase> phases;
     for (int64_t at = 0; at < count;) {
         const Record record{words + at, Kind(words[at])};
-        const Shape shape = divider.divide(record);
-        const int64_t length = int64_t(shape.bytes / sizeof(int64_t));
-        if (length == 0 || length > count - at) return NO_TAPE;
-        if (shape.phase.units > 0) {
+        const int64_t own = length(record.kind);
+        if (own == 0 || own > count - at) return NO_TAPE;
+        const Job::Phase phase = divider.divide(record);
+        if (phase.units > 0) {
             records.push_back(record);
-            phases.push_back(shape.phase);
+            phases.push_back(phase);
         }
-        at += length;
+        at += own;
     }
     return run(engine, std::make_shared<Step>(engine.kernels, std::move(records), std::move(phases)));
 }
