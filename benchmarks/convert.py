@@ -164,7 +164,7 @@ def clear(scratch: Path, source: Path, cache: str) -> None:
 
 def sampled(program: str, source: str, target: str) -> tuple[float, int]:
     """Run a program in a fresh process: the seconds it tells, and the peak of its anonymous memory in bytes."""
-    process = subprocess.Popen([sys.executable, "-c", program, source, target], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-P", "-c", program, source, target], stdout=subprocess.PIPE, text=True)
     peak = 0
     while process.poll() is None:
         peak = max(peak, anonymous(process.pid))

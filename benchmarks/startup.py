@@ -27,6 +27,7 @@ from typing import Any
 
 from common import finish, smollm2_gguf, summary
 
+FGSNAP = str(Path(sys.executable).with_name("fgsnap"))  # the command as it is installed beside this Python
 PROMPT = "What is the capital of France?"
 TRANSFORMERS = """
 import sys, torch
@@ -50,8 +51,8 @@ def main() -> None:
     backends = options.backend or ["native", "reference"]
     with tempfile.TemporaryDirectory() as scratch:
         snapshot, checkpoint = str(Path(scratch) / "snapshot"), str(Path(scratch) / "checkpoint")
-        run([sys.executable, "-m", "fgsnap", "convert", str(smollm2_gguf()), "-o", snapshot])
-        run([sys.executable, "-m", "fgsnap", "export", snapshot, "-o", checkpoint])
+        run([FGSNAP, "convert", str(smollm2_gguf()), "-o", snapshot])
+        run([FGSNAP, "export", snapshot, "-o", checkpoint])
         finish("startup", measure(snapshot, checkpoint, backends, options.device, options.rounds), options.output)
 
 
@@ -104,7 +105,7 @@ def serve_once(snapshot: str, backend: str, device: str) -> dict[str, Any]:
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "startup.json"
-        command = [sys.executable, "-m", "fgsnap", "serve", snapshot, "--port", str(port), "--backend", backend]
+        command = [FGSNAP, "serve", snapshot, "--port", str(port), "--backend", backend]
         command += ["--device", device, "--startup-report", str(report)]
         begin = time.monotonic()
         server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

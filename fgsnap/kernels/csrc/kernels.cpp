@@ -11,14 +11,21 @@
 namespace fgsnap {
 namespace {
 
-// A register tile is this many tokens by this many weight rows.
+// A register tile is T <= TOKENS tokens by ROWS<T> weight rows: as many sums as the registers hold.
 #if LANES == 16
-constexpr int TOKENS = 6, ROWS = 4;
+constexpr int TOKENS = 6;
+template <int T>
+constexpr int ROWS = 4;
 #elif LANES == 8
-constexpr int TOKENS = 2, ROWS = 3;
+constexpr int TOKENS = 4;
+template <int T>
+constexpr int ROWS = T == 1 ? 4 : T == 2 ? 2 : 1;
 #else
-constexpr int TOKENS = 2, ROWS = 1;
+constexpr int TOKENS = 3;
+template <int T>
+constexpr int ROWS = T == 1 ? 2 : 1;
 #endif
+constexpr int64_t PANEL = 4;  // a multiple of every ROWS
 
 constexpr int QUERIES = 12;        // attention scores this many queries of one key head together
 constexpr int64_t AHEAD = 2;       // panels of prefetch, into the second-level cache: the first one holds x
@@ -41,7 +48,8 @@ INLINE void step(const float* x, int64_t padded, const char* w, int64_t stride, 
 
 // y[t][r] = packed x[t] . w[r] for a T x R tile; y rows are `pitch` apart.
 template <class W, int T, int R>
-INLINE void tile(const float* x, int64_t padded, const char* w, int64_t stride, int64_t width, float* y, int64_t pitch) {
+INLINE void tile(
+    const float* x, int64_t padded, const char* w, int64_t stride, int64_t width, float* y, int64_t pitch) {
     V sums[T * R];
     for (int i = 0; i < T * R; ++i) sums[i] = zero();
     const int64_t whole = width / STEP * STEP;
@@ -54,10 +62,12 @@ INLINE void tile(const float* x, int64_t padded, const char* w, int64_t stride, 
         step<W, T, R>(x + k, padded, at, stride, sums);
     }
     if (whole < width) {
-        char rest[R * STEP * W::BYTES] = {};
-        for (int r = 0; r < R; ++r)
-            std::memcpy(rest + r * STEP * W::BYTES, w + r * stride + whole * W::BYTES, size_t((width - whole) * W::BYTES));
-        step<W, T, R>(x + whole, padded, rest, STEP * W::BYTES, sums);
+        constexpr int64_t PITCH = STEP * W::BYTES;
+        char rest[R * PITCH] = {};
+        const char* from = w + whole * W::BYTES;
+        const size_t left = size_t((width - whole) * W::BYTES);
+        for (int r = 0; r < R; ++r) std::memcpy(rest + r * PITCH, from + r * stride, left);
+        step<W, T, R>(x + whole, padded, rest, PITCH, sums);
     }
     float flat[(T * R + 3) / 4 * 4];
     for (int i = 0; i < T * R / 4; ++i) {
@@ -69,11 +79,12 @@ INLINE void tile(const float* x, int64_t padded, const char* w, int64_t stride, 
 }
 
 template <class W, int T>
-INLINE void panels(
-    const float* x, int64_t padded, const char* w, int64_t stride, int64_t rows, int64_t width, float* y, int64_t pitch) {
+INLINE void panels(const float* x, int64_t padded, const char* w, int64_t stride, int64_t rows, int64_t width,
+                   float* y, int64_t pitch) {
+    constexpr int R = ROWS<T>;
     int64_t r = 0;
-    for (; r + ROWS <= rows; r += ROWS) tile<W, T, ROWS>(x, padded, w + r * stride, stride, width, y + r, pitch);
-    if (ROWS > 1)
+    for (; r + R <= rows; r += R) tile<W, T, R>(x, padded, w + r * stride, stride, width, y + r, pitch);
+    if (R > 1)
         for (; r < rows; ++r) tile<W, T, 1>(x, padded, w + r * stride, stride, width, y + r, pitch);
 }
 
@@ -90,9 +101,11 @@ void dots(const float* x, int64_t tokens, int64_t padded, const char* w, int64_t
     switch (tokens) {
         case 1: return panels<W, 1>(x, padded, w, stride, rows, width, y, pitch);
         case 2: return panels<W, 2>(x, padded, w, stride, rows, width, y, pitch);
-#if LANES == 16
         case 3: return panels<W, 3>(x, padded, w, stride, rows, width, y, pitch);
+#if LANES >= 8
         case 4: return panels<W, 4>(x, padded, w, stride, rows, width, y, pitch);
+#endif
+#if LANES == 16
         case 5: return panels<W, 5>(x, padded, w, stride, rows, width, y, pitch);
         case 6: return panels<W, 6>(x, padded, w, stride, rows, width, y, pitch);
 #endif
@@ -128,7 +141,7 @@ void linear_rows(const Linear& op, int64_t begin, int64_t end, Scratch& scratch)
         for (int64_t t = 0; t < tokens; ++t) {
             const int64_t row = op.rows == nullptr ? first + t : op.rows[first + t];
             pack<W>(op.x + row * op.in, op.in, packed + t * padded);
-            const int64_t later = row + most < op.count ? row + most : row;  // the next tile will come from further away
+            const int64_t later = row + most < op.count ? row + most : row;  // the next tile comes from further away
             for (int64_t k = 0; k < op.in; k += 16) __builtin_prefetch(op.x + later * op.in + k, 0, 2);
         }
         float* y = op.y + first * op.out + begin;
@@ -317,7 +330,8 @@ void append(const Append& op, int64_t begin, int64_t end, Scratch& scratch) {
         const float* x = op.qkv + t * (op.heads + 2 * cache.kv_heads) * dim;
         const float* angles = op.angles + t * 2 * op.half;
         const int32_t* table = op.blocks + op.tables[t];
-        for (int64_t h = 0; h < op.heads; ++h) rotate(x + h * dim, angles, op.half, dim, op.q + (t * op.heads + h) * dim);
+        float* q = op.q + t * op.heads * dim;
+        for (int64_t h = 0; h < op.heads; ++h) rotate(x + h * dim, angles, op.half, dim, q + h * dim);
         const float* keys = x + op.heads * dim;
         const float* values = keys + cache.kv_heads * dim;
         for (int64_t h = 0; h < cache.kv_heads; ++h) {
@@ -485,7 +499,7 @@ void attend(const Attend& op, int64_t begin, int64_t end, Scratch& scratch) {
 #define TEXT(a) TEXT_(a)
 
 extern const Kernels JOIN(kernels_, FGSNAP_VARIANT) = {
-    TEXT(FGSNAP_VARIANT), ROWS, embed, norm, add, linear, rope, append, attend, activate,
+    TEXT(FGSNAP_VARIANT), PANEL, embed, norm, add, linear, rope, append, attend, activate,
 };
 
 }  // namespace fgsnap

@@ -1,8 +1,8 @@
 // A team of threads that works off jobs together, and sleeps when there is none.
 //
-// A job is a list of phases; a phase is done when all its units are, whoever did them. Nobody waits for a thread as such:
-// one that the system has put aside holds up the others only while a grain is in its hands, and one that comes late takes
-// what is left. On a busy machine that is the difference between slower and standing still.
+// A job is a list of phases; a phase is done when all its units are, whoever did them. Nobody waits for a thread as
+// such: one that the system has put aside holds up the others only while a grain is in its hands, and one that comes
+// late takes what is left. On a busy machine that is the difference between slower and standing still.
 #pragma once
 
 #include <atomic>
