@@ -50,6 +50,7 @@ lint: setup
 	$(BIN)/mypy
 
 bench: $(BENCH)/.installed
+	$(BENCH)/bin/python benchmarks/cli.py --output benchmarks/results
 	$(BENCH)/bin/python benchmarks/startup.py --output benchmarks/results
 	mkdir -p build
 	$(BENCH)/bin/python benchmarks/convert.py --dir build --output benchmarks/results

@@ -17,6 +17,9 @@ from typing import Self
 
 from fgsnap.errors import HostError, UsageError
 
+MARK = ".fgsnap-partial"
+"""A file that tells a directory which a killed writer left behind from one that is somebody's own."""
+
 
 class PartialDirectory:
     """A locked, empty ``<target>.partial``, which ``publish`` renames to ``target``.
@@ -40,6 +43,7 @@ class PartialDirectory:
                 self._make_parents()
                 self._lock = _lock_directory(self.path)
                 _empty(self.path)
+                (self.path / MARK).touch()
                 os.fchmod(self._lock, 0o755)  # whatever the umask
         except BaseException:
             self.close()
@@ -71,6 +75,8 @@ class PartialDirectory:
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     _refuse_taken(self.target)
                 raise
+            (self.target / MARK).unlink()
+            os.fsync(self._lock)
             for changed in (self.target.parent, *(made.parent for made in self._made)):
                 sync_directory(changed)
         self._made = []
@@ -80,10 +86,12 @@ class PartialDirectory:
     def close(self) -> None:
         """Stop; what is not published is removed. What cannot be removed is the next writer's to empty."""
         if self._lock >= 0:
-            if _is_at(self._lock, self.path):
-                import shutil
-
-                shutil.rmtree(self.path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                if _is_at(self._lock, self.path):
+                    _empty(self.path)
+                    # The mark goes last, so that what could not be removed is still known as ours.
+                    (self.path / MARK).unlink(missing_ok=True)
+                    self.path.rmdir()
             os.close(self._lock)
             self._lock = -1
         while self._made:
@@ -170,6 +178,7 @@ def _lock_directory(path: Path) -> int:
         with contextlib.suppress(FileNotFoundError):  # its writer finished between the two calls
             lock = _locked(path)
             if _is_at(lock, path):
+                _refuse_strange(lock, path)
                 return lock
             os.close(lock)  # its writer renamed or removed it before the lock was ours
 
@@ -193,6 +202,17 @@ def _locked(path: Path) -> int:
     return descriptor
 
 
+def _refuse_strange(lock: int, path: Path) -> None:
+    """Leave a directory alone that no writer of ours has made."""
+    if any(path.iterdir()) and not (path / MARK).exists():
+        os.close(lock)
+        raise UsageError(
+            f"{path} is in the way.",
+            "It holds files that fgsnap did not write.",
+            "Move it away, or choose another directory.",
+        )
+
+
 def _is_at(descriptor: int, path: Path) -> bool:
     """Whether ``path`` is still the directory that ``descriptor`` has open."""
     try:
@@ -202,10 +222,13 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _empty(directory: Path) -> None:
+    """Remove everything but the mark."""
     import shutil
 
     with os.scandir(directory) as entries:
         for entry in entries:
+            if entry.name == MARK:
+                continue
             if entry.is_dir(follow_symlinks=False):
                 shutil.rmtree(entry.path)
             else:

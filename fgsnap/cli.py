@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import click
 
 from fgsnap import __version__
-from fgsnap.errors import FgsnapError, UsageError
+from fgsnap.errors import FgsnapError, UsageError, missing_extra
 
 if TYPE_CHECKING:
     from fgsnap.snapshot import Manifest, Snapshot
@@ -24,6 +24,8 @@ JSON_SCHEMA_VERSION = 1
 BACKENDS = ("auto", "native", "reference")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("bfloat16", "float16", "float32")
+EXTRAS = {"torch": "torch", "numpy": "convert", "gguf": "convert", "huggingface_hub": "convert"}
+"""Packages that a plain installation lacks, and the extra that brings each."""
 
 Command = Callable[..., None]
 
@@ -55,8 +57,8 @@ def engine_options(command: Command) -> Command:
             ),
             option("--tp", type=click.IntRange(min=1), default=1, help="Tensor parallel degree to serve at."),
             option("--max-model-len", type=click.IntRange(min=1), help="Longest context; default: the model's."),
-            option("--max-batch-tokens", type=click.IntRange(min=1), default=512, help="Token budget of one forward."),
-            option("--kv-memory", type=ByteSize(), default="2GiB", help="Memory for the KV cache."),
+            option("--max-batch-tokens", type=click.IntRange(min=1), help="Token budget of one forward; default: 512."),
+            option("--kv-memory", type=ByteSize(), help="KV cache; default: 2GiB, or half of what is free if less."),
             option("--threads", type=click.IntRange(min=1), help="CPU threads; default: what this process may use."),
         )
     ):  # fmt: skip
@@ -82,6 +84,13 @@ class ByteSize(click.ParamType[int]):
         if size <= 0:
             self.fail(f"{value!r} is not a size; write it as 2GiB or 512MiB.", param, ctx)
         return size
+
+
+class WholeText(click.ParamType[str]):
+    """A text that may hold blanks; several of them in one environment variable are split at newlines."""
+
+    name = "text"
+    envvar_list_splitter = "\n"
 
 
 class SuggestingGroup(click.Group):
@@ -156,7 +165,7 @@ def convert(
         return
     if output is None:
         raise UsageError("convert needs -o DIR.", "It names the directory of the new snapshot.", "Add: -o snap/")
-    _end_on_sigterm()
+    _unwind_on_signals()
     from fgsnap.convert.pipeline import convert as run_conversion
 
     result = run_conversion(
@@ -201,6 +210,7 @@ def _print_plan(source: str, tp: int, dtype: str | None, revision: str | None, a
 )  # fmt: skip
 @option("--startup-report", type=click.Path(path_type=Path), help="Write the phases of start-up to this JSON file.")
 @option("--grace", type=click.FloatRange(min=0), default=30.0, help="Seconds that SIGTERM lets open requests finish.")
+@option("--default-max-tokens", type=click.IntRange(min=1), default=2048, help="Length of a chat that names none.")
 def serve(snapshot: Path, **settings: Any) -> None:
     """Serve a snapshot over the OpenAI API.
 
@@ -221,11 +231,11 @@ def serve(snapshot: Path, **settings: Any) -> None:
 @click.argument("prompt")
 @engine_options
 @option("--max-tokens", type=click.IntRange(min=1), default=256, help="Most tokens to generate.")
-@option("--temperature", type=click.FloatRange(min=0), default=0.0, help="0 is greedy.")
+@option("--temperature", type=click.FloatRange(0, 2), default=0.0, help="0 is greedy.")
 @option("--top-k", type=click.IntRange(min=0), default=0, help="Sample among the k most likely; 0: off.")
 @option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Sample within this probability.")
 @option("--seed", type=int, help="Makes sampling repeatable.")
-@option("--stop", multiple=True, help="End at this text; may be given several times.")
+@option("--stop", type=WholeText(), multiple=True, help="End at this text; may be given several times.")
 @option("--raw", is_flag=True, help="Continue the prompt as plain text, without the chat template.")
 @json_option
 def run(snapshot: Path, prompt: str, **settings: Any) -> None:
@@ -242,6 +252,8 @@ def run(snapshot: Path, prompt: str, **settings: Any) -> None:
     _only_tp1(settings.pop("tp"))
     if prompt == "-":
         prompt = sys.stdin.read()
+    if not prompt:
+        raise UsageError("The prompt is empty.", "A model continues at least one token.", "Give it some text.")
     _answer(snapshot, prompt, settings)
 
 
@@ -317,8 +329,11 @@ def verify(snapshot: Path, as_json: bool, progress: bool | None) -> None:
 @json_option
 @progress_option
 def export(snapshot: Path, output: Path, as_json: bool, progress: bool | None) -> None:
-    """Write a snapshot back as a Hugging Face safetensors checkpoint, bit for bit."""
-    _end_on_sigterm()
+    """Write a snapshot back as a Hugging Face checkpoint.
+
+    Every tensor comes back bit for bit, unless it was cast or dequantised when it was converted.
+    """
+    _unwind_on_signals()
     from fgsnap.convert.export import export as run_export
 
     result = run_export(snapshot, output, progress=_bar(progress, "export"))
@@ -333,7 +348,7 @@ def export(snapshot: Path, output: Path, as_json: bool, progress: bool | None) -
 @cli.command()
 @json_option
 def env(as_json: bool) -> None:
-    """Describe this host and installation, ready to paste into a report."""
+    """Describe this host and installation, for a report."""
     from fgsnap.environment import describe
 
     report = describe()
@@ -391,14 +406,15 @@ def _plain(settings: dict[str, Any], drop: tuple[str, ...] = ()) -> dict[str, An
     return {k: str(v) if isinstance(v, Path) else v for k, v in settings.items() if k not in drop}
 
 
-def _end_on_sigterm() -> None:
-    """Let SIGTERM unwind the stack as Ctrl-C does, so that what is half written is removed."""
+def _unwind_on_signals() -> None:
+    """Let SIGTERM and SIGHUP unwind the stack as Ctrl-C does, so that what is half written is removed."""
     import signal
 
-    def leave(*_: object) -> None:
-        raise SystemExit(143)
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
 
-    signal.signal(signal.SIGTERM, leave)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, leave)
 
 
 def size(count: float) -> str:
@@ -430,6 +446,8 @@ def _bar(wanted: bool | None, title: str) -> Callable[[int, int], None] | None:
         nonlocal bar
         if bar is None:
             bar = tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=title, file=sys.stderr)
+            # However the command ends, the bar is finished before anything is written below it.
+            click.get_current_context().call_on_close(bar.close)
         bar.update(done - bar.n)
         if done >= total:
             bar.close()
@@ -439,16 +457,27 @@ def _bar(wanted: bool | None, title: str) -> Callable[[int, int], None] | None:
 
 def run_cli(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; every foreseen error is at most three lines on stderr."""
+    as_json = "--json" in arguments
     try:
         result = cli.main(list(arguments), prog_name="fgsnap", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except FgsnapError as error:
-        return _fail(error, error.lines(), error.exit_code)
+        return _fail(error, error.lines(), error.exit_code, as_json)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        absent = missing_extra(package, EXTRAS[package], "This command")
+        return _fail(absent, absent.lines(), absent.exit_code, as_json)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return 2
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "fgsnap"
-        return _fail(error, [f"Error: {error.format_message()}", f"Run '{command} --help' for its options."], 2)
+        lines = [_sentence(error.format_message()), f"Run '{command} --help' for its options."]
+        return _fail(error, lines, 2, as_json)
     except click.ClickException as error:
-        return _fail(error, [f"Error: {error.format_message()}"], error.exit_code)
+        return _fail(error, [_sentence(error.format_message())], error.exit_code, as_json)
     except (KeyboardInterrupt, click.Abort):
         click.echo("Interrupted.", err=True)
         return 130
@@ -458,16 +487,19 @@ def run_cli(arguments: Sequence[str]) -> int:
         return 1
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        return _fail(error, [f"Error: {error.strerror or error}{where}.", "Set FGSNAP_DEBUG=1 to see where."], 1)
+        return _fail(error, [f"{error.strerror or error}{where}.", "Set FGSNAP_DEBUG=1 to see where."], 1, as_json)
 
 
-def _fail(error: Exception, lines: list[str], code: int) -> int:
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "?", ")")) else text + "."
+
+
+def _fail(error: Exception, lines: list[str], code: int, as_json: bool) -> int:
     if os.environ.get("FGSNAP_DEBUG"):
         import traceback
 
         traceback.print_exception(error)
-    first, *rest = lines
-    click.echo(first if first.startswith("Error: ") else f"Error: {first}", err=True)
-    for line in rest:
-        click.echo(line, err=True)
+    click.echo("Error: " + "\n".join(lines), err=True)
+    if as_json:
+        _print_json({"error": {"lines": lines, "exit_code": code}})
     return code

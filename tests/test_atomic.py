@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from fgsnap.atomic import PartialDirectory, create_file, host_errors, write_all, write_file
+from fgsnap.atomic import MARK, PartialDirectory, create_file, host_errors, write_all, write_file
 from fgsnap.errors import HostError, UsageError
 
 ROOT = Path(__file__).parent.parent
@@ -77,8 +77,8 @@ def test_every_new_name_is_on_disk_after_the_rename(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(os, "fsync", note)
     with PartialDirectory(tmp_path / "deep" / "er" / "s") as new:
         new.publish()
-    assert synced[0] == str(new.path)
-    assert set(synced[1:]) == {str(tmp_path), str(tmp_path / "deep"), str(tmp_path / "deep" / "er")}
+    assert synced[:2] == [str(new.path), str(new.target)]
+    assert set(synced[2:]) == {str(tmp_path), str(tmp_path / "deep"), str(tmp_path / "deep" / "er")}
 
 
 def test_a_write_that_takes_only_part_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,9 +159,9 @@ def test_what_cannot_be_removed_hides_no_error_and_the_next_writer_takes_it(
         write_file(new.path / "file", b"data")
         patch.setattr(os, "unlink", refusing(errno.EBUSY))
         raise KeyError
-    assert names(new.path) == {"file"}
+    assert names(new.path) == {MARK, "file"}
     with PartialDirectory(tmp_path / "s") as again:
-        assert names(again.path) == set()
+        assert names(again.path) == {MARK}
     assert names(tmp_path) == set()
 
 
@@ -171,7 +171,7 @@ def test_what_cannot_be_removed_hides_no_error_and_the_next_writer_takes_it(
 HOLD = """
     import sys, time
     from pathlib import Path
-    from fgsnap.atomic import PartialDirectory, write_file
+    from fgsnap.atomic import MARK, PartialDirectory, write_file
     with PartialDirectory(Path(sys.argv[1])) as new:
         write_file(new.path / "half", b"data")
         (new.path / "inner").mkdir()
@@ -207,7 +207,7 @@ def test_a_second_writer_is_refused_and_disturbs_nothing(tmp_path: Path, holder:
         PartialDirectory(tmp_path / "out" / "s")
     assert len(error.value.lines()) == 3
     assert names(tmp_path / "out") == {"s.partial"}
-    assert names(tmp_path / "out" / "s.partial") == {"half", "inner", "link"}
+    assert names(tmp_path / "out" / "s.partial") == {MARK, "half", "inner", "link"}
     assert descriptors() == before
 
 
@@ -216,14 +216,25 @@ def test_what_a_killed_holder_left_is_emptied_and_links_are_not_followed(
 ) -> None:
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    assert names(tmp_path / "out" / "s.partial") == {"half", "inner", "link"}
+    assert names(tmp_path / "out" / "s.partial") == {MARK, "half", "inner", "link"}
     with PartialDirectory(tmp_path / "out" / "s") as new:
-        assert names(new.path) == set()
+        assert names(new.path) == {MARK}
         write_file(new.path / "file", b"data")
         new.publish()
     assert names(tmp_path / "out") == {"s"}
     assert names(tmp_path / "out" / "s") == {"file"}
     assert (precious / "file").read_text() == "keep"
+
+
+def test_a_directory_of_somebody_elses_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "s.partial").mkdir()
+    (tmp_path / "s.partial" / "thesis").write_text("keep")
+    before = descriptors()
+    with pytest.raises(UsageError, match=r"s\.partial is in the way"):
+        PartialDirectory(tmp_path / "s")
+    assert (tmp_path / "s.partial" / "thesis").read_text() == "keep"
+    assert names(tmp_path) == {"s.partial"}
+    assert descriptors() == before
 
 
 def test_the_first_writer_publishes_just_before_the_lock_is_the_seconds(

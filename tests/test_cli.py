@@ -10,9 +10,11 @@ import sys
 import pytest
 
 from fgsnap import __version__
-from fgsnap.cli import ByteSize, cli, size
+from fgsnap.cli import EXTRAS, ByteSize, WholeText, cli, size
+from tests.snapshots import make_snapshot, tiny_spec
 
 COMMANDS = ("convert", "serve", "run", "inspect", "verify", "export", "env", "version")
+TEXT = {"config.json": b"{}"}
 HEAVY = ("torch", "transformers", "huggingface_hub", "numpy", "gguf", "starlette", "uvicorn", "tokenizers")
 
 
@@ -94,6 +96,57 @@ def test_help_version_and_env_import_nothing_heavy():
         )
         done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
         assert done.returncode == 0, (arguments, done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "package", "extra"),
+    [
+        (["convert", "here", "-o", "out"], "numpy", "convert"),
+        (["convert", "here", "--dry-run"], "numpy", "convert"),
+        (["export", "snap", "-o", "out"], "numpy", "convert"),
+    ],
+)
+def test_a_plain_installation_names_the_extra_that_is_missing(arguments, package, extra, tmp_path):
+    """As after ``pip install fgsnap``: what an extra would bring cannot be imported."""
+    make_snapshot(tmp_path / "snap", tiny_spec(), text_files=TEXT)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "config.json").write_text("{}")
+    block = f"import sys; sys.modules.update(dict.fromkeys({tuple(EXTRAS)!r}))"
+    program = f"{block}; from fgsnap.cli import run_cli; sys.exit(run_cli(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 6, done.stderr
+    assert f"needs the package {package}" in done.stderr
+    assert f"pip install 'fgsnap[{extra}]'" in done.stderr
+    assert len(done.stderr.splitlines()) == 3
+    assert {path.name for path in tmp_path.iterdir()} == {"snap", "here"}
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_what_these_commands_never_import(command, tmp_path):
+    make_snapshot(tmp_path / "snap", tiny_spec(), text_files=TEXT)
+    program = (
+        "import sys; from fgsnap.cli import run_cli; code = run_cli(sys.argv[1:]);"
+        f"loaded = [m for m in {HEAVY!r} if m in sys.modules]; print(loaded, file=sys.stderr); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, command, tmp_path / "snap"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr == "[]\n"
+
+
+def test_a_failure_is_json_too_where_json_was_asked_for():
+    done = fgsnap("inspect", "nowhere", "--json")
+    assert json.loads(done.stdout)["error"]["exit_code"] == done.returncode == 4
+    assert "nowhere" in json.loads(done.stdout)["error"]["lines"][0]
+
+
+def test_no_arguments_show_the_help():
+    done = fgsnap()
+    assert done.returncode == 2
+    assert done.stderr.startswith("Usage: fgsnap")
+
+
+def test_several_stop_texts_may_hold_blanks_in_the_environment():
+    assert WholeText().split_envvar_value("capital of\nthe end") == ["capital of", "the end"]
 
 
 def test_env_names_backends_and_hides_secrets():

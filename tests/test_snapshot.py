@@ -27,6 +27,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from fgsnap.atomic import MARK
 from fgsnap.errors import HostError, NotFound, SnapshotRefused, UsageError
 from fgsnap.layout import possible_tp, stored_tensors
 from fgsnap.snapshot import (
@@ -421,7 +422,7 @@ def test_a_second_writer_is_refused(tmp_path: Path, spec: DecoderSpec) -> None:
         first.add_file("config.json", b"{}")
         with pytest.raises(UsageError, match="Another process is writing s"):
             SnapshotWriter(tmp_path / "s", spec, 1)
-        assert names(first.directory) == {"config.json"}
+        assert names(first.directory) == {MARK, "config.json"}
     assert names(tmp_path) == set()
 
 

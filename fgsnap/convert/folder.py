@@ -20,11 +20,13 @@ import numpy as np
 from fgsnap.convert.source import (
     AGAIN,
     NUMPY_DTYPES,
+    PICKLED,
     SourceTensor,
     brief,
     digest,
     map_file,
     parse_json,
+    pickled,
     read_json,
     read_text,
     regular_size,
@@ -43,7 +45,6 @@ TEXT_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-PICKLED = re.compile(r".*\.(bin|pt|pth|ckpt|pkl)")
 SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,199}")
 
 # Real headers stay far below these; the caps keep a hostile one from filling memory before it is refused.
@@ -182,7 +183,7 @@ def weight_files(path: Path) -> list[str]:
 def no_weights(label: str, names: Iterable[str]) -> SourceError:
     """The error for a folder or repository without safetensors weights, with the way out for what it has instead."""
     present = sorted(names)
-    pickled = [name for name in present if PICKLED.fullmatch(name)]
+    pickles = [name for name in present if PICKLED.fullmatch(name)]
     tensors = [name for name in present if name.endswith(".safetensors")]
     quantised = [name for name in present if name.endswith(".gguf")]
     if tensors:
@@ -197,13 +198,8 @@ def no_weights(label: str, names: Iterable[str]) -> SourceError:
             f"Each is a model of its own: {', '.join(quantised[:3])}.",
             "Give the .gguf file itself as the source.",
         )
-    if pickled:
-        return SourceError(
-            f"{label} holds PyTorch pickle files only ({pickled[0]}).",
-            "Unpickling runs code from the file, so fgsnap never does it.",
-            "Convert it to safetensors where nothing can be harmed (a container without network): load it with "
-            "torch.load(weights_only=True) and save with safetensors.torch.save_file.",
-        )
+    if pickles:
+        return pickled(f"{label} holds PyTorch pickle files only ({pickles[0]}).")
     return SourceError(
         f"{label} holds no weights.",
         f"There is neither {SINGLE} nor {INDEX}.",

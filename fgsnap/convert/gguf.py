@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import re
 import struct
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from fgsnap.convert.source import NUMPY_DTYPES, SourceTensor, digest, map_file, show
+from fgsnap.convert.source import LOCAL, NUMPY_DTYPES, SourceTensor, digest, map_file, show
 from fgsnap.errors import SourceError, UnsupportedModel
 from fgsnap.spec import DType
 
@@ -26,6 +27,7 @@ VERSIONS = (2, 3)
 MAX_TENSORS = 100_000
 MAX_KEYS = 10_000
 MAX_NAME_BYTES = 1024
+MAX_LABEL = 200
 MAX_ARRAY = 1 << 22
 PIECE = 1 << 20
 ARRAY, STRING = 9, 8
@@ -53,10 +55,10 @@ class Gguf:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.label = path.name
         self._map = _map(path)
         header = _Header(self._map, path.name)
         self.metadata = header.metadata
+        self.label = _model_name(header.metadata)
         self.tensors, self.others, self._places = header.tensors, header.others, header.places
         self.default_dtype: DType | None = _default_dtype(self._places)
         _check_whole_model(path.name, self.metadata)
@@ -78,10 +80,10 @@ class Gguf:
     def text_files(self) -> dict[str, bytes]:
         from fgsnap.convert import gguf_tokenizer
 
-        return {"config.json": _json(self.config), **gguf_tokenizer.text_files(self.metadata, self.label)}
+        return {"config.json": _json(self.config), **gguf_tokenizer.text_files(self.metadata, self.path.name)}
 
     def file_digests(self) -> dict[str, str]:
-        return {self.path.name: digest(self.path)}
+        return {"model.gguf": digest(self.path)}
 
     def close(self) -> None:
         """Nothing to do: the file is closed already, and the map goes with the last array over it."""
@@ -91,6 +93,13 @@ class Gguf:
         if "rope_freqs.weight" not in self.tensors:
             return None
         return [float(value) for value in self.rows("rope_freqs.weight", 0, self.tensors["rope_freqs.weight"].shape[0])]
+
+
+def _model_name(metadata: dict[str, Any]) -> str:
+    """The name that the file's metadata gives the model; LOCAL for none, or one that says where it was made."""
+    name = metadata.get("general.name")
+    fit = isinstance(name, str) and name.strip() == name and name.isprintable() and 0 < len(name) <= MAX_LABEL
+    return name if fit and not re.match(r"[/\\~.]|[A-Za-z]:|[a-z]+://", name) else LOCAL
 
 
 class _Header:

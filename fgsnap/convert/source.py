@@ -26,6 +26,9 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 NUMPY_DTYPES: dict[DType, str] = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 MAX_TEXT_BYTES = 128 << 20
+LOCAL = "local"
+"""The label of a checkpoint that has no name of its own; those of its folder and files are the user's."""
+PICKLED = re.compile(r".*\.(bin|pt|pth|ckpt|pkl)")
 AGAIN = "Download it again; if it stays so, the checkpoint is damaged where it came from."
 
 
@@ -40,8 +43,8 @@ class SourceTensor(NamedTuple):
 class Source(Protocol):
     """A checkpoint, open for reading.
 
-    ``label`` names it without any absolute path; ``revision`` is the Hub commit, if it came from there; ``config`` has
-    the shape of a Hugging Face config.json. ``others`` are tensors of dtypes that fgsnap has no use for, name to dtype.
+    ``label`` names it wherever it lies: a Hub repository's id, a GGUF file's own name for its model, else LOCAL;
+    ``revision`` is the Hub commit, if it came from there; ``config`` has the shape of a Hugging Face config.json. ``others`` are tensors of dtypes that fgsnap has no use for, name to dtype.
     ``default_dtype`` is the dtype to store in when the user asks for none; None keeps each tensor's own.
     """
 
@@ -62,7 +65,7 @@ class Source(Protocol):
         ...
 
     def file_digests(self) -> dict[str, str]:
-        """sha256 of every source file that was read, by name. Reads whole files: call it once."""
+        """sha256 of every source file that was read, by name (``model.gguf`` for any GGUF file). Call it once."""
         ...
 
     def close(self) -> None: ...
@@ -90,7 +93,7 @@ def open_source(name: str, revision: str | None = None, *, config_only: bool = F
         raise UsageError("--revision was given for a local checkpoint.", f"{name!r} exists here.", "Leave it out.")
     try:
         path = Path(name)
-        return _open_folder(path, path.resolve().name, None, config_only) if path.is_dir() else _open_file(path)
+        return _open_folder(path, LOCAL, None, config_only) if path.is_dir() else _open_file(path)
     except OSError as error:
         raise SourceError(f"The checkpoint {name!r} cannot be read.", f"{error.strerror or error}.") from error
 
@@ -106,6 +109,8 @@ def _exists(path: Path) -> bool:
 def _open_file(path: Path) -> Source:
     """A GGUF file; nothing else is a whole checkpoint in one file."""
     if not path.is_file() or (path.suffix != ".gguf" and not _starts_with(path, b"GGUF")):
+        if PICKLED.fullmatch(path.name):
+            raise pickled(f"{path.name} is a PyTorch pickle file.")
         raise UsageError(
             f"{path.name} is not a checkpoint.",
             "A single file has to be GGUF; a safetensors checkpoint is a folder with its config.json.",
@@ -140,6 +145,16 @@ def _open_folder(path: Path, label: str, revision: str | None, config_only: bool
     return Folder(path, label=label, revision=revision, config_only=config_only)
 
 
+def pickled(what: str) -> SourceError:
+    """The error for weights that only unpickling could read, with the way out."""
+    return SourceError(
+        what,
+        "Unpickling runs code from the file, so fgsnap never does it.",
+        "Convert it to safetensors where nothing can be harmed (a container without network): load it with "
+        "torch.load(weights_only=True) and save with safetensors.torch.save_file.",
+    )
+
+
 def read_json(path: Path) -> Any:
     """Parse one JSON text file of a checkpoint."""
     return parse_json(read_text(path), path.name)
@@ -170,10 +185,7 @@ def map_file(path: Path) -> mmap.mmap:
 
 
 def digest(path: Path) -> str:
-    """sha256 of a file. A Hub cache stores a large file under its sha256, which then need not be computed again."""
-    name = path.resolve().name
-    if path.is_symlink() and path.resolve().parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", name):
-        return name
+    """sha256 of a file's bytes, whatever its name in a Hub cache claims."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -13,6 +13,7 @@ from fgsnap.runtime.decoder import load_decoder
 from fgsnap.runtime.engine import Engine
 from fgsnap.runtime.request import FinishReason, Request, SamplingParams, Token
 from fgsnap.runtime.text import Text, TextStream
+from fgsnap.runtime.worker import DEFAULT_TOKEN_BUDGET, check_canary
 from fgsnap.snapshot import open_snapshot
 
 
@@ -78,7 +79,7 @@ def answer(
     device: str = "auto",
     dtype: str = "auto",
     max_model_len: int | None = None,
-    max_batch_tokens: int = 512,
+    max_batch_tokens: int | None = None,
     kv_memory: int | None = None,
     threads: int | None = None,
     max_tokens: int = 256,
@@ -89,7 +90,7 @@ def answer(
     stop: Sequence[str] = (),
     raw: bool = False,
 ) -> Answer:
-    """Open a snapshot, answer one prompt, and close it.
+    """Open a snapshot, check its canary, answer one prompt, and close it.
 
     Args:
         path: the snapshot's directory.
@@ -108,7 +109,9 @@ def answer(
             snapshot, backend=backend, device=device, dtype=dtype, kv_memory=kv_memory, max_length=max_model_len,
             threads=threads,
         )  # fmt: skip
-        engine = Engine(decoder, eos_token_ids=text.eos_token_ids, token_budget=max_batch_tokens, max_sequences=1)
+        check_canary(decoder, snapshot)
+        budget = max_batch_tokens or DEFAULT_TOKEN_BUDGET
+        engine = Engine(decoder, eos_token_ids=text.eos_token_ids, token_budget=budget, max_sequences=1)
         room = max(decoder.max_length - len(ids), 1)
         params = SamplingParams(min(max_tokens, room), temperature, top_k, top_p, seed)
         return _collect(generate(engine, text, ids, params, stop), len(ids), emit)

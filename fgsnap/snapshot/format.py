@@ -63,9 +63,9 @@ class Provenance(msgspec.Struct, frozen=True):
     """Where the weights came from. Nothing here changes what the runtime computes.
 
     Attributes:
-        source: repository id, or the base name of a folder or file; never an absolute path.
+        source: repository id, or a GGUF file's own name for its model, or "local"; nothing of a path.
         revision: the resolved commit of a repository.
-        files: sha256 of every source file.
+        files: sha256 of every source file; a single GGUF file goes by model.gguf.
         rules: sha256 of the conversion rules' canonical form.
         family: the family module that wrote spec and rules.
         converter: the fgsnap version.

@@ -114,6 +114,13 @@ def _index(tensors: Iterable[TensorEntry]) -> dict[str, list[tuple[TensorEntry, 
     return slices
 
 
+def _no_directory(path: Path) -> NotFound:
+    what = f"There is no snapshot at {path}."
+    if os.path.exists(path):  # noqa: PTH110 - Path.exists raises for a name that is too long
+        return NotFound(what, "This is a file; a snapshot is a directory.", "Give the directory that convert made.")
+    return NotFound(what, "The directory does not exist.", "Check the path.")
+
+
 def open_snapshot(path: Path | str, *, committed: bool = True) -> Snapshot:
     """Open and check everything but the weights' bytes, in time proportional to the number of tensors.
 
@@ -127,7 +134,7 @@ def open_snapshot(path: Path | str, *, committed: bool = True) -> Snapshot:
     """
     path = Path(path)
     if not os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
-        raise NotFound(f"There is no snapshot at {path}.", "The directory does not exist.", "Check the path.")
+        raise _no_directory(path)
     commit = _read_commit(path) if committed else None
     raw = _read_json(path, MANIFEST)
     identity = hashlib.sha256(raw).hexdigest()

@@ -231,13 +231,13 @@ class RankWriter:
 
 
 def _readme(manifest: Manifest, identity: str) -> str:
-    origin = manifest.provenance.source + (
-        f" at {manifest.provenance.revision}" if manifest.provenance.revision else ""
-    )
+    provenance = manifest.provenance
+    name = "a local checkpoint" if provenance.source == "local" else provenance.source
+    origin = f"{name} at {provenance.revision}" if provenance.revision else name
     return (
         "---\nlibrary_name: fgsnap\n---\n\n"
-        f"# fgsnap snapshot of {manifest.provenance.source}\n\n"
-        f"Converted from {origin} by fgsnap {manifest.provenance.converter}.\n"
+        f"# fgsnap snapshot of {name}\n\n"
+        f"Converted from {origin} by fgsnap {provenance.converter}.\n"
         f"Tensor parallel degree: {manifest.tp}.\n\n"
         f"Snapshot id: `{identity}`\n\n"
         "Serve it with `fgsnap serve DIRECTORY`; check every byte with `fgsnap verify DIRECTORY`.\n"

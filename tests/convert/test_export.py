@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from fgsnap.atomic import MARK
 from fgsnap.convert.export import export
 from fgsnap.convert.pipeline import convert
 from fgsnap.convert.plan import rank_layouts
@@ -149,6 +150,7 @@ def test_an_empty_target_is_taken_and_a_stale_partial_goes(tmp_path, small):
     (tmp_path / "back").mkdir()
     (tmp_path / "back.partial" / "deep").mkdir(parents=True)
     (tmp_path / "back.partial" / "half").write_text("x")
+    (tmp_path / "back.partial" / MARK).touch()
     export(small, tmp_path / "back")
     assert {file.name for file in (tmp_path / "back").iterdir()} == {"config.json", "model.safetensors"}
     assert not (tmp_path / "back.partial").exists()

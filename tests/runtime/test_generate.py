@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from fgsnap.errors import FgsnapError, NotFound, RequestError
+from fgsnap.errors import FgsnapError, NotFound, RequestError, SnapshotRefused
 from fgsnap.kernels.ops import Batch, Sampling
 from fgsnap.runtime.decoder import load_decoder
 from fgsnap.runtime.engine import Engine
@@ -14,6 +14,7 @@ from fgsnap.runtime.request import Request, SamplingParams
 from fgsnap.runtime.text import Text
 from fgsnap.snapshot import TextSection, open_snapshot
 from tests.doubles import ByteText, StubModel
+from tests.serving import servable_snapshot
 from tests.snapshots import make_snapshot, tiny_spec
 
 TEXT = ByteText()
@@ -170,3 +171,9 @@ def test_requests_on_a_real_decoder_answer_in_company_as_alone(opened, budget):
         for output in engine.step():
             said[output.request] += [token.id for token in output.tokens]
     assert list(said.values()) == [greedy(opened, prompt, 10) for prompt in prompts]
+
+
+def test_an_answer_is_refused_where_the_model_computes_something_else(tmp_path):
+    path = servable_snapshot(tmp_path / "snap", canary="wrong")
+    with pytest.raises(SnapshotRefused, match="does not compute what it should"):
+        answer(path, "hello", max_tokens=3, raw=True)
