@@ -1,14 +1,15 @@
 """Conversion's throughput beside a plain copy of the same bytes, and its peak anonymous memory at two sizes.
 
-Makes Llama-shaped safetensors checkpoints of random bytes (1 and 4 GB; --quick: 8 and 50 MB) under --dir and removes
+Makes Llama-shaped safetensors checkpoints of random weights (1 and 4 GB; --quick: 8 and 50 MB) under --dir and removes
 them at the end. Every round runs both contestants one after the other, each in a fresh process: a plain read + write +
 fsync of the weight file, and a conversion without canary, which also fsyncs. What counts is the ratio of a pair. A
 sampler reads RssAnon of the converting process every 5 ms; an idle process with the same imports is measured likewise.
+The process that computes the canary is measured by itself, once a size, beside an idle one that has imported torch.
 
-    python benchmarks/convert.py --dir /path/on/the/disk [--rounds 5] [--cache warm|cold] [--output benchmarks/results]
+    python benchmarks/convert.py [--dir /path/on/disk] [--rounds 5] [--cache warm|cold] [--output benchmarks/results]
 
-The last line is JSON. Goals: at least 0.8 of the plain copy's throughput; at most 256 MiB above the idle process; peaks
-of both sizes within 10 % of each other.
+The last line is JSON. Goals: at least 0.8 of the plain copy's throughput; at most 256 MiB above the idle process, for
+each of the two; peaks of both sizes within 10 % of each other.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from common import finish, summary
 
 from fgsnap.convert.families import llama
@@ -38,6 +40,16 @@ CHUNK = 8 << 20
 IMPORTS = "import sys, time\nfrom fgsnap.convert import folder\nfrom fgsnap.convert.pipeline import convert\n"
 CONVERT = IMPORTS + "print(convert(sys.argv[1], sys.argv[2], canary=False).seconds)\n"
 IDLE = IMPORTS + "time.sleep(0.3)\nprint(0.3)\n"
+CANARY = """
+import contextlib, os, sys, time
+from fgsnap.runtime.canary import main
+begin = time.monotonic()
+with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    code = main([sys.argv[1]])
+print(time.monotonic() - begin)
+sys.exit(code)
+"""
+IDLE_TORCH = "import time, torch\ntime.sleep(0.3)\nprint(0.3)\n"
 PLAIN = """
 import os, sys, time
 begin = time.monotonic()
@@ -53,7 +65,9 @@ print(time.monotonic() - begin)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dir", type=Path, required=True, help="on the disk to measure, with 13 GB of room")
+    parser.add_argument(
+        "--dir", type=Path, default=Path(), help="on the disk to measure, with 13 GB of room; default: here"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cache", choices=("warm", "cold"), default="warm", help="page cache of the source")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and two rounds, to see that it runs")
@@ -63,8 +77,9 @@ def main() -> None:
     configs = [config(2, 2), config(2, 6)] if options.quick else [config(6, 2048), config(30, 2048)]
     with tempfile.TemporaryDirectory(dir=options.dir, prefix="fgsnap-bench-") as scratch:
         idle = [sampled(IDLE, "", "")[1] for _ in range(rounds)]
-        sizes = [measure(each, Path(scratch), rounds, options.cache, max(idle)) for each in configs]
-    finish("convert", report(sizes, idle, options.cache, options.quick), options.output)
+        idle_torch = [sampled(IDLE_TORCH, "", "")[1] for _ in range(2)]
+        sizes = [measure(each, Path(scratch), rounds, options.cache, max(idle), max(idle_torch)) for each in configs]
+    finish("convert", report(sizes, idle, idle_torch, options.cache, options.quick), options.output)
 
 
 def config(layers: int, width: int) -> dict[str, Any]:
@@ -77,9 +92,12 @@ def config(layers: int, width: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def report(sizes: list[dict[str, Any]], idle: list[int], cache: str, quick: bool) -> dict[str, Any]:
+def report(
+    sizes: list[dict[str, Any]], idle: list[int], idle_torch: list[int], cache: str, quick: bool
+) -> dict[str, Any]:
     small, large = (size["peak_anonymous_mebibytes"]["max"] for size in sizes)
     above = max(size["mebibytes_above_idle"] for size in sizes)
+    canary_above = max(size["canary"]["mebibytes_above_idle"] for size in sizes)
     growth = round(large / small, 3)
     return {
         "quick": quick,
@@ -87,18 +105,22 @@ def report(sizes: list[dict[str, Any]], idle: list[int], cache: str, quick: bool
         "libraries": {name: metadata.version(name) for name in ("numpy", "blake3", "msgspec")},
         "sizes": sizes,
         "idle_anonymous_mebibytes": summary([mebibytes(value) for value in idle], 2),
+        "idle_torch_anonymous_mebibytes": summary([mebibytes(value) for value in idle_torch], 2),
         "growth": growth,
         "goals": GOALS,
         "met": {
             "share_of_plain": all(size["share_of_plain"]["median"] >= GOALS["share_of_plain"] for size in sizes),
             "mebibytes_above_idle": above <= GOALS["mebibytes_above_idle"],
+            "canary_mebibytes_above_idle": canary_above <= GOALS["mebibytes_above_idle"],
             "growth": growth <= GOALS["growth"],
         },
     }
 
 
-def measure(config: dict[str, Any], scratch: Path, rounds: int, cache: str, idle: int) -> dict[str, Any]:
-    """Alternate the two contestants over one checkpoint; the first of each pair takes turns."""
+def measure(
+    config: dict[str, Any], scratch: Path, rounds: int, cache: str, idle: int, idle_torch: int
+) -> dict[str, Any]:
+    """Alternate the two contestants over one checkpoint; the first of each pair takes turns. Then the canary, once."""
     source = scratch / "model"
     size = make_checkpoint(source, config)
     runs: dict[str, list[tuple[float, int]]] = {"plain": [], "convert": []}
@@ -110,6 +132,10 @@ def measure(config: dict[str, Any], scratch: Path, rounds: int, cache: str, idle
             runs[name].append(sampled(program, str(source), str(scratch / name)))
             tell(name, size, *runs[name][-1])
     clear(scratch, source, "warm")
+    sampled(CONVERT, str(source), str(scratch / "convert"))
+    canary_seconds, canary_peak = sampled(CANARY, str(scratch / "convert"), "")
+    tell("canary", size, canary_seconds, canary_peak)
+    clear(scratch, source, "warm")
     shutil.rmtree(source)
     peaks = [mebibytes(peak) for _, peak in runs["convert"]]
     pairs = zip(runs["plain"], runs["convert"], strict=True)
@@ -120,6 +146,11 @@ def measure(config: dict[str, Any], scratch: Path, rounds: int, cache: str, idle
         "share_of_plain": summary([plain[0] / ours[0] for plain, ours in pairs]),
         "peak_anonymous_mebibytes": summary(peaks, 2),
         "mebibytes_above_idle": round(max(peaks) - mebibytes(idle), 2),
+        "canary": {
+            "seconds": round(canary_seconds, 2),
+            "peak_anonymous_mebibytes": round(mebibytes(canary_peak), 2),
+            "mebibytes_above_idle": round(mebibytes(canary_peak - idle_torch), 2),
+        },
     }
 
 
@@ -141,15 +172,21 @@ def make_checkpoint(path: Path, config: dict[str, Any]) -> int:
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": (end, end + length)}
         end += length
     text = json.dumps(header).encode()
-    noise = memoryview(random.Random(1).randbytes(CHUNK + 4096))
+    noise = memoryview(small_weights(CHUNK + 8192))
     with (path / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for at in range(0, end, CHUNK):
-            shift = at // CHUNK % 4096  # no two chunks alike, for disks that would notice
+            shift = 2 * (at // CHUNK % 4096)  # no two chunks alike, for disks that would notice
             file.write(noise[shift : shift + min(CHUNK, end - at)])
         file.flush()
         os.fsync(file.fileno())
     return 8 + len(text) + end
+
+
+def small_weights(size: int) -> bytes:
+    """bfloat16 numbers between 0.008 and 0.016 of either sign, so that a forward stays finite; ``size`` bytes."""
+    bits = np.frombuffer(random.Random(1).randbytes(size), np.uint16)
+    return bytes((bits & 0x807F | 0x3C00).astype("<u2"))
 
 
 def clear(scratch: Path, source: Path, cache: str) -> None:

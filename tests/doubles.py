@@ -148,8 +148,5 @@ class ByteText:
     def token_bytes(self, token: int) -> bytes:
         return bytes([token]) if token < 256 else b""
 
-    def token_text(self, token: int) -> str:
-        return self.token_bytes(token).decode(errors="replace")
-
     def stream(self, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> TextStream:
         return TextStream(self, tuple(stop), prompt)

@@ -106,7 +106,9 @@ class StubWorkers:
 class StubService:
     """The app with its HTTP server on a thread of this process."""
 
-    def __init__(self, workers: StubWorkers, *, stall_seconds: float = 60.0, **app) -> None:
+    def __init__(
+        self, workers: StubWorkers, *, stall_seconds: float = 60.0, start_seconds: float = 60.0, **app
+    ) -> None:
         self.workers = workers
         self.told: list[str] = []
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -115,8 +117,8 @@ class StubService:
         self.failure: BaseException | None = None
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
-        self.link = Link(workers.start, tell=self.told.append, stall_seconds=stall_seconds)
-        self.app = App(ByteText(), self.link, Identity(MODEL, "0" * 64, 258), **app)
+        self.link = Link(workers.start, tell=self.told.append, stall_seconds=stall_seconds, start_seconds=start_seconds)
+        self.app = App(ByteText(), self.link, Identity(MODEL, "0" * 64, 258), **{"default_max_tokens": 2048, **app})
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
@@ -266,6 +268,7 @@ class RealService:
     def __init__(
         self, snapshot: Path, *options: str, environment: dict[str, str] | None = None, directory: Path = ROOT
     ) -> None:
+        self.began = time.monotonic()
         self.process = subprocess.Popen(
             [*SERVE, str(snapshot), "--port", "0", *options],
             stderr=subprocess.PIPE,
@@ -291,9 +294,12 @@ class RealService:
     def worker(self) -> int:
         """The process id of the engine worker; waits until it is ready."""
         assert self.url
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        assert len(children) == 1
-        return int(children[0])
+        (worker,) = self.children()
+        return worker
+
+    def children(self) -> list[int]:
+        listed = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return [int(pid) for pid in listed.split()]
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
@@ -336,6 +342,19 @@ def run_serve(
 
 def _environment(more: dict[str, str] | None) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(more or {})}
+
+
+def hanging_import(folder: Path, module: str) -> dict[str, str]:
+    """The environment in which a Python process stands still as soon as it imports ``module``."""
+    (folder / "sitecustomize.py").write_text(
+        "import sys, time\n"
+        "class Hang:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        if name == {module!r}:\n"
+        "            time.sleep(600)\n"
+        "sys.meta_path.insert(0, Hang())\n"
+    )
+    return {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
 
 
 def alive(pid: int) -> bool:

@@ -227,8 +227,11 @@ def test_text_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["nowhere", "a\0b", "long" * 100, "file", "file/in/it"])
 def test_a_missing_directory_is_not_found(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(NotFound, match="There is no snapshot"):
+    with pytest.raises(NotFound, match="There is no snapshot") as caught:
         open_snapshot(tmp_path / name)
+    assert caught.value.why == (
+        "This is a file; a snapshot is a directory." if name == "file" else "The directory does not exist."
+    )
 
 
 def test_opening_300_tensors_takes_milliseconds(tmp_path: Path) -> None:

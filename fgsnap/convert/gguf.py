@@ -98,8 +98,9 @@ class Gguf:
 def _model_name(metadata: dict[str, Any]) -> str:
     """The name that the file's metadata gives the model; LOCAL for none, or one that says where it was made."""
     name = metadata.get("general.name")
-    fit = isinstance(name, str) and name.strip() == name and name.isprintable() and 0 < len(name) <= MAX_LABEL
-    return name if fit and not re.match(r"[/\\~.]|[A-Za-z]:|[a-z]+://", name) else LOCAL
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_LABEL or not name.isprintable() or name != name.strip():
+        return LOCAL
+    return LOCAL if re.match(r"[/\\~.]|[A-Za-z]:|[a-z]+://", name) else name
 
 
 class _Header:

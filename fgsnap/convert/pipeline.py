@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ from fgsnap.convert.recipe import Recipe, settle
 from fgsnap.convert.rules import Array, is_whole, read_box
 from fgsnap.convert.source import NUMPY_DTYPES, Source, open_source
 from fgsnap.convert.text_section import text_section
-from fgsnap.errors import FgsnapError, HostError, SnapshotRefused
+from fgsnap.errors import FgsnapError, HostError, SnapshotRefused, missing_extra
 from fgsnap.layout import Piece, pieces
 from fgsnap.progress import Progress, counted
 from fgsnap.snapshot import Canary, Manifest, PlannedTensor, Provenance, RankLayout, SnapshotWriter
@@ -40,12 +41,13 @@ from fgsnap.spec import DType
 
 
 class Result(msgspec.Struct, frozen=True):
-    """A published snapshot; ``bytes`` are those of its rank files."""
+    """A published snapshot; ``bytes`` are those of its rank files, ``notes`` say what it cannot do and why."""
 
     id: str
     path: Path
     bytes: int
     seconds: float
+    notes: tuple[str, ...] = ()
 
 
 def convert(
@@ -58,6 +60,7 @@ def convert(
     workers: int | None = None,
     canary: bool = True,
     progress: Progress | None = None,
+    stage: Callable[[str], None] | None = None,
 ) -> Result:
     """Turn a checkpoint into a snapshot at ``target``; on any error or interrupt nothing is left behind.
 
@@ -70,9 +73,13 @@ def convert(
         workers: threads that read ahead.
         canary: record a float32 forward of a fixed prompt, which every start is checked against.
         progress: called after each slab.
+        stage: told what begins: "weights", then "canary" if one is recorded.
     """
     begin = time.monotonic()
     asked = checked_dtype(dtype)
+    if canary:
+        _require_torch()
+    enter = stage or (lambda _: None)
     with closing(open_source(source_name, revision)) as source:
         recipe = settle(source, asked or source.default_dtype)
         layouts = rank_layouts(recipe.spec, tp, recipe.stored)
@@ -81,6 +88,7 @@ def convert(
         size = sum(layout.size for layout in layouts)
         with SnapshotWriter(Path(target), recipe.spec, tp) as writer:
             writer.check_space(size)
+            enter("weights")
             digests = _Background(source.file_digests)
             _write_ranks(writer, layouts, source, recipe, workers or default_workers(), counted(progress, size))
             for name in sorted(texts):
@@ -95,8 +103,29 @@ def convert(
                     provenance=_provenance(source, recipe, asked, digests.result()),
                 )
             )
-            path = writer.publish(_canary(writer.directory, identity) if canary else None)
-    return Result(identity, path, size, time.monotonic() - begin)
+            if canary:
+                enter("canary")
+                path = writer.publish(_canary(writer.directory, identity))
+            else:
+                _fresh_process(writer.directory, "--bind-only")
+                path = writer.publish(None)
+    return Result(identity, path, size, time.monotonic() - begin, _notes(texts))
+
+
+def _require_torch() -> None:
+    """Say at once, and not after the weights are written, that the canary cannot be computed here."""
+    if find_spec("torch") is None:
+        error = missing_extra("torch", "convert", "Recording a canary")
+        raise HostError(error.what, error.why, f"{error.next_step}, or convert with --no-canary.")
+
+
+def _notes(texts: dict[str, bytes]) -> tuple[str, ...]:
+    if "tokenizer.json" in texts:
+        return ()
+    return (
+        "The checkpoint has no tokenizer.json, without which serve and run refuse the snapshot: add the file "
+        "(transformers: AutoTokenizer.from_pretrained(SOURCE).save_pretrained(SOURCE)) and convert again.",
+    )
 
 
 def _provenance(source: Source, recipe: Recipe, asked: DType | None, files: dict[str, str]) -> Provenance:
@@ -267,31 +296,37 @@ class _Values(msgspec.Struct, frozen=True):
 
 
 def _canary(directory: Path, identity: str) -> Canary:
-    """Open the directory as a server would, in a fresh process, and take down what its model says."""
+    """Take down what the directory's model says."""
+    values = msgspec.json.decode(_fresh_process(directory), type=_Values)
+    return Canary(identity, values.tokens, values.next, values.margins)
+
+
+def _fresh_process(directory: Path, *flags: str) -> bytes:
+    """Open the directory as a server would, in a fresh process that binds every tensor; returns what that prints."""
     package = str(Path(fgsnap.__file__).parent.parent)
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "fgsnap.runtime.canary", str(directory)],
+        [sys.executable, "-P", "-m", "fgsnap.runtime.canary", *flags, str(directory)],
         env={**os.environ, "PYTHONPATH": path},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         check=False,
     )
     if done.returncode != 0:
-        raise _failed_check(done.returncode, done.stderr.decode(errors="replace"))
-    values = msgspec.json.decode(done.stdout, type=_Values)
-    return Canary(identity, values.tokens, values.next, values.margins)
+        way_out = " and convert again" if flags else ", or convert with --no-canary, which only opens and binds it"
+        raise _failed_check(done.returncode, done.stderr.decode(errors="replace"), f"Mend the cause{way_out}.")
+    return done.stdout
 
 
 _CLASSES: dict[int, type[FgsnapError]] = {SnapshotRefused.exit_code: SnapshotRefused, HostError.exit_code: HostError}
 
 
-def _failed_check(code: int, stderr: str) -> FgsnapError:
+def _failed_check(code: int, stderr: str, next_step: str) -> FgsnapError:
     lines = [line for line in stderr.splitlines() if line.strip()][-3:]
     if code < 0:
         lines = [f"The checking process was killed by {signal.Signals(-code).name}; the host may lack memory."]
     return _CLASSES.get(code, FgsnapError)(
         "The new snapshot could not be checked in a fresh process, so it was not kept.",
         " ".join(lines) or f"The checking process ended with code {code}.",
-        "Mend the cause, or convert with --no-canary to leave the check out.",
+        next_step,
     )

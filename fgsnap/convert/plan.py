@@ -19,6 +19,13 @@ from fgsnap.spec import DTYPE_BYTES, DecoderSpec, DType
 SLAB = 8 << 20
 """Bytes of output that are read, cast and written at a time; a single longer row is one slab."""
 
+# Measured: a process that has imported torch, one tokenizer entry, and the converting process while it only waits.
+_TORCH = 150 << 20
+_TOKENIZER_ENTRY = 1 << 10
+_AT_REST = 24 << 20
+_UPCAST = 4 << 20  # of weights, while they are multiplied in float32
+_CANARY_TOKENS = 16
+
 
 class PlannedRank(msgspec.Struct, frozen=True):
     """One rank file: its name, size in bytes, and the stored tensors' names in file order."""
@@ -36,7 +43,8 @@ class Plan(msgspec.Struct, frozen=True):
         bytes: their sum; the small text files come on top.
         dtype: the dtype the sizes are for.
         dtype_from: whether that was asked for, read from the source, or assumed because the source does not say.
-        peak_memory: about the most anonymous memory, above the idle interpreter, that converting takes.
+        peak_memory: about the most memory of their own, above one idle interpreter, that the converting process and
+            the fresh one that computes the canary take at any time; pages of mapped files do not count.
         kv_bytes_per_token: KV cache bytes one token takes over all layers and ranks, in ``dtype``.
         possible_tp: the tensor parallel degrees that divide the model.
     """
@@ -71,7 +79,7 @@ def plan(spec: DecoderSpec, tp: int, dtype: DType, dtype_from: Literal["asked", 
         bytes=sum(layout.size for layout in layouts),
         dtype=dtype,
         dtype_from=dtype_from,
-        peak_memory=peak_memory(layouts, default_workers()),
+        peak_memory=max(peak_memory(layouts, default_workers()), _AT_REST + canary_memory(spec, layouts)),
         kv_bytes_per_token=spec.kv_values_per_token() * DTYPE_BYTES[dtype],
         possible_tp=tuple(possible_tp(spec)),
     )
@@ -135,3 +143,29 @@ def peak_memory(layouts: list[RankLayout], workers: int) -> int:
     rows = max(tensor.bytes // tensor.shape[0] for layout in layouts for tensor in layout.tensors)
     tensors = sum(len(layout.tensors) for layout in layouts)
     return (workers + 1) * max(SLAB, rows) * 3 + tensors * 8192 + (16 << 20)
+
+
+def canary_memory(spec: DecoderSpec, layouts: list[RankLayout]) -> int:
+    """About the most memory of the process that computes the canary: libraries, a slab of weights, and one prompt.
+
+    Weights are used where they are mapped, but those that several ranks share are put together first: the embedding and
+    the head, and a layer while the one before it is still held.
+    """
+    tables = sum(len(layout.tensors) for layout in layouts) * 8192
+    libraries = max(_TORCH, spec.vocab_size * _TOKENIZER_ENTRY)
+    widest = max(tensor.bytes // tensor.shape[0] for layout in layouts for tensor in layout.tensors)
+    inner = max(kind.mlp.inner if kind.mlp else 0 for kind in spec.layer_kinds)
+    values = 2 * spec.vocab_size + 4 * inner + 8 * spec.width + spec.kv_values_per_token()
+    return libraries + tables + max(_UPCAST, 2 * widest) + _CANARY_TOKENS * 4 * values + _assembled(layouts)
+
+
+def _assembled(layouts: list[RankLayout]) -> int:
+    if len(layouts) == 1:
+        return 0
+    parts: dict[str, int] = {}
+    for layout in layouts:
+        for tensor in layout.tensors:
+            part = ".".join(tensor.name.split(".")[:2]) if tensor.name.startswith("layers.") else ""
+            parts[part] = parts.get(part, 0) + tensor.bytes
+    outside = parts.pop("", 0)
+    return outside + 2 * max(parts.values(), default=0)

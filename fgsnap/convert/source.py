@@ -44,8 +44,9 @@ class Source(Protocol):
     """A checkpoint, open for reading.
 
     ``label`` names it wherever it lies: a Hub repository's id, a GGUF file's own name for its model, else LOCAL;
-    ``revision`` is the Hub commit, if it came from there; ``config`` has the shape of a Hugging Face config.json. ``others`` are tensors of dtypes that fgsnap has no use for, name to dtype.
-    ``default_dtype`` is the dtype to store in when the user asks for none; None keeps each tensor's own.
+    ``revision`` is the Hub commit, if it came from there; ``config`` has the shape of a Hugging Face config.json.
+    ``others`` are tensors of dtypes that fgsnap has no use for, name to dtype. ``default_dtype`` is the dtype to store
+    in when the user asks for none; None keeps each tensor's own.
     """
 
     label: str

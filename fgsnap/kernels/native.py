@@ -273,6 +273,11 @@ def _misuse(op: str, text: str) -> ValueError:
     return ValueError(f"{op}: {text}")
 
 
+def _padded(head_dim: int) -> int:
+    """The numbers that a row of one head takes in the cache."""
+    return -(-head_dim // STEP) * STEP
+
+
 def _show(x: Activation) -> str:
     return f"[{x.rows}, {x.columns}]"
 
@@ -308,7 +313,7 @@ class Native:
             raise HostError(
                 "The native backend cannot start.",
                 f"It asked for {self.threads} threads and {self.instructions} instructions.",
-                "Lower OMP_NUM_THREADS, or raise the limit on processes (ulimit -u).",
+                "Lower --threads or OMP_NUM_THREADS, or raise the limit on processes (ulimit -u).",
             )
         self._library = library
         self._handle = handle
@@ -345,10 +350,13 @@ class Native:
             raise _misuse("kv_cache", f"sizes {sizes} must be positive")
         return [self._cache(blocks, block_size, kv_heads, head_dim) for _ in range(layers)]
 
+    def kv_token_bytes(self, kv_heads: int, head_dim: int) -> int:
+        return 2 * kv_heads * _padded(head_dim) * _ITEM[_TYPES[self.dtype]]
+
     def _cache(self, blocks: int, block_size: int, kv_heads: int, head_dim: int) -> Cache:
         kind = _TYPES[self.dtype]
-        stride = -(-head_dim // STEP) * STEP
-        half = blocks * block_size * kv_heads * stride * _ITEM[kind]
+        stride = _padded(head_dim)
+        half = blocks * block_size * self.kv_token_bytes(kv_heads, head_dim) // 2
         try:
             data = mmap.mmap(-1, 2 * half, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:

@@ -102,6 +102,10 @@ class Ops(Protocol):
         """One cache a layer, uninitialised memory of ``blocks`` x ``block_size`` tokens of K and V."""
         ...
 
+    def kv_token_bytes(self, kv_heads: int, head_dim: int) -> int:
+        """Bytes that one token takes in one layer's cache, padding included."""
+        ...
+
     def plan(self, batch: Batch, block_size: int) -> Tensor:
         """Everything the ops of one step need to know of ``batch``, uploaded once."""
         ...

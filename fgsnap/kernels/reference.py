@@ -223,6 +223,10 @@ class Reference:
         shape = (2, blocks * block_size, kv_heads, head_dim)
         return [torch.empty(shape, dtype=self._activation, device=self._device) for _ in range(layers)]
 
+    def kv_token_bytes(self, kv_heads: int, head_dim: int) -> int:
+        """K and V of every head, without padding."""
+        return 2 * kv_heads * head_dim * int(self._activation.itemsize)
+
     @inference
     def plan(self, batch: Batch, block_size: int) -> Plan:
         """Upload the batch."""

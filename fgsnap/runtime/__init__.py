@@ -5,9 +5,12 @@ A request's life, one module a line:
 1  server      reads the HTTP request, watches its connection, and routes it
 2  protocol    checks the body into a typed request, or answers 400 with the field at fault
 3  text        renders the chat template and tokenizes
-4  worker      carries it over one pipe into the engine's process
+4  link        carries it over one pipe into the engine's process, where worker takes it in
 5  engine      step(): schedule, forward, sample, commit
 6  scheduler   decides who runs, with how many tokens, in which KV blocks
 7  decoder     runs the layers, touching tensors only through kernels.ops
-8  text        turns tokens back into text, holding back half characters and stop strings
+8  answers     makes OpenAI's bodies of the tokens, which text has turned back into text without half a character
+
+What runs around it: launch starts two processes, process is the engine's as its parent holds it, service is the HTTP
+side from readiness to the last answer, and startup and metrics tell what happened.
 """

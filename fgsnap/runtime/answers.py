@@ -14,11 +14,19 @@ Spell = Callable[[int], bytes]  # the bytes a token stands for
 
 
 class Piece(NamedTuple):
-    """What one step gave one choice: text that may be shown, the tokens behind it, and why it ended if it did."""
+    """What one step gave one choice.
+
+    Attributes:
+        text: what may be shown now.
+        tokens: what was generated, shown or not: they are counted.
+        shown: the tokens that now have a part in the text shown so far: their log probabilities may be told.
+        finish: why the choice ended, if it did.
+    """
 
     choice: int
     text: str
     tokens: tuple[Token, ...]
+    shown: tuple[Token, ...]
     finish: str | None
 
 
@@ -73,12 +81,12 @@ class Answer:
     def chunk(self, piece: Piece) -> bytes:
         """The piece as a server-sent event; nothing where it has nothing to tell."""
         self._completion_tokens += len(piece.tokens)
-        if not piece.text and piece.finish is None and (self._spell is None or not piece.tokens):
+        if not piece.text and piece.finish is None and (self._spell is None or not piece.shown):
             return b""
         said: dict[str, Any] = {"text": piece.text}
         if self._heading.chat:
             said = {"delta": {"content": piece.text} if piece.text else {}}
-        logprobs = self._logprobs(piece.choice, piece.tokens) if piece.tokens else None
+        logprobs = self._logprobs(piece.choice, piece.shown) if piece.shown else None
         return self._chunk([{"index": piece.choice, **said, "logprobs": logprobs, "finish_reason": piece.finish}])
 
     def closing(self) -> bytes:
@@ -108,7 +116,7 @@ class Answer:
     def _choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
         text = "".join(piece.text for piece in pieces)
         said = {"message": {"role": "assistant", "content": text}} if self._heading.chat else {"text": text}
-        logprobs = self._logprobs(index, [token for piece in pieces for token in piece.tokens])
+        logprobs = self._logprobs(index, [token for piece in pieces for token in piece.shown])
         return {"index": index, **said, "logprobs": logprobs, "finish_reason": pieces[-1].finish}
 
     def _chunk(self, choices: list[dict[str, Any]]) -> bytes:

@@ -1,16 +1,19 @@
 """The canary: what a snapshot's model says to one fixed prompt, computed once in float32 and checked at every start.
 
 Conversion runs ``python -m fgsnap.runtime.canary DIR`` in a fresh process: it opens the directory as a server would,
-binds every tensor, runs the float32 reference once, and prints the values as JSON. A server then runs one prefill of
-the same prompt; where the reference was sure by more than the backend's rounding can explain, the backend must agree.
+binds every tensor, runs the float32 reference once, and prints the values as JSON. ``--bind-only`` leaves the forward
+out, and prints how many tensors were bound; it needs no backend, so neither torch nor a compiler. A server then runs
+one prefill of the same prompt; where the reference was sure by more than the backend's rounding can explain, the
+backend must agree.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import msgspec
 
@@ -20,10 +23,11 @@ from fgsnap.kernels.ops import Batch, Ops, Sampling
 from fgsnap.runtime.decoder import Decoder
 from fgsnap.runtime.weights import Weights, load_by_layer
 from fgsnap.snapshot import Snapshot, open_snapshot
-from fgsnap.spec import DecoderSpec, features, rope_frequencies
+from fgsnap.spec import DTYPE_BYTES, DecoderSpec, features, rope_frequencies
 
 SENTENCE = "The capital of France is Paris, and the capital of Germany is"
 MOST_TOKENS = 16
+BIND_ONLY = "--bind-only"
 # Logits of one model in two dtypes differ by this much at most, as seen on SmolLM2 with a wide allowance.
 TOLERANCE = {"float32": 0.02, "float16": 0.25, "bfloat16": 1.0}
 
@@ -75,6 +79,29 @@ def _sentence_ids(snapshot: Snapshot) -> list[int]:
 
     tokenizer = Tokenizer.from_str(snapshot.read_text("tokenizer.json").decode())
     return list(tokenizer.encode(SENTENCE, add_special_tokens=False).ids)
+
+
+class _Counting:
+    """The one op that binding needs: takes a tensor's bytes, and lets go of them."""
+
+    def __init__(self) -> None:
+        self.tensors = 0
+
+    def weight(self, data: memoryview, dtype: str, shape: Sequence[int]) -> None:
+        assert data.nbytes == math.prod(shape) * DTYPE_BYTES[dtype], "the binder checks this"
+        self.tensors += 1
+
+
+def bind(snapshot: Snapshot) -> int:
+    """Bind every tensor by name, dtype, shape and bytes, as a server would, and compute nothing; returns their number.
+
+    Raises:
+        SnapshotRefused: a tensor is missing, superfluous, or not what the spec says.
+    """
+    ops = _Counting()
+    for _ in load_by_layer(snapshot, cast(Ops, ops)).layers:
+        pass
+    return ops.tensors
 
 
 def compute(snapshot: Snapshot) -> Values:
@@ -139,12 +166,14 @@ def _batch(decoder: Decoder, tokens: Sequence[int]) -> Batch:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the canary of the directory named by the only argument; errors as three lines and their exit code."""
+    """Print the canary of a directory, or what was bound; errors as three lines and their exit code."""
     try:
-        if len(arguments) != 1:
-            raise UsageError("One argument is needed.", "", "Run: python -m fgsnap.runtime.canary DIR")
-        snapshot = open_snapshot(Path(arguments[0]), committed=False)
-        print(msgspec.json.encode(compute(snapshot)).decode())
+        directories = [argument for argument in arguments if argument != BIND_ONLY]
+        if len(directories) != 1:
+            raise UsageError("One directory is needed.", "", f"Run: python -m fgsnap.runtime.canary [{BIND_ONLY}] DIR")
+        snapshot = open_snapshot(Path(directories[0]), committed=False)
+        result = {"tensors": bind(snapshot)} if BIND_ONLY in arguments else compute(snapshot)
+        print(msgspec.json.encode(result).decode())
     except FgsnapError as error:
         print(error, file=sys.stderr)
         return error.exit_code

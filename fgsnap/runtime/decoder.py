@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from fgsnap.errors import HostError, UsageError
 from fgsnap.kernels.choose import Choice, choose, settled_device
 from fgsnap.kernels.ops import AttentionArgs, Batch, NormArgs, Ops, Sampled, Sampling, Tensor
+from fgsnap.runtime import memory
 from fgsnap.runtime.weights import LayerWeights, Weights, load
 from fgsnap.snapshot import Snapshot
 from fgsnap.spec import DTYPE_BYTES, DecoderSpec, Layer, features, rope_frequencies
 
 DEFAULT_BLOCK_SIZE = 16
-DEFAULT_KV_MEMORY = 1 << 30
+DEFAULT_KV_MEMORY = 2 << 30  # or half of what is available where that is less
 
 
 class Decoder:
@@ -140,6 +141,8 @@ def load_decoder(
 ) -> Decoder:
     """A decoder over ``snapshot``, with as many KV blocks as fit into ``kv_memory`` bytes, or exactly ``blocks``.
 
+    ``kv_memory`` None is DEFAULT_KV_MEMORY, or half of what a CPU's host has available when that is less.
+
     ``dtype`` "auto" computes in the dtype that the snapshot stores, float16 on a CPU in float32. ``max_length`` None is
     the model's own limit, or what the KV cache can hold when that is less.
 
@@ -151,11 +154,11 @@ def load_decoder(
     spec = snapshot.manifest.spec
     device = settled_device(backend, device)
     settled = _settled_dtype(snapshot, dtype, device)
-    token_bytes = spec.kv_values_per_token() * DTYPE_BYTES[settled]
-    if blocks is None:
-        blocks = (DEFAULT_KV_MEMORY if kv_memory is None else kv_memory) // (token_bytes * block_size)
-    length = _settled_length(spec, max_length, blocks * block_size, token_bytes)
     ops, choices = choose(backend, device, features(spec), settled, threads)
+    token_bytes = _token_bytes(spec, ops)
+    if blocks is None:
+        blocks = _settled_memory(kv_memory, ops.device) // (token_bytes * block_size)
+    length = _settled_length(spec, max_length, blocks * block_size, token_bytes)
     weights = load(snapshot, ops)
     return Decoder(
         spec,
@@ -177,6 +180,25 @@ def _settled_dtype(snapshot: Snapshot, dtype: str, device: str) -> str:
     if dtype not in DTYPE_BYTES:
         raise UsageError(f"There is no dtype {dtype!r}.", "", f"Choose one of auto, {', '.join(DTYPE_BYTES)}.")
     return dtype
+
+
+def _token_bytes(spec: DecoderSpec, ops: Ops) -> int:
+    """What one token takes in the caches of all layers."""
+    kinds = [_attention_args(spec.layer(index)) for index in range(spec.depth)]
+    return sum(ops.kv_token_bytes(args.kv_heads, args.head_dim) for args in kinds)
+
+
+def _settled_memory(asked: int | None, device: str) -> int:
+    there = memory.available() if device == "cpu" else None
+    if asked is None:
+        return DEFAULT_KV_MEMORY if there is None else min(DEFAULT_KV_MEMORY, there // 2)
+    if there is not None and asked > there:
+        raise HostError(
+            f"A KV cache of {asked >> 20} MiB does not fit into this host's memory.",
+            f"{there >> 20} MiB of it are available to this process.",
+            "Lower --kv-memory, or leave it out.",
+        )
+    return asked
 
 
 def _settled_length(spec: DecoderSpec, asked: int | None, cached: int, token_bytes: int) -> int:

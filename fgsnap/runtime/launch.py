@@ -8,7 +8,11 @@ the engine is ready. This module imports nothing that the worker has no use for.
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -39,6 +43,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     verify: str = "manifest"
     startup_report: str | None = None
     grace: float = 30.0
+    default_max_tokens: int = 2048
 
 
 def serve(options: ServeOptions) -> int:
@@ -49,6 +54,11 @@ def serve(options: ServeOptions) -> int:
         HostError: the port is taken, or this host cannot run the model.
         UsageError: an option points nowhere.
     """
+    with _leaving_on_signals():
+        return _serve(options)
+
+
+def _serve(options: ServeOptions) -> int:
     clock = startup.Clock(startup.process_start())
     clock.mark("interpreter")
     keys = _read_keys(options.api_key_file)
@@ -75,6 +85,25 @@ def serve(options: ServeOptions) -> int:
     finally:
         child.kill()
         listener.close()
+
+
+@contextmanager
+def _leaving_on_signals() -> Iterator[None]:
+    """Until the event loop handles signals, let them end this process at once.
+
+    The kernel would do so too, except for the first process of a container. There is nothing to unwind: the worker
+    ends with its parent. An exception would be lost where it comes in the middle of an import's own clean-up.
+    """
+
+    def leave(number: int, _: object) -> None:
+        os._exit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _worker_options(options: ServeOptions, id: str) -> WorkerOptions:

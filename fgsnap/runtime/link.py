@@ -18,6 +18,7 @@ from fgsnap.runtime.request import EngineStats, Output, Request
 
 State = Literal["starting", "ready", "stalled", "restarting", "failed", "stopping"]
 STALL_SECONDS = 60.0
+START_SECONDS = 600.0
 RETRIES = 5  # restarts in a row that may fail before the service gives up
 STOP_SECONDS = 2.0
 backoff = asyncio.sleep  # between starts that fail; a name of its own for tests to shorten
@@ -42,6 +43,7 @@ class Link:
         on_phase: takes each phase of a worker's start.
         on_ready: called whenever an engine begins to serve.
         stall_seconds: how long a worker that has work may say nothing before it counts as hung.
+        start_seconds: the same for a worker that starts, which tells of every phase it has done.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Link:
         on_phase: Callable[[wire.Phase], None] = lambda phase: None,
         on_ready: Callable[[wire.Ready], None] = lambda ready: None,
         stall_seconds: float = STALL_SECONDS,
+        start_seconds: float = START_SECONDS,
     ) -> None:
         self.state: State = "starting"
         self.engine: wire.Ready | None = None
@@ -62,6 +65,7 @@ class Link:
         self._on_phase = on_phase
         self._on_ready = on_ready
         self._stall_seconds = stall_seconds
+        self._start_seconds = start_seconds
         self._settled = asyncio.Event()  # set while there is nothing to wait for: ready, failed or stopping
         self._open: dict[str, Inbox] = {}
         self._transport: asyncio.WriteTransport | None = None
@@ -132,6 +136,7 @@ class Link:
         self._failure = self.engine = self.stats = None
         loop = asyncio.get_running_loop()
         ended = self._ended = loop.create_future()
+        self._heard = time.monotonic()
         self._transport, _ = await loop.create_unix_connection(lambda: _Pipe(self._hear, ended), sock=worker.pipe)
         watch = asyncio.create_task(self._watch(worker))
         try:
@@ -164,29 +169,38 @@ class Link:
             inbox.put_nowait(item)
 
     async def _watch(self, worker: Worker) -> None:
-        """Kill the worker when it has work and says nothing.
+        """Kill the worker when it starts, or has work, and says nothing.
 
         It must be overdue twice: after this process itself has stood still, the first look comes before what the worker
         said meanwhile is read.
         """
         overdue = False
         while True:
-            await asyncio.sleep(min(1.0, self._stall_seconds / 4))
+            await asyncio.sleep(min(1.0, self._stall_seconds / 4, self._start_seconds / 4))
             was_overdue = overdue
-            overdue = bool(self._open) and time.monotonic() - self._heard > self._stall_seconds
+            overdue = self._overdue()
             if overdue and was_overdue:
                 self._stall(worker)
                 return
 
+    def _overdue(self) -> bool:
+        silent = time.monotonic() - self._heard
+        if self.engine is None:
+            return silent > self._start_seconds
+        return bool(self._open) and silent > self._stall_seconds
+
     def _stall(self, worker: Worker) -> None:
-        self._failure = FgsnapError(
-            "The engine stalled.",
-            f"It had {len(self._open)} requests and produced nothing for {self._stall_seconds:.0f} s.",
-            "It is replaced. FGSNAP_STALL_SECONDS sets the limit, if single steps take that long here.",
-        )
+        self._failure = _hung_start(self._start_seconds) if self.engine is None else self._hung_step()
         self._settle("stalled")
         self._lose_all("The engine stalled.")
         worker.kill()
+
+    def _hung_step(self) -> FgsnapError:
+        return FgsnapError(
+            "The engine stalled.",
+            f"It had {len(self._open)} requests and produced nothing for {self._stall_seconds:g} s.",
+            "It is replaced. FGSNAP_STALL_SECONDS sets the limit, if single steps take that long here.",
+        )
 
     def _bury(self, error: FgsnapError) -> None:
         if self.state != "stalled":
@@ -237,6 +251,14 @@ def _as_error(failed: wire.Failed) -> FgsnapError:
     error = FgsnapError(failed.what, failed.why, failed.next_step)
     error.exit_code = failed.exit_code
     return error
+
+
+def _hung_start(seconds: float) -> FgsnapError:
+    return FgsnapError(
+        "The engine hung while it started.",
+        f"Nothing was heard of it for {seconds:g} s.",
+        "FGSNAP_START_SECONDS sets the limit, if reading the snapshot takes that long here.",
+    )
 
 
 def _died(how: str) -> FgsnapError:

@@ -157,7 +157,8 @@ def _object(body: bytes) -> dict[str, Any]:
     except RecursionError:
         raise _wrong("", "The body is nested too deeply.") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise _wrong("", f"The body is not valid JSON: {error}.") from None
+        reason = str(error).partition(" - at `")[0]  # where it is: a path whose names are all left out
+        raise _wrong("", f"The body cannot be read as JSON: {reason}.") from None
     if not isinstance(sent, dict):
         raise _wrong("", f"The body must be a JSON object, not {_json_name(sent)}.")
     _refuse_unsupported(sent)
@@ -227,8 +228,6 @@ def _call(
 ) -> Call:
     if wanted.stream_options is not None and not wanted.stream:
         raise _wrong("stream_options", "stream_options needs stream to be true.")
-    for text in (wanted.stop,) if isinstance(wanted.stop, str) else wanted.stop or ():
-        _encodable("stop", text)
     return Call(
         chat=chat,
         model=wanted.model,
@@ -252,10 +251,11 @@ def _call(
     )
 
 
-def settled(call: Call, prompt_tokens: int, max_length: int, kv_tokens: int) -> int:
+def settled(call: Call, prompt_tokens: int, max_length: int, kv_tokens: int, chat_tokens: int) -> int:
     """How many tokens may be generated; RequestError with the arithmetic when prompt and answer exceed the context.
 
-    Where the client left max_tokens out, a chat may fill what context and KV cache leave.
+    Where the client left max_tokens out, a chat gets ``chat_tokens``, or what context and KV cache leave if that is
+    less: what an answer may take is reserved for it, so one without a bound would keep all others waiting.
     """
     if prompt_tokens == 0:
         raise _wrong("messages" if call.chat else "prompt", "The prompt has no tokens.")
@@ -265,23 +265,18 @@ def settled(call: Call, prompt_tokens: int, max_length: int, kv_tokens: int) -> 
         raise RequestError(
             f"This model's maximum context length is {max_length} tokens; the request needs {needed}: "
             f"{prompt_tokens} of prompt + {asked}.",
-            next_step="Shorten the prompt or lower max_tokens.",
+            next_step="Shorten the prompt or lower max_tokens." if call.max_tokens else "Shorten the prompt.",
             param="messages" if call.chat else "prompt",
             code="context_length_exceeded",
         )
     if call.max_tokens is not None:
         return call.max_tokens
     room = max(min(max_length, kv_tokens) - prompt_tokens, 1)
-    return room if call.chat else min(COMPLETION_MAX_TOKENS, room)
+    return min(chat_tokens if call.chat else COMPLETION_MAX_TOKENS, room)
 
 
 def _wrong(field: str, why: str) -> RequestError:
     return RequestError(f"{field}: {why}" if field else why, param=field, code="invalid_value" if field else "")
-
-
-def _encodable(field: str, text: str) -> None:
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise _wrong(field, "Holds half of a surrogate pair, which is not text.")
 
 
 def _json_name(value: Any) -> str:

@@ -25,7 +25,7 @@ from fgsnap.errors import RequestError
 from fgsnap.runtime import answers, metrics, protocol, wire
 from fgsnap.runtime.answers import Piece
 from fgsnap.runtime.link import Inbox, Link, Lost, unavailable
-from fgsnap.runtime.request import Output
+from fgsnap.runtime.request import Output, Token
 from fgsnap.runtime.request import Request as EngineRequest
 
 BODY_LIMIT = 8 << 20
@@ -41,6 +41,8 @@ Parse = Callable[[bytes, int], protocol.Call]
 
 class Stream(Protocol):
     """The tokens of one answer into text; see text.TextStream."""
+
+    shown: int
 
     @property
     def finished(self) -> bool: ...
@@ -81,6 +83,7 @@ class App:
         text: tokenizer and chat template.
         link: to the engine.
         identity: what is served.
+        default_max_tokens: the length of a chat's answer whose client names none.
         keys: API keys, of which a client must show one; none: open to all.
         startup: gives the start-up report.
         on_request: called when a generation request has arrived.
@@ -94,6 +97,7 @@ class App:
         link: Link,
         identity: Identity,
         *,
+        default_max_tokens: int,
         keys: Sequence[bytes] = (),
         startup: Callable[[], dict[str, Any]] = dict,
         on_request: Callable[[], None] = lambda: None,
@@ -106,6 +110,7 @@ class App:
         self._text = text
         self._link = link
         self._identity = identity
+        self._default_max_tokens = default_max_tokens
         self._keys = tuple(keys)
         self._startup = startup
         self._on_request = on_request
@@ -186,7 +191,10 @@ class App:
         prompts = await self._tokenized(call)
         engine = await self._until_ready()
         kv_tokens = engine.kv_blocks * engine.block_size
-        lengths = [protocol.settled(call, len(prompt), engine.max_length, kv_tokens) for prompt in prompts]
+        lengths = [
+            protocol.settled(call, len(prompt), engine.max_length, kv_tokens, self._default_max_tokens)
+            for prompt in prompts
+        ]
         heading = self._heading(call)
         works = _works(heading.id, call, prompts, lengths)
         answer = answers.Answer(
@@ -249,23 +257,23 @@ class App:
     async def _pieces(self, works: Sequence[Work], stop: tuple[str, ...]) -> Pieces:
         """What all choices produce, as it comes; None when nothing came for a while. Leaving early aborts the rest."""
         inbox: Inbox = asyncio.Queue()
-        streams: dict[str, tuple[int, Stream]] = {}
+        making: dict[str, _Choice] = {}
         try:
             for work in works:
-                streams[work.request.id] = (work.choice, self._text.stream(stop, work.request.prompt))
+                making[work.request.id] = _Choice(work.choice, self._text.stream(stop, work.request.prompt))
                 self._link.submit(work.request, inbox)
-            while streams:
+            while making:
                 output = await _next(inbox)
                 if output is None:
                     yield None
-                elif output.request in streams:
-                    piece = _take(*streams[output.request], output)
+                elif output.request in making:
+                    piece = making[output.request].take(output)
                     if piece.finish is not None:
-                        del streams[output.request]
+                        del making[output.request]
                         self._link.abort(output.request)  # where a stop text ended it, the engine does not know yet
                     yield piece
         finally:
-            for id in streams:
+            for id in making:
                 self._link.abort(id)
 
     async def _timed(self, pieces: Pieces, began: float) -> Pieces:
@@ -409,12 +417,24 @@ async def _next(inbox: Inbox) -> Output | None:
     return item
 
 
-def _take(choice: int, stream: Stream, output: Output) -> Piece:
-    """The output with its text; a stop text within it ends the choice."""
-    text = stream.feed([token.id for token in output.tokens])
-    if output.finish is not None:
-        text += stream.flush()
-    return Piece(choice, text, output.tokens, "stop" if stream.finished else output.finish)
+class _Choice:
+    """One choice in the making: its text, and the tokens that the text does not show yet."""
+
+    def __init__(self, index: int, stream: Stream) -> None:
+        self._index = index
+        self._stream = stream
+        self._hidden: list[Token] = []
+
+    def take(self, output: Output) -> Piece:
+        """The output with its text; a stop text within it ends the choice."""
+        stream, before = self._stream, self._stream.shown
+        text = stream.feed([token.id for token in output.tokens])
+        if output.finish is not None:
+            text += stream.flush()
+        self._hidden += output.tokens
+        count = stream.shown - before
+        shown, self._hidden = tuple(self._hidden[:count]), self._hidden[count:]
+        return Piece(self._index, text, output.tokens, shown, "stop" if stream.finished else output.finish)
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> None:

@@ -19,7 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fgsnap.errors import UsageError
 from fgsnap.runtime import startup, wire
-from fgsnap.runtime.link import STALL_SECONDS, Link
+from fgsnap.runtime.link import STALL_SECONDS, START_SECONDS, Link
 from fgsnap.runtime.server import App, Identity, TextSide
 
 if TYPE_CHECKING:
@@ -87,12 +87,14 @@ class Service:
             tell=_tell,
             on_phase=self._note_phase,
             on_ready=self._note_ready,
-            stall_seconds=_stall_seconds(os.environ.get("FGSNAP_STALL_SECONDS")),
+            stall_seconds=_seconds("FGSNAP_STALL_SECONDS", STALL_SECONDS),
+            start_seconds=_seconds("FGSNAP_START_SECONDS", START_SECONDS),
         )
         self._app = App(
             text,
             self._link,
             Identity(_model_name(options, snapshot), snapshot.id, snapshot.manifest.spec.vocab_size),
+            default_max_tokens=options.default_max_tokens,
             keys=keys,
             startup=self.report,
             on_request=self._note_request,
@@ -210,13 +212,14 @@ class Service:
             _tell("anyone who reaches this address may use the service; --api-key-file asks for a key.")
 
 
-def _stall_seconds(setting: str | None) -> float:
+def _seconds(name: str, default: float) -> float:
+    setting = os.environ.get(name)
     try:
-        seconds = STALL_SECONDS if setting is None else float(setting)
+        seconds = default if setting is None else float(setting)
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < math.inf:
-        raise UsageError(f"FGSNAP_STALL_SECONDS is {setting!r}.", "It is a number of seconds above 0.")
+        raise UsageError(f"{name} is {setting!r}.", "It is a number of seconds above 0.")
     return seconds
 
 
@@ -248,7 +251,11 @@ def _http_config(app: App) -> uvicorn.Config:
 
 
 def _model_name(options: ServeOptions, snapshot: Snapshot) -> str:
-    return options.served_model_name or snapshot.manifest.provenance.source or Path(options.snapshot).name
+    """What clients call the model: as told, else its name on the Hub, else that of the snapshot's directory."""
+    source = snapshot.manifest.provenance.source
+    if options.served_model_name or "/" in source:
+        return options.served_model_name or source
+    return Path(os.path.abspath(options.snapshot)).name or source  # Path.absolute() would keep a last ".."
 
 
 def _url(listener: socket.socket) -> str:

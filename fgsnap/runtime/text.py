@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Protocol
@@ -118,10 +119,6 @@ class Text:
         if match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece):
             return bytes([int(match[1], 16)])
         return str(piece if self._byte_level else piece.replace("▁", " ")).encode()
-
-    def token_text(self, token: int) -> str:
-        """A token for display, on its own."""
-        return self.token_bytes(token).decode(errors="replace")
 
     def stream(self, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> TextStream:
         """A TextStream for one answer; ``prompt`` decides whether its first word begins with a space."""
@@ -330,11 +327,19 @@ class TextStream:
         prompt: the tokens before the answer, whose last few decide how its first word is spaced.
 
     What ``feed`` and ``flush`` return, joined, is the whole answer up to the stop text, and nothing after it.
+
+    Attributes:
+        shown: how many of the tokens have a part in that text. At the end these are all but those of the stop text,
+            and, where bytes before it were wrong, the token that showed them to be so.
     """
 
     def __init__(self, tokenizer: Decodes, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> None:
         self._characters = Characters(tokenizer.decode, prompt)
         self._stops = StopTexts(stop)
+        self._starts: deque[int] = deque()  # of each token not yet shown: the characters before its own
+        self._whole = 0  # characters of all tokens
+        self._out = 0  # characters let out
+        self.shown = 0
 
     @property
     def matched(self) -> str | None:
@@ -348,13 +353,32 @@ class TextStream:
 
     def feed(self, ids: Sequence[int]) -> str:
         """The text that these tokens let out; often one word, sometimes nothing yet."""
-        return "" if self.finished else self._stops.feed(self._characters.feed(ids))
+        return "".join([self._feed(id) for id in ids])
+
+    def _feed(self, id: int) -> str:
+        if self.finished:
+            return ""
+        self._starts.append(self._whole)
+        whole = self._characters.feed([id])
+        self._whole += len(whole)
+        return self._show(self._stops.feed(whole))
+
+    def _show(self, text: str) -> str:
+        self._out += len(text)
+        while self._starts and self._starts[0] < self._out:
+            self._starts.popleft()
+            self.shown += 1
+        return text
 
     def flush(self) -> str:
         """The text still held back, at the end of the answer."""
         if self.finished:
             return ""
-        return self._stops.feed(self._characters.flush()) + self._stops.flush()
+        text = self._show(self._stops.feed(self._characters.flush()) + self._stops.flush())
+        if not self.finished:  # tokens at the end that have no text, such as special ones, are part of the answer
+            self.shown += len(self._starts)
+            self._starts.clear()
+        return text
 
 
 class Characters:

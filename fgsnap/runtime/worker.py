@@ -239,18 +239,21 @@ def live(end: socket.socket, options: WorkerOptions, opened: Snapshot | None, st
     # The server decides when to stop; a Ctrl-C reaches the whole process group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    _die_with(parent)
+    if not _die_with(parent):
+        return 0
     return run(Pipe(end), lambda mark: begin_engine(options, opened, mark), started)
 
 
-def _die_with(parent: int) -> None:
-    """Ask the kernel to end this process when its parent ends, however it ends and whatever runs here."""
+def _die_with(parent: int) -> bool:
+    """Ask the kernel to end this process when its parent ends, however it ends and whatever runs here.
+
+    False when the parent has ended already, so that the kernel will never do it.
+    """
     import ctypes
 
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != parent:
-        raise SystemExit(0)
+    return os.getppid() == parent
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -51,7 +51,8 @@ def tokenizer(source) -> Tokenizer:
 
 
 def test_smollm_config(source) -> None:
-    assert (source.kind, source.label, source.default_dtype) == ("gguf", "SmolLM2-135M-Instruct.Q4_1.gguf", "bfloat16")
+    named = "Smollm2 135M 8k Lc100K Mix1 Ep2"  # by the file's metadata
+    assert (source.kind, source.label, source.default_dtype) == ("gguf", named, "bfloat16")
     assert source.config == {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import os
 import random
+import shutil
 import signal
 import stat
 import subprocess
@@ -22,9 +23,9 @@ from fgsnap.convert import pipeline
 from fgsnap.convert.families import llama
 from fgsnap.convert.pipeline import convert
 from fgsnap.convert.plan import rank_layouts
-from fgsnap.errors import FgsnapError, HostError, SourceError, UnsupportedModel, UsageError
+from fgsnap.errors import FgsnapError, HostError, SnapshotRefused, SourceError, UnsupportedModel, UsageError
 from fgsnap.layout import logical_shapes
-from fgsnap.snapshot import open_snapshot, read_logical, verify
+from fgsnap.snapshot import SnapshotWriter, open_snapshot, read_logical, verify
 from tests.convert.models import CONFIG, DTYPES, at_tp1, folder, weights
 
 ROOT = Path(__file__).parent.parent.parent
@@ -49,15 +50,16 @@ def model(tmp_path_factory):
 
 
 def test_a_checkpoint_becomes_a_snapshot(tmp_path, model):
-    seen = []
-    result = convert(str(model), tmp_path / "snap", progress=lambda *counts: seen.append(counts))
+    seen, stages = [], []
+    result = convert(str(model), tmp_path / "snap", progress=lambda *counts: seen.append(counts), stage=stages.append)
+    assert stages == ["weights", "canary"]
     report = verify(tmp_path / "snap")
     with open_snapshot(tmp_path / "snap") as snapshot:
         origin = snapshot.manifest.provenance
         assert snapshot.id == result.id == report.id
         assert snapshot.canary is not None and len(snapshot.canary.tokens) == len(snapshot.canary.next) > 0
         assert snapshot.manifest.text.eos_token_ids == (2,)
-    assert (origin.source, origin.revision, origin.family, origin.dtype) == ("tiny", None, "llama", None)
+    assert (origin.source, origin.revision, origin.family, origin.dtype) == ("local", None, "llama", None)
     assert origin.files["model.safetensors"] == hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
     assert str(tmp_path) not in (tmp_path / "snap" / "manifest.json").read_text()
     done, totals = zip(*seen, strict=True)
@@ -129,10 +131,12 @@ def test_norms_may_have_their_own_dtype(tmp_path):
 # --- GGUF -------------------------------------------------------------------------------------------------------------
 
 
-def write_gguf(path, config, tensors):
+def write_gguf(path, config, tensors, name=None):
     """The checkpoint as llama.cpp's converter would write it: other names, query and key rows in pair order."""
     writer = gguf.GGUFWriter(path, "llama")
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    if name is not None:
+        writer.add_name(name)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -217,6 +221,29 @@ def test_twenty_rebuilds_give_one_snapshot(tmp_path):
     finally:
         os.umask(before)
     assert len(ids) == 1 and all(tree == trees[0] for tree in trees)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_renamed_folder_gives_the_same_snapshot(tmp_path, shards):
+    source = folder(tmp_path / "model", CONFIG, weights(CONFIG), shards=shards)
+    first = plain(source, tmp_path / "first")
+    copy = tmp_path / "elsewhere" / "my-copy"
+    shutil.copytree(source, copy)
+    assert plain(copy, tmp_path / "second").id == first.id
+    assert digests(tmp_path / "second") == digests(tmp_path / "first")
+
+
+@pytest.mark.parametrize(("name", "source"), [(None, "local"), ("Tiny Llama 1", "Tiny Llama 1"), ("/home/x", "local")])
+def test_a_renamed_gguf_file_gives_the_same_snapshot(tmp_path, name, source):
+    first = plain(write_gguf(tmp_path / "model.Q8_0.gguf", CONFIG, weights(CONFIG, "float32"), name), tmp_path / "one")
+    copy = shutil.copy(tmp_path / "model.Q8_0.gguf", tmp_path / "Private Name.gguf")
+    assert plain(copy, tmp_path / "two").id == first.id
+    assert digests(tmp_path / "two") == digests(tmp_path / "one")
+    with open_snapshot(tmp_path / "two") as snapshot:
+        origin = snapshot.manifest.provenance
+    assert origin.source == source and list(origin.files) == ["model.gguf"]
+    for file in (tmp_path / "two").iterdir():
+        assert b"Private" not in file.read_bytes() and b"Q8_0" not in file.read_bytes()
 
 
 def test_the_readers_order_does_not_matter(tmp_path, model, monkeypatch):
@@ -420,14 +447,57 @@ def test_a_model_that_gives_no_numbers_fails_its_own_check(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_check_that_is_killed_is_told_apart(tmp_path, model, monkeypatch):
+@pytest.mark.parametrize("canary", [True, False])
+def test_a_check_that_is_killed_is_told_apart(tmp_path, model, monkeypatch, canary):
     program = tmp_path / "python"
     program.write_text("#!/bin/sh\nkill -9 $$\n")
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
     with pytest.raises(FgsnapError) as caught:
-        convert(str(model), tmp_path / "out" / "snap")
+        convert(str(model), tmp_path / "out" / "snap", canary=canary)
     assert "SIGKILL" in caught.value.why and not (tmp_path / "out").exists()
+    assert ("--no-canary" in caught.value.next_step) == canary
+
+
+@pytest.mark.parametrize("canary", [True, False])
+def test_a_fresh_process_opens_the_directory_before_it_gets_its_name(tmp_path, model, monkeypatch, canary):
+    """A weight file that is not what was written is found, with and without a canary."""
+    write = SnapshotWriter.write_manifest
+
+    def and_cut(writer, manifest):
+        identity = write(writer, manifest)
+        os.truncate(writer.directory / "rank-00000-of-00001.safetensors", 4096)
+        return identity
+
+    monkeypatch.setattr(SnapshotWriter, "write_manifest", and_cut)
+    with pytest.raises(SnapshotRefused) as caught:
+        convert(str(model), tmp_path / "out" / "snap", canary=canary)
+    assert "rank-00000-of-00001.safetensors" in caught.value.why and not (tmp_path / "out").exists()
+
+
+def test_without_torch_only_the_canary_is_missing(tmp_path, model, monkeypatch):
+    """torch.py stands for a host where torch cannot be imported."""
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "torch.py").write_text("raise ImportError('there is no torch here')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
+    stages = []
+    plain(model, tmp_path / "snap", tp=2, stage=stages.append)
+    assert verify(tmp_path / "snap").files and stages == ["weights"]
+
+
+def test_torch_is_asked_for_before_anything_is_written(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(pipeline, "find_spec", lambda name: None)
+    with pytest.raises(HostError, match="torch") as caught:
+        convert(str(model), tmp_path / "out" / "snap", progress=lambda *_: pytest.fail("something was written"))
+    assert "fgsnap[" in caught.value.next_step and "--no-canary" in caught.value.next_step
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_without_a_tokenizer_converts_and_says_what_it_lacks(tmp_path, model):
+    bare = plain(model, tmp_path / "bare")
+    assert len(bare.notes) == 1 and "tokenizer.json" in bare.notes[0]
+    source = folder(tmp_path / "m", CONFIG, weights(CONFIG), tokenizer__json={"model": {"vocab": {}}})
+    assert plain(source, tmp_path / "snap").notes == ()
 
 
 def test_overflow_names_the_tensor(tmp_path):

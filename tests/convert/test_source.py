@@ -49,7 +49,7 @@ def test_rows_are_the_bytes_that_the_safetensors_library_reads(tmp_path: Path) -
         "empty": np.zeros((0, 3), np.float32),
     }
     source = open_source(str(folder(tmp_path / "m", safetensors.numpy.save(tensors))))
-    assert (source.kind, source.label, source.revision, source.default_dtype) == ("hf", "m", None, None)
+    assert (source.kind, source.label, source.revision, source.default_dtype) == ("hf", "local", None, None)
     assert source.config == CONFIG
     assert {name: tensor.shape for name, tensor in source.tensors.items()} == {n: t.shape for n, t in tensors.items()}
     for name, expected in tensors.items():
@@ -95,7 +95,7 @@ def test_shards_make_one_checkpoint(tmp_path: Path) -> None:
     assert digests == {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in sorted(expected)}
 
 
-def test_a_hub_cache_names_a_large_file_by_its_digest(tmp_path: Path) -> None:
+def test_what_a_hub_cache_calls_a_file_is_not_taken_for_its_digest(tmp_path: Path) -> None:
     data, snapshot = float_file(a=[1.0]), tmp_path / "snapshots" / "abc"
     claimed = "ab" * 32
     (tmp_path / "blobs").mkdir()
@@ -104,7 +104,7 @@ def test_a_hub_cache_names_a_large_file_by_its_digest(tmp_path: Path) -> None:
     (snapshot / "model.safetensors").symlink_to(Path("../../blobs") / claimed)
     source = open_source(str(snapshot))
     assert source.rows("a", 0, 1).tolist() == [1.0]
-    assert source.file_digests()["model.safetensors"] == claimed
+    assert source.file_digests()["model.safetensors"] == hashlib.sha256(data).hexdigest()
 
 
 def test_a_plan_needs_no_weights(tmp_path: Path) -> None:
@@ -220,6 +220,8 @@ def test_pickles_are_refused_with_the_way_out(tmp_path: Path) -> None:
     error = refused(folder(tmp_path, pytorch_model__bin=b"\x80\x02"), "pytorch_model.bin")
     assert "runs code" in error.why
     assert "safetensors" in error.next_step
+    alone = refused(tmp_path / "pytorch_model.bin", "pytorch_model.bin")
+    assert (type(alone), alone.exit_code, alone.lines()[1:]) == (SourceError, 1, error.lines()[1:])
 
 
 def test_no_weights_at_all_and_weights_of_another_name(tmp_path: Path) -> None:

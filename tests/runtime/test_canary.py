@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -124,6 +125,34 @@ def test_a_fresh_process_prints_the_same_values(tmp_path):
     printed = json.loads(done.stdout)
     assert printed["tokens"] == values.tokens and printed["next"] == values.next
     assert printed["margins"] == pytest.approx(values.margins, abs=1e-4)
+
+
+NO_BACKEND = """
+import sys
+sys.modules["torch"] = sys.modules["numpy"] = None
+from fgsnap.runtime.canary import main
+code = main(["--bind-only", sys.argv[1]])
+assert "fgsnap.kernels.native" not in sys.modules
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_binding_alone_needs_no_backend(tmp_path, tp):
+    with opened(tmp_path / "a", tp=tp) as snapshot:
+        count = len({entry.name for entry in snapshot.manifest.tensors})
+    command = [sys.executable, "-c", NO_BACKEND, str(tmp_path / "a")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"tensors": count}
+
+
+def test_binding_alone_still_refuses_what_is_damaged(tmp_path):
+    opened(tmp_path / "a").close()
+    os.truncate(tmp_path / "a" / "rank-00000-of-00001.safetensors", 4096)
+    done = run("--bind-only", tmp_path / "a")
+    assert done.returncode == 3 and "rank-00000-of-00001.safetensors" in done.stderr and done.stdout == ""
+    assert run("--bind-only").returncode == 2
 
 
 def test_errors_of_the_process_are_short_lines_and_exit_codes(tmp_path):

@@ -14,6 +14,7 @@ from fgsnap.kernels import native
 from fgsnap.kernels.choose import choose
 from fgsnap.kernels.ops import Batch, Sampling
 from fgsnap.kernels.reference import Reference
+from fgsnap.runtime import memory
 from fgsnap.runtime import weights as weights_module
 from fgsnap.runtime.decoder import Decoder, load_decoder
 from fgsnap.runtime.weights import load, load_by_layer
@@ -329,6 +330,80 @@ def test_kv_memory_buys_blocks(small):
     assert (decoder.blocks, decoder.block_size, decoder.max_length, decoder.vocab_size) == (10, 16, 128, 61)
     halved = load_decoder(small, backend="reference", device="cpu", dtype="float32", kv_memory=128 * 16 * 10)
     assert (halved.blocks, halved.max_length) == (5, 80)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_cache_takes_no_more_memory_than_given(small, backend, dtype):
+    """Whatever a backend pads: here heads of 8 numbers."""
+    given = 1 << 18
+    decoder = load_decoder(small, backend=backend, device="cpu", dtype=dtype, kv_memory=given, threads=1)
+    taken = sum(len(cache.data) if backend == "native" else cache.nbytes for cache in decoder._caches)
+    assert given - taken / decoder.blocks < taken <= given
+
+
+def test_without_kv_memory_the_cache_leaves_half_of_what_is_available(small, monkeypatch):
+    def blocks():
+        return load_decoder(small, backend="reference", device="cpu").blocks
+
+    monkeypatch.setattr(memory, "available", lambda: 128 * 16 * 10)
+    assert blocks() == 5
+    for plenty in (64 << 30, None):
+        monkeypatch.setattr(memory, "available", lambda plenty=plenty: plenty)
+        assert blocks() * 128 * 16 == 2 << 30
+
+
+def test_more_kv_memory_than_the_host_has_is_refused(small, monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda: 3 << 20)
+    with pytest.raises(HostError, match=r"4 MiB[^$]*\n3 MiB"):
+        load_decoder(small, backend="reference", device="cpu", kv_memory=4 << 20)
+    assert load_decoder(small, backend="reference", device="cpu", kv_memory=3 << 20).blocks == 1536
+
+
+def write(root, files):
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+HOST = {"proc/meminfo": "MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable: 8000 kB\n"}
+UNIFIED = {
+    "proc/self/cgroup": "0::/a/b\n",
+    "sys/fs/cgroup/a/memory.max": "5000\n",
+    "sys/fs/cgroup/a/memory.current": "4000\n",
+    "sys/fs/cgroup/a/memory.stat": "anon 1000\nfile 3000\ninactive_file 2000\nactive_file 900\n",
+    "sys/fs/cgroup/a/b/memory.max": "max\n",
+    "sys/fs/cgroup/a/b/memory.current": "4000\n",
+}
+SEPARATE = {
+    "proc/self/cgroup": "5:cpu,cpuacct:/\n4:memory:/c\n0::/\n",
+    "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+    "sys/fs/cgroup/memory/memory.usage_in_bytes": "1\n",
+    "sys/fs/cgroup/memory/c/memory.limit_in_bytes": "7000\n",
+    "sys/fs/cgroup/memory/c/memory.usage_in_bytes": "6500\n",
+    "sys/fs/cgroup/memory/c/memory.stat": "inactive_file 9\ntotal_inactive_file 500\ntotal_active_file 100\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({}, None),
+        (HOST, 8000 * 1024),
+        ({**HOST, **UNIFIED}, 5000 - (4000 - 2900)),
+        ({**HOST, **SEPARATE}, 7000 - (6500 - 600)),
+        ({**HOST, "proc/self/cgroup": "0::/gone\n"}, 8000 * 1024),
+        ({**HOST, **UNIFIED, "sys/fs/cgroup/a/memory.current": "9000\n"}, 0),
+    ],
+    ids=["nothing", "host", "cgroup 2", "cgroup 1", "no such group", "over its limit"],
+)
+def test_available_memory_is_the_least_that_anyone_grants(tmp_path, files, found):
+    write(tmp_path, files)
+    assert memory.available(tmp_path) == found
+
+
+def test_this_host_tells_its_memory():
+    assert 1 << 20 < memory.available() < 1 << 50
 
 
 def test_a_context_that_does_not_fit_is_refused(small):

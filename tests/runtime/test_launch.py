@@ -12,17 +12,22 @@ import threading
 import time
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import openai
 import pytest
 
+from fgsnap.errors import UsageError
 from fgsnap.runtime import startup
+from fgsnap.runtime.launch import ServeOptions
+from fgsnap.runtime.service import _model_name, _seconds
 from fgsnap.runtime.wire import Phase
 from tests.serving import (
     RealService,
     alive,
     ask,
     client,
+    hanging_import,
     real_service,
     run_serve,
     samples,
@@ -32,7 +37,7 @@ from tests.serving import (
 )
 
 MODEL = "tests/random"
-SMALL = ("--kv-memory", "4MiB", "--threads", "1")
+SMALL = ("--kv-memory", "16MiB", "--threads", "1")
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +120,54 @@ def test_the_phases_tile_the_time_from_exec_to_the_first_token(snapshot, tmp_pat
     assert report["canary"].startswith("canary ok") and report["backend"] in ("native", "reference")
 
 
-def test_the_report_is_there_when_it_is_ready_and_startup_is_503_before(snapshot, tmp_path):
+def first_token(port, deadline) -> float:
+    """When the first token of a stream came, for a client that connects as soon as there is a port."""
+    body = json.dumps({"prompt": "x", "max_tokens": 1, "stream": True, "ignore_eos": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+    while time.monotonic() < deadline:
+        try:
+            connection = socket.create_connection(("127.0.0.1", port), timeout=30)
+        except ConnectionRefusedError:
+            time.sleep(0.001)
+            continue
+        with connection:
+            connection.sendall(head + body)
+            answer = b""
+            while b"data: " not in answer:
+                answer += connection.recv(1 << 16)
+            return time.monotonic()
+    raise AssertionError("nothing listened")
+
+
+def test_the_critical_path_accounts_for_all_of_the_time_that_a_client_sees(snapshot, tmp_path):
+    """From before exec until a client that waits from the beginning holds its first token, as this process sees it.
+
+    2 % of that may be missing. Where the start takes a fraction of a second, 2 % is less than what no phase can
+    account for: the kernel tells the start of a process in ticks of 10 ms, before it this process forks, and after the
+    last phase the token crosses to this process. A tick and 5 ms are allowed then. A phase that was left out would be
+    missing from every start, and noise is not: of five starts the best counts.
+    """
+    missing = []
+    for number in range(5):
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        path = tmp_path / f"{number}.json"
+        with real_service(snapshot, *SMALL, "--port", str(port), "--startup-report", str(path)) as running:
+            seen = first_token(port, running.began + 30) - running.began
+            report = until(
+                lambda path=path: (
+                    path.exists() and (read := json.loads(path.read_text()))["first_token_seconds"] and read
+                )
+            )
+        accounted = sum(row["end"] - row["begin"] for row in report["critical_path"])
+        assert accounted < seen + 0.001, "the phases do not overlap"
+        missing.append((seen - accounted, max(0.02 * seen, 0.015)))
+        if missing[-1][0] <= missing[-1][1]:
+            return
+    raise AssertionError(f"(seconds missing, allowed) in each start: {missing}")
+
+
+def test_the_report_is_there_when_it_is_ready(snapshot, tmp_path):
     path = tmp_path / "report.json"
     with real_service(snapshot, *SMALL, "--startup-report", str(path)) as service:
         assert service.url
@@ -198,6 +250,17 @@ def test_a_client_that_comes_before_the_server_is_ready_is_answered(snapshot):
 
 
 # ------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_before_the_event_loop_runs_ends_it_with_its_code_and_no_trace(snapshot, tmp_path, number, code):
+    """An exit code and not a death by signal: the kernel would not kill the first process of a container."""
+    environment = hanging_import(tmp_path, "fgsnap.runtime.service")
+    with real_service(snapshot, *SMALL, environment=environment) as service:
+        (worker,) = until(service.children, 20)
+        service.signal(number)
+        assert service.ended() == code and service.lines == []
+        until(lambda: not alive(worker))
 
 
 def test_sigterm_lets_open_requests_finish_and_ends_with_0(snapshot):
@@ -335,6 +398,17 @@ def test_a_host_without_the_memory_is_one_clear_error(snapshot):
     assert done.returncode == 6 and "--kv-memory" in three_lines(done)
 
 
+def test_more_kv_memory_than_there_is_is_one_clear_error(snapshot):
+    done = run_serve(snapshot, "--port", "0", "--kv-memory", "1000TiB")
+    assert done.returncode == 6 and "1048576000 MiB does not fit" in three_lines(done)
+
+
+def test_a_start_that_hangs_is_one_clear_error(snapshot, tmp_path):
+    environment = {**hanging_import(tmp_path, "fgsnap.runtime.decoder"), "FGSNAP_START_SECONDS": "0.5"}
+    done = run_serve(snapshot, "--port", "0", environment=environment)
+    assert done.returncode == 1 and "hung while it started" in three_lines(done)
+
+
 @pytest.mark.parametrize(("content", "code"), [(None, 4), (b"\n \n", 2)])
 def test_a_key_file_without_keys_is_one_clear_error(snapshot, tmp_path, content, code):
     path = tmp_path / "keys"
@@ -345,9 +419,40 @@ def test_a_key_file_without_keys_is_one_clear_error(snapshot, tmp_path, content,
 
 
 @pytest.mark.parametrize("setting", ["soon", "0", "nan", "inf"])
-def test_a_stall_limit_that_is_no_time_is_a_usage_error(snapshot, setting):
-    done = run_serve(snapshot, "--port", "0", environment={"FGSNAP_STALL_SECONDS": setting})
-    assert done.returncode == 2 and "FGSNAP_STALL_SECONDS" in three_lines(done)
+@pytest.mark.parametrize("name", ["FGSNAP_STALL_SECONDS", "FGSNAP_START_SECONDS"])
+def test_a_limit_that_is_no_time_is_a_usage_error(monkeypatch, name, setting):
+    monkeypatch.setenv(name, setting)
+    with pytest.raises(UsageError, match=name):
+        _seconds(name, 1.0)
+    monkeypatch.setenv(name, "2.5")
+    assert _seconds(name, 1.0) == 2.5
+    monkeypatch.delenv(name)
+    assert _seconds(name, 1.0) == 1.0
+
+
+def test_a_wrong_setting_ends_the_service_and_its_worker(snapshot):
+    done = run_serve(snapshot, "--port", "0", environment={"FGSNAP_START_SECONDS": "soon"})
+    assert done.returncode == 2 and "FGSNAP_START_SECONDS" in three_lines(done)
+
+
+@pytest.mark.parametrize(
+    ("told", "source", "path", "name"),
+    [
+        (None, "org/name", "snap", "org/name"),
+        ("mine", "org/name", "snap", "mine"),
+        ("mine", "folder", "snap", "mine"),
+        (None, "folder", "some/snap/", "snap"),
+        (None, "model.gguf", ".", "here"),
+        (None, "folder", "snap/..", "here"),
+    ],
+)
+def test_a_model_that_is_not_from_the_hub_has_the_name_of_its_directory(
+    tmp_path, monkeypatch, told, source, path, name
+):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    snapshot = SimpleNamespace(manifest=SimpleNamespace(provenance=SimpleNamespace(source=source)))
+    assert _model_name(ServeOptions(snapshot=path, served_model_name=told), snapshot) == name
 
 
 def test_a_report_to_nowhere_is_a_usage_error(snapshot, tmp_path):

@@ -19,6 +19,8 @@ from benchmarks.compare import (
 from fgsnap.convert.pipeline import convert
 from fgsnap.kernels import native
 from fgsnap.runtime.decoder import load_decoder
+from fgsnap.runtime.engine import Engine
+from fgsnap.runtime.request import Request, SamplingParams
 from fgsnap.snapshot import open_snapshot
 
 BACKENDS = ["reference", *(["native"] if native.available()[0] else [])]
@@ -239,3 +241,26 @@ def test_the_comparison_can_tell_models_apart(made):
     wrong = Transformers.__new__(Transformers)
     wrong._model = other.eval()
     assert relative_error(wrong.logits(sequences), right) > 1e-3
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (7, 1.0), (0, 0.8), (20, 0.9)])
+def test_one_seed_gives_the_same_tokens_on_every_backend(made, top_k, top_p):
+    """In float32, from one counter-based generator; and alone as in company, which changes batches and chunks."""
+
+    def sampled(backend, prompts):
+        model = decoder(made("grouped queries")[1], backend, "float32", 128)
+        engine = Engine(model, token_budget=CHUNK)
+        tokens = {}
+        for seed, prompt in prompts.items():
+            params = SamplingParams(50, temperature=0.9, top_k=top_k, top_p=top_p, seed=seed)
+            engine.submit(Request(str(seed), prompt, params))
+        while engine.has_work():
+            for output in engine.step():
+                tokens.setdefault(output.request, []).extend(token.id for token in output.tokens)
+        return tokens
+
+    prompts = {1: (5, 6, 7), 2: (5, 6, 7), 2**63: tuple(range(20))}
+    together = [sampled(backend, prompts) for backend in BACKENDS]
+    assert all(tokens == together[0] for tokens in together)
+    assert together[0]["1"] != together[0]["2"]
+    assert sampled(BACKENDS[-1], {1: (5, 6, 7)}) == {"1": together[0]["1"]}

@@ -145,6 +145,7 @@ def test_choices_are_bounded_over_all_prompts():
     "body",
     [
         b"", b"{", b"[]", b"1", b'"x"', b"null", b'{"prompt": NaN}', b'{"prompt": 1e999}', b'{"a":"\xff"}',
+        b'{"a": {"b": [1e999]}}',
         b"[" * 1_000_000, b'{"a":' * 1_000_000, b'{"prompt":"x","zz":' + b"[" * 100_000, b'{"prompt":"\\ud800"}',
         b'{"prompt":"a","seed":' + b"9" * 100_000 + b"}",
     ],
@@ -154,7 +155,7 @@ def test_a_body_that_is_no_json_object_is_a_400(body):
     for parse in (protocol.parse_completion, protocol.parse_chat):
         with pytest.raises(RequestError) as caught:
             parse(body, VOCAB)
-        assert caught.value.status == 400
+        assert caught.value.status == 400 and "$[" not in str(caught.value)
 
 
 JSON = st.recursive(
@@ -188,26 +189,32 @@ def test_whatever_bytes_come_it_is_a_call_or_a_request_error(body):
         assert error.status == 400
 
 
+def settled(call: protocol.Call, prompt: int, *, kv_tokens: int = 1000) -> int:
+    return protocol.settled(call, prompt, 100, kv_tokens, 30)
+
+
 def test_the_length_is_settled_by_the_endpoint_and_the_context():
-    assert protocol.settled(completion(), 5, 100, 1000) == 16
-    assert protocol.settled(completion(), 95, 100, 1000) == 5
-    assert protocol.settled(chat(), 5, 100, 1000) == 95
-    assert protocol.settled(chat(), 5, 100, 50) == 45
-    assert protocol.settled(chat(max_tokens=95), 5, 100, 1000) == 95
+    assert settled(completion(), 5) == 16
+    assert settled(completion(), 95) == 5
+    assert settled(chat(), 5) == 30
+    assert settled(chat(), 80) == 20
+    assert settled(chat(), 25, kv_tokens=50) == 25
+    assert settled(chat(max_tokens=95), 5) == 95
 
 
 def test_beyond_the_context_the_arithmetic_is_told():
     with pytest.raises(RequestError) as caught:
-        protocol.settled(completion(max_tokens=96), 5, 100, 1000)
+        settled(completion(max_tokens=96), 5)
     assert "100 tokens" in str(caught.value) and "needs 101: 5 of prompt + 96 of max_tokens" in str(caught.value)
     assert caught.value.code == "context_length_exceeded"
-    with pytest.raises(RequestError, match="needs 101: 100 of prompt"):
-        protocol.settled(chat(), 100, 100, 1000)
+    with pytest.raises(RequestError, match="needs 101: 100 of prompt") as unbounded:
+        settled(chat(), 100)
+    assert "max_tokens" in str(caught.value) and "max_tokens" not in str(unbounded.value), "none was asked for"
 
 
 def test_an_empty_prompt_is_refused():
     with pytest.raises(RequestError, match="no tokens"):
-        protocol.settled(completion(), 0, 100, 100)
+        settled(completion(), 0)
 
 
 # ------------------------------------------------------------------------------------------------------- answers
@@ -229,7 +236,7 @@ TOKENS = (Token(1, -0.5, ((1, -0.5), (2, -1.0))), Token(3, -0.25, ((4, -0.125), 
 
 def test_completion_logprobs_keep_the_picked_token_s_own_number():
     made = answer(chat=False)
-    made.add(Piece(0, "a", TOKENS, "stop"))
+    made.add(Piece(0, "a", TOKENS, TOKENS, "stop"))
     logprobs = json.loads(made.whole())["choices"][0]["logprobs"]
     assert logprobs["tokens"] == ["a", "�"]
     assert logprobs["token_logprobs"] == [-0.5, -0.25]
@@ -241,14 +248,14 @@ def test_offsets_go_on_from_chunk_to_chunk():
     made = answer(chat=False)
     offsets = []
     for token in (1, 2, 1):
-        data = made.chunk(Piece(0, "?", (Token(token),), None))
+        data = made.chunk(Piece(0, "?", (Token(token),), (Token(token),), None))
         offsets += json.loads(data.removeprefix(b"data: "))["choices"][0]["logprobs"]["text_offset"]
     assert offsets == [0, 1, 3]
 
 
 def test_chat_logprobs_tell_the_bytes():
     made = answer(chat=True)
-    made.add(Piece(0, "a", TOKENS, "stop"))
+    made.add(Piece(0, "a", TOKENS, TOKENS, "stop"))
     content = json.loads(made.whole())["choices"][0]["logprobs"]["content"]
     assert content[1] == {
         "token": "�", "logprob": -0.25, "bytes": [0xC3],
@@ -260,8 +267,8 @@ def test_chat_logprobs_tell_the_bytes():
 
 def test_usage_counts_tokens_whether_or_not_they_show():
     made = answer(chat=True, usage=True, spell=None)
-    assert made.chunk(Piece(0, "", (Token(1),), None)) == b""
-    made.chunk(Piece(0, "a", (Token(1), Token(2)), "length"))
+    assert made.chunk(Piece(0, "", (Token(1),), (), None)) == b""
+    made.chunk(Piece(0, "a", (Token(1), Token(2)), (Token(1),), "length"))
     closing = made.closing()
     assert closing.endswith(answers.DONE)
     last = json.loads(closing.split(b"\n\n")[0].removeprefix(b"data: "))

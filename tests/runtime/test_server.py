@@ -110,6 +110,27 @@ def test_without_a_length_a_chat_may_fill_the_context(api):
     assert answer.usage.total_tokens == 256 and answer.choices[0].finish_reason == "length"
 
 
+def test_chats_without_a_length_run_side_by_side():
+    """Each reserves the default length, not all of the cache."""
+    with stub_service(default_max_tokens=20) as service, client(service.url) as api:
+        until(lambda: service.link.state == "ready")
+        service.workers.model.delay = 0.05
+        ask_for = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
+        found = []
+
+        def one():
+            found.append(api.chat.completions.create(extra_body={"ignore_eos": True}, **ask_for))
+
+        threads = [threading.Thread(target=one) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        until(lambda: service.link.stats and service.link.stats.running == 4)
+        for thread in threads:
+            thread.join()
+        assert [answer.usage.completion_tokens for answer in found] == [20] * 4
+        assert {answer.choices[0].finish_reason for answer in found} == {"length"}
+
+
 @pytest.mark.parametrize(
     ("prompt", "texts"),
     [
@@ -193,6 +214,33 @@ def test_chat_logprobs_stream_as_they_are_in_one_piece(api):
     for entry, token in zip(plain, continuation("user: p\nassistant:", 6), strict=True):
         assert entry.bytes == ([token] if token < 256 else []) and len(entry.top_logprobs) == 3
         assert entry.logprob == entry.top_logprobs[0].logprob
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_cut_stop_text_has_no_logprobs_but_is_counted(api, stream):
+    arguments = {**GREEDY, "messages": [{"role": "user", "content": "cut me"}], "extra_body": {"ignore_eos": True}}
+    text = api.chat.completions.create(max_tokens=200, **arguments).choices[0].message.content
+    # Behind a wrong byte it is open which token is whose.
+    pairs = [text[i : i + 2] for i in range(len(text) - 1)]
+    at = next(i for i, pair in enumerate(pairs)
+              if i > 9 and (text[i - 1] + pair).isascii() and pair not in pairs[:i])  # fmt: skip
+    answer = api.chat.completions.create(
+        max_tokens=200, stop=pairs[at], logprobs=True, stream=stream,
+        **({"stream_options": {"include_usage": True}} if stream else {}), **arguments,
+    )  # fmt: skip
+    parts = list(answer) if stream else [answer]
+    entries = [
+        entry
+        for part in parts
+        for choice in part.choices
+        if choice.logprobs
+        for entry in choice.logprobs.content
+    ]  # fmt: skip
+    assert bytes(byte for entry in entries for byte in entry.bytes).decode(errors="replace") == text[:at]
+    assert all(entry.bytes for entry in entries[-1:])
+    tokens = continuation("user: cut me\nassistant:", 200)
+    used = parts[-1].usage.completion_tokens
+    assert used >= len(entries) + 2 and ByteText().decode(tokens[:used]) == text[: at + 2]
 
 
 def test_many_at_once_get_what_each_gets_alone(api):
@@ -398,6 +446,21 @@ def test_a_client_that_leaves_is_noticed_and_its_blocks_are_free(path, stream):
         until(lambda: service.app.open == 0)
 
 
+def test_a_client_that_shuts_its_sending_half_counts_as_gone():
+    """TCP tells the same of it as of one that closed, and the answer of one that closed must not go on."""
+    with stub_service() as service:
+        until(lambda: service.link.state == "ready")
+        service.workers.model.delay = 0.02
+        body = {"prompt": "x", "max_tokens": 200, "ignore_eos": True}
+        with send_only(service.url, "/v1/completions", body) as connection:
+            until(lambda: service.link.stats and service.link.stats.generated_tokens > 2)
+            connection.shutdown(socket.SHUT_WR)
+            assert connection.recv(64) == b""
+        until(lambda: not service.link._open and all_blocks_free(service.url))
+        text = ask(service.url, "GET", "/metrics").body.decode()
+        assert 'fgsnap_http_responses_total{route="/v1/completions",status="499"} 1.0' in text
+
+
 def test_a_client_that_leaves_before_the_engine_is_ready_is_forgotten():
     workers = StubWorkers()
     workers.may_begin.clear()
@@ -476,8 +539,10 @@ def test_requests_that_come_while_the_engine_is_replaced_are_held():
         until(lambda: service.link.state == "ready")
         workers.may_begin.clear()
         workers.model.raises = OSError("gone")
-        with pytest.raises(openai.InternalServerError):
+        with pytest.raises(openai.InternalServerError) as caught:
             api.completions.create(prompt="x", model=MODEL)
+        assert caught.value.status_code == 503 and caught.value.code == "unavailable"
+        assert caught.value.response.headers["retry-after"] == "1"
         until(lambda: workers.started == 2)
         assert ask(service.url, "GET", "/health/ready").json() == {"status": "restarting"}
         threading.Timer(0.1, workers.may_begin.set).start()
@@ -537,6 +602,38 @@ def test_a_first_start_that_fails_ends_the_service():
         assert reply.status == 503 and reply.error()["type"] == "server_error"
 
 
+def test_a_first_start_that_hangs_ends_the_service():
+    workers = StubWorkers()
+    workers.may_begin.clear()
+    with stub_service(workers, start_seconds=0.2) as service:
+        with send_only(service.url, "/v1/completions", {"prompt": "x"}) as connection:
+            until(lambda: service.failure)
+            assert connection.recv(64).startswith(b"HTTP/1.1 503")
+        assert service.failure.lines()[:2] == [
+            "The engine hung while it started.",
+            "Nothing was heard of it for 0.2 s.",
+        ]
+        assert workers.started == 1
+
+
+def test_a_replacement_that_hangs_is_replaced(monkeypatch):
+    from fgsnap.runtime import link
+
+    async def no_time(seconds):
+        pass
+
+    monkeypatch.setattr(link, "backoff", no_time)
+    workers = StubWorkers()
+    with stub_service(workers, start_seconds=0.2) as service, client(service.url) as api:
+        until(lambda: service.link.state == "ready")
+        workers.may_begin.clear()
+        workers.model.raises = OSError("gone")
+        assert ask(service.url, "POST", "/v1/completions", {"prompt": "x"}).status == 503
+        until(lambda: service.link.restarts == 2 and service.link.state == "ready")
+        assert "hung while it started" in service.told[1] and "0.2 s" in service.told[1]
+        assert api.completions.create(prompt="x", model=MODEL, max_tokens=3).choices
+
+
 def test_replacements_are_tried_again_and_again(monkeypatch):
     from fgsnap.runtime import link
 
@@ -573,8 +670,9 @@ def test_an_error_in_the_middle_of_a_stream_is_a_chunk_that_clients_see():
 
 def test_a_nan_is_an_error_of_that_request_only():
     with stub_service(StubWorkers(nan_after=ord("!"))) as service, client(service.url) as api:
-        with pytest.raises(openai.InternalServerError, match="no finite logit"):
+        with pytest.raises(openai.InternalServerError, match="no finite logit") as caught:
             api.completions.create(prompt="x!", model=MODEL)
+        assert caught.value.status_code == 500
         assert api.completions.create(prompt="x", model=MODEL, max_tokens=2).choices
         assert service.link.restarts == 0
 

@@ -261,6 +261,43 @@ def test_only_what_may_become_a_stop_text_is_held_back():
     assert stream.feed(byte_level_tokenizer.encode("more").ids) == stream.flush() == ""
 
 
+@pytest.mark.parametrize(
+    ("text", "stop", "counts"),
+    [
+        # After each token: how many of them have a part in what is shown.
+        ("ab END", ["END"], [1, 2, 3, 3, 3, 3, 3]),
+        ("aENb", ["END"], [1, 1, 1, 4, 4]),
+        ("aEN", ["END"], [1, 1, 1, 3]),
+        ("a你b", ["b"], [1, 1, 1, 4, 4, 4]),
+        ("abc", [], [1, 2, 3, 3]),
+    ],
+)
+def test_the_tokens_of_what_is_shown_are_counted(text, stop, counts):
+    stream, found = TextStream(byte_level_tokenizer, stop), []
+    for id in byte_level_tokenizer.encode(text, add_special_tokens=False).ids:
+        stream.feed([id])
+        found.append(stream.shown)
+    stream.flush()
+    assert [*found, stream.shown] == counts
+
+
+def test_a_token_that_begins_before_the_stop_text_is_shown(smol):
+    ids = smol.encode("one two three")
+    assert len(ids) == 3
+    stream = smol.stream(["o three"])
+    assert stream.feed(ids) == "one tw" and stream.shown == 2
+
+
+def test_tokens_without_text_count_as_shown_at_the_end_unless_a_stop_text_ended_it():
+    ended, stopped = TextStream(byte_level_tokenizer), TextStream(byte_level_tokenizer, ["b"])
+    for stream in (ended, stopped):
+        stream.feed([*byte_level_tokenizer.encode("a").ids, 256, *byte_level_tokenizer.encode("b").ids, 256])
+    assert (ended.shown, stopped.shown) == (3, 1)
+    ended.flush()
+    stopped.flush()
+    assert (ended.shown, stopped.shown) == (4, 1)
+
+
 def test_a_held_text_is_flushed_at_the_end():
     stream = TextStream(byte_level_tokenizer, ["STOP"])
     assert stream.feed(byte_level_tokenizer.encode("it ST").ids) == "it "
@@ -311,7 +348,7 @@ def test_a_broken_tokenizer_config_is_the_snapshot_s_fault():
 def test_the_bytes_of_single_tokens(smol):
     word = "naïve 你"
     assert b"".join(map(smol.token_bytes, smol.encode(word))) == word.encode()
-    assert smol.token_text(smol.encode(" the")[0]) == " the"
+    assert smol.token_bytes(smol.encode(" the")[0]) == b" the"
     assert smol.token_bytes(2) == b"<|im_end|>"
     assert smol.token_bytes(10**6) == b""
     fallback = Text(Files(TextSection(eos_token_ids=()), {"tokenizer.json": byte_fallback().to_str()}))

@@ -283,6 +283,18 @@ def test_a_worker_whose_parent_is_already_gone_does_not_start(snapshot):
         assert process.wait(20) == 0
 
 
+def test_a_fork_whose_parent_is_already_gone_ends_without_a_word(snapshot):
+    program = (
+        "import socket\n"
+        "from fgsnap.runtime import process, worker\n"
+        "ours, theirs = socket.socketpair()\n"
+        f"options = worker.WorkerOptions(snapshot={str(snapshot)!r}, id='')\n"
+        "process._become_worker(lambda: worker.live(theirs, options, None, 0.0, parent=1), (ours,), set())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_the_worker_dies_with_a_parent_that_is_killed(snapshot):
     """A parent that cannot say goodbye, while the worker is busy and does not look at its pipe."""
     program = (
