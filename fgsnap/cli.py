@@ -135,7 +135,7 @@ def cli() -> None:
 @option("--revision", help="Branch, tag or commit of a Hub repository.")
 @option("--dry-run", is_flag=True, help="Print the plan and write nothing; needs only config.json.")
 @option("--workers", type=click.IntRange(min=1), help="Threads that read, hash and write.")
-@option("--canary/--no-canary", default=True, help="Record a float32 forward that every start is checked against.")
+@option("--canary/--no-canary", default=True, help="Record a float32 forward for every start to be checked against.")
 @json_option
 @progress_option
 def convert(
@@ -170,14 +170,22 @@ def convert(
 
     result = run_conversion(
         source, output, tp=tp, dtype=dtype, revision=revision, workers=workers, canary=canary,
-        progress=_bar(progress, "convert"),
+        progress=_bar(progress, "convert"), stage=_tell_canary,
     )  # fmt: skip
+    for note in result.notes:
+        click.echo(f"Note: {note}", err=True)
     if as_json:
-        _print_json({"id": result.id, "path": str(result.path), "bytes": result.bytes, "seconds": result.seconds})
+        facts = {"id": result.id, "path": str(result.path), "bytes": result.bytes, "seconds": result.seconds}
+        _print_json({**facts, "notes": list(result.notes)})
         return
-    rate = result.bytes / max(result.seconds, 1e-9)
-    click.echo(f"{result.path}  id {result.id[:12]}  {size(result.bytes)} in {result.seconds:.1f} s ({size(rate)}/s)")
+    click.echo(f"{result.path}  id {result.id[:12]}  {size(result.bytes)} in {result.seconds:.1f} s")
     click.echo(f"Next: fgsnap serve {result.path}", err=True)
+
+
+def _tell_canary(stage: str) -> None:
+    """The weights have a bar; the float32 forward that follows has none, and on a big model takes a while."""
+    if stage == "canary" and sys.stderr.isatty():
+        click.echo("Checking the snapshot in a fresh process: one float32 forward ...", err=True)
 
 
 def _print_plan(source: str, tp: int, dtype: str | None, revision: str | None, as_json: bool) -> None:
@@ -338,7 +346,7 @@ def export(snapshot: Path, output: Path, as_json: bool, progress: bool | None) -
 
     result = run_export(snapshot, output, progress=_bar(progress, "export"))
     for note in result.notes:
-        click.echo(note, err=True)
+        click.echo(f"Note: {note}", err=True)
     if as_json:
         _print_json({"path": str(result.path), "bytes": result.bytes, "notes": list(result.notes)})
     else:

@@ -71,6 +71,7 @@ class Folder:
 
     kind: Literal["hf", "gguf"] = "hf"
     default_dtype: DType | None = None
+    dequantised: tuple[str, ...] = ()
 
     def __init__(self, path: Path, *, label: str, revision: str | None = None, config_only: bool = False) -> None:
         self.path = path

@@ -61,6 +61,7 @@ class Gguf:
         self.label = _model_name(header.metadata)
         self.tensors, self.others, self._places = header.tensors, header.others, header.places
         self.default_dtype: DType | None = _default_dtype(self._places)
+        self.dequantised = tuple(sorted({place.type for place in self._places.values()} - {*UNQUANTISED}))
         _check_whole_model(path.name, self.metadata)
         _check_types(path.name, self._places)
         self.config = config(self.metadata, self.tensors, self._rope_factors())

@@ -41,7 +41,7 @@ from fgsnap.spec import DType
 
 
 class Result(msgspec.Struct, frozen=True):
-    """A published snapshot; ``bytes`` are those of its rank files, ``notes`` say what it cannot do and why."""
+    """A published snapshot; ``bytes`` are those of its rank files, ``notes`` are for the user to know."""
 
     id: str
     path: Path
@@ -109,7 +109,7 @@ def convert(
             else:
                 _fresh_process(writer.directory, "--bind-only")
                 path = writer.publish(None)
-    return Result(identity, path, size, time.monotonic() - begin, _notes(texts))
+    return Result(identity, path, size, time.monotonic() - begin, _notes(texts, source, asked))
 
 
 def _require_torch() -> None:
@@ -119,13 +119,17 @@ def _require_torch() -> None:
         raise HostError(error.what, error.why, f"{error.next_step}, or convert with --no-canary.")
 
 
-def _notes(texts: dict[str, bytes]) -> tuple[str, ...]:
-    if "tokenizer.json" in texts:
-        return ()
-    return (
-        "The checkpoint has no tokenizer.json, without which serve and run refuse the snapshot: add the file "
-        "(transformers: AutoTokenizer.from_pretrained(SOURCE).save_pretrained(SOURCE)) and convert again.",
-    )
+def _notes(texts: dict[str, bytes], source: Source, asked: DType | None) -> tuple[str, ...]:
+    notes = []
+    if source.dequantised:
+        kinds, dtype = ", ".join(source.dequantised), asked or source.default_dtype
+        notes.append(f"Quantised weights ({kinds}) were dequantised: the snapshot holds them in {dtype}.")
+    if "tokenizer.json" not in texts:
+        notes.append(
+            "The checkpoint has no tokenizer.json, without which serve and run refuse the snapshot: add the file "
+            "(transformers: AutoTokenizer.from_pretrained(SOURCE).save_pretrained(SOURCE)) and convert again."
+        )
+    return tuple(notes)
 
 
 def _provenance(source: Source, recipe: Recipe, asked: DType | None, files: dict[str, str]) -> Provenance:

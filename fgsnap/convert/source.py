@@ -46,7 +46,8 @@ class Source(Protocol):
     ``label`` names it wherever it lies: a Hub repository's id, a GGUF file's own name for its model, else LOCAL;
     ``revision`` is the Hub commit, if it came from there; ``config`` has the shape of a Hugging Face config.json.
     ``others`` are tensors of dtypes that fgsnap has no use for, name to dtype. ``default_dtype`` is the dtype to store
-    in when the user asks for none; None keeps each tensor's own.
+    in when the user asks for none; None keeps each tensor's own. ``dequantised`` names the formats that are read as
+    plain numbers.
     """
 
     label: str
@@ -56,6 +57,7 @@ class Source(Protocol):
     others: dict[str, str]
     kind: Literal["hf", "gguf"]
     default_dtype: DType | None
+    dequantised: tuple[str, ...]
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray[Any, Any]:
         """Rows of axis 0, read only and C-contiguous; bfloat16 comes as its bits in uint16."""

@@ -53,6 +53,7 @@ def tokenizer(source) -> Tokenizer:
 def test_smollm_config(source) -> None:
     named = "Smollm2 135M 8k Lc100K Mix1 Ep2"  # by the file's metadata
     assert (source.kind, source.label, source.default_dtype) == ("gguf", named, "bfloat16")
+    assert source.dequantised == ("Q4_1", "Q8_0")
     assert source.config == {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
