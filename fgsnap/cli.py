@@ -227,6 +227,7 @@ def serve(snapshot: Path, **settings: Any) -> None:
       fgsnap serve snap/
       fgsnap serve snap/ --port 8080 --backend native --kv-memory 4GiB
     """
+    _unwind_on_signals()
     from fgsnap.runtime.launch import ServeOptions
     from fgsnap.runtime.launch import serve as run_server
 

@@ -94,8 +94,14 @@ def open_source(name: str, revision: str | None = None, *, config_only: bool = F
         )
     if revision is not None:
         raise UsageError("--revision was given for a local checkpoint.", f"{name!r} exists here.", "Leave it out.")
+    path = Path(name)
+    if (path / "snapshot.json").exists():
+        raise UsageError(
+            f"{name!r} is a snapshot already.",
+            "It was converted before.",
+            "Serve it, or turn it back into a checkpoint with 'fgsnap export'.",
+        )
     try:
-        path = Path(name)
         return _open_folder(path, LOCAL, None, config_only) if path.is_dir() else _open_file(path)
     except OSError as error:
         raise SourceError(f"The checkpoint {name!r} cannot be read.", f"{error.strerror or error}.") from error

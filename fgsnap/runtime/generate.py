@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from fgsnap.errors import FgsnapError
+from fgsnap.errors import FgsnapError, RequestError
 from fgsnap.runtime.decoder import load_decoder
 from fgsnap.runtime.engine import Engine
 from fgsnap.runtime.request import FinishReason, Request, SamplingParams, Token
@@ -112,11 +112,21 @@ def answer(
         check_canary(decoder, snapshot)
         budget = max_batch_tokens or DEFAULT_TOKEN_BUDGET
         engine = Engine(decoder, eos_token_ids=text.eos_token_ids, token_budget=budget, max_sequences=1)
-        room = max(decoder.max_length - len(ids), 1)
+        room = _room(decoder.max_length, len(ids))
         params = SamplingParams(min(max_tokens, room), temperature, top_k, top_p, seed)
         return _collect(generate(engine, text, ids, params, stop), len(ids), emit)
     finally:
         snapshot.close()
+
+
+def _room(context: int, prompt: int) -> int:
+    if prompt >= context:
+        raise RequestError(
+            "The prompt does not fit the context.",
+            f"It has {prompt} tokens and the context {context}, of which the answer needs at least one.",
+            "Shorten the prompt, or raise --max-model-len if it was lowered.",
+        )
+    return context - prompt
 
 
 def _user(prompt: str) -> dict[str, str]:

