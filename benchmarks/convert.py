@@ -1,8 +1,9 @@
 """Conversion's throughput beside a plain copy of the same bytes, and its peak anonymous memory at two sizes.
 
 Makes Llama-shaped safetensors checkpoints of random weights (1 and 4 GB; --quick: 8 and 50 MB) under --dir and removes
-them at the end. Every round runs both contestants one after the other, each in a fresh process: a plain read + write +
-fsync of the weight file, and a conversion without canary, which also fsyncs. What counts is the ratio of a pair. A
+them at the end. Every round runs both contestants twice, in the order A B B A, each in a fresh process: a plain read +
+write + fsync of the weight file, and a conversion without canary, which also fsyncs. What counts is the ratio within a
+round. A
 sampler reads RssAnon of the converting process every 5 ms; an idle process with the same imports is measured likewise.
 The process that computes the canary is measured by itself, once a size, beside an idle one that has imported torch.
 
@@ -125,8 +126,9 @@ def measure(
     size = make_checkpoint(source, config)
     runs: dict[str, list[tuple[float, int]]] = {"plain": [], "convert": []}
     sampled(PLAIN, str(source), str(scratch / "plain"))  # both meet a page cache that is filled, or emptied below
-    for turn in range(rounds):
-        for name in ("plain", "convert") if turn % 2 else ("convert", "plain"):
+    for _ in range(rounds):
+        # Either is once first and once second: on many machines the second of two big writers meets a busier disk.
+        for name in ("plain", "convert", "convert", "plain"):
             clear(scratch, source, cache)
             program = PLAIN if name == "plain" else CONVERT
             runs[name].append(sampled(program, str(source), str(scratch / name)))
@@ -138,12 +140,13 @@ def measure(
     clear(scratch, source, "warm")
     shutil.rmtree(source)
     peaks = [mebibytes(peak) for _, peak in runs["convert"]]
-    pairs = zip(runs["plain"], runs["convert"], strict=True)
+    plain, ours = ([seconds for seconds, _ in runs[name]] for name in ("plain", "convert"))
+    shares = [sum(plain[at : at + 2]) / sum(ours[at : at + 2]) for at in range(0, 2 * rounds, 2)]
     return {
         "bytes": size,
-        "convert_seconds": summary([seconds for seconds, _ in runs["convert"]]),
-        "plain_seconds": summary([seconds for seconds, _ in runs["plain"]]),
-        "share_of_plain": summary([plain[0] / ours[0] for plain, ours in pairs]),
+        "convert_seconds": summary(ours),
+        "plain_seconds": summary(plain),
+        "share_of_plain": summary(shares),
         "peak_anonymous_mebibytes": summary(peaks, 2),
         "mebibytes_above_idle": round(max(peaks) - mebibytes(idle), 2),
         "canary": {

@@ -47,7 +47,7 @@ OUTER = {
     "fgsnap.kernels.reference": {"torch"},
     "fgsnap.kernels.choose": {"torch"},
     "fgsnap.kernels": set(),
-    "fgsnap.convert": {"msgspec", "numpy", "gguf", "huggingface_hub", "tokenizers"},
+    "fgsnap.convert": {"blake3", "msgspec", "numpy", "gguf", "huggingface_hub", "tokenizers"},
     "fgsnap.runtime": {"msgspec", "starlette", "uvicorn", "prometheus_client", "tokenizers", "minijinja"},
     "fgsnap.cli": {"click", "tqdm", "msgspec"},
     "fgsnap": set(),

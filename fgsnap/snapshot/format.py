@@ -65,7 +65,7 @@ class Provenance(msgspec.Struct, frozen=True):
     Attributes:
         source: repository id, or a GGUF file's own name for its model, or "local"; nothing of a path.
         revision: the resolved commit of a repository.
-        files: sha256 of every source file; a single GGUF file goes by model.gguf.
+        files: BLAKE3 of every source file; a single GGUF file goes by model.gguf.
         rules: sha256 of the conversion rules' canonical form.
         family: the family module that wrote spec and rules.
         converter: the fgsnap version.

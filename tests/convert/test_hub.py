@@ -5,7 +5,6 @@ The library reads its environment once, at import, so a process is what a settin
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from blake3 import blake3
 
 from fgsnap.convert.source import open_source
 from fgsnap.errors import UsageError
@@ -191,7 +191,7 @@ def test_a_repository_that_lacks_a_listed_shard_is_refused_by_its_name(hub: Hub,
 
 def test_hub_digests_are_those_of_the_files(hub: Hub, read: Reader) -> None:
     hub.commit("org/tiny", MODEL)
-    assert read(hub, "org/tiny")["digests"] == {name: hashlib.sha256(data).hexdigest() for name, data in MODEL.items()}
+    assert read(hub, "org/tiny")["digests"] == {name: blake3(data).hexdigest() for name, data in MODEL.items()}
 
 
 @pytest.mark.parametrize("name", ["hf://", "hf://org", "hf://org/../x", "hf://org/a/b", "hf://-x/y", "hf://org/a--b"])

@@ -18,6 +18,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from blake3 import blake3
 
 from fgsnap.convert import pipeline
 from fgsnap.convert.families import llama
@@ -60,7 +61,7 @@ def test_a_checkpoint_becomes_a_snapshot(tmp_path, model):
         assert snapshot.canary is not None and len(snapshot.canary.tokens) == len(snapshot.canary.next) > 0
         assert snapshot.manifest.text.eos_token_ids == (2,)
     assert (origin.source, origin.revision, origin.family, origin.dtype) == ("local", None, "llama", None)
-    assert origin.files["model.safetensors"] == hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+    assert origin.files["model.safetensors"] == blake3((model / "model.safetensors").read_bytes()).hexdigest()
     assert str(tmp_path) not in (tmp_path / "snap" / "manifest.json").read_text()
     done, totals = zip(*seen, strict=True)
     assert list(done) == sorted(done) and set(totals) == {result.bytes} and done[-1] <= result.bytes
