@@ -7,7 +7,6 @@ flight, not by a tensor. Nothing gets the target's name before a fresh process h
 
 from __future__ import annotations
 
-import math
 import mmap
 import os
 import signal
@@ -182,48 +181,28 @@ def _slabs(layout: RankLayout) -> Iterator[Slab]:
 def _read_ahead(
     pool: ThreadPoolExecutor, workers: int, layout: RankLayout, source: Source, recipe: Recipe
 ) -> Iterator[tuple[Slab, memoryview]]:
-    """All slabs of a rank file in order, each with its bytes, which are good until the next one is asked for."""
-    free = [_Buffer() for _ in range(workers + 1)]
-    pending: deque[tuple[Slab, _Buffer, Future[memoryview]]] = deque()
+    """All slabs of a rank file in order, each with its bytes."""
+    pending: deque[tuple[Slab, Future[memoryview]]] = deque()
     for slab in _slabs(layout):
-        if not free:
-            yield from _oldest(pending, free)
-        buffer = free.pop()
-        pending.append((slab, buffer, pool.submit(_fill, slab, buffer, source, recipe)))
+        pending.append((slab, pool.submit(_fill, slab, source, recipe)))
+        if len(pending) > workers:
+            yield _oldest(pending)
     while pending:
-        yield from _oldest(pending, free)
+        yield _oldest(pending)
 
 
-def _oldest(
-    pending: deque[tuple[Slab, _Buffer, Future[memoryview]]], free: list[_Buffer]
-) -> Iterator[tuple[Slab, memoryview]]:
-    slab, buffer, filled = pending.popleft()
-    yield slab, filled.result()
-    free.append(buffer)
+def _oldest(pending: deque[tuple[Slab, Future[memoryview]]]) -> tuple[Slab, memoryview]:
+    slab, filled = pending.popleft()
+    return slab, filled.result()
 
 
-class _Buffer:
-    """Memory for one slab, kept from slab to slab."""
-
-    def __init__(self) -> None:
-        self._memory: Array = np.empty(0, np.uint8)
-
-    def array(self, dtype: DType, shape: tuple[int, ...]) -> Array:
-        kind = np.dtype(NUMPY_DTYPES[dtype])
-        size = math.prod(shape) * kind.itemsize
-        if self._memory.size < size:
-            self._memory = np.empty(size, np.uint8)
-        array: Array = self._memory[:size].view(kind).reshape(shape)
-        return array
-
-
-def _fill(slab: Slab, buffer: _Buffer, source: Source, recipe: Recipe) -> memoryview:
+def _fill(slab: Slab, source: Source, recipe: Recipe) -> memoryview:
     """Read, cast and place everything that makes one slab."""
     tensor = slab.tensor
     ready = _unchanged(slab, source, recipe)
     if ready is not None:
         return ready
-    out = buffer.array(tensor.dtype, (slab.stop - slab.start, *tensor.shape[1:]))
+    out: Array = np.empty((slab.stop - slab.start, *tensor.shape[1:]), NUMPY_DTYPES[tensor.dtype])
     for piece in pieces(tensor.shape, tensor.segments, slab.start, slab.stop):
         at = (piece.stored_start[0] - slab.start, *piece.stored_start[1:])
         part = out[tuple(slice(low, low + size) for low, size in zip(at, piece.extent, strict=True))]

@@ -16,8 +16,11 @@ from fgsnap.layout import logical_shapes, possible_tp, stored_tensors
 from fgsnap.snapshot import RankLayout, plan_rank, rank_file
 from fgsnap.spec import DTYPE_BYTES, DecoderSpec, DType
 
-SLAB = 8 << 20
+SLAB = 4 << 20
 """Bytes of output that are read, cast and written at a time; a single longer row is one slab."""
+
+# The one that is being written, the one that is asked for next, and those whose digests are behind.
+_SLABS_WRITTEN = 6
 
 # Measured: a process that has imported torch, one tokenizer entry, and the converting process while it only waits.
 _TORCH = 150 << 20
@@ -139,10 +142,13 @@ def default_workers() -> int:
 
 
 def peak_memory(layouts: list[RankLayout], workers: int) -> int:
-    """About the most anonymous bytes of a conversion: slab buffers, a cast's copies of them, and the tables."""
-    rows = max(tensor.bytes // tensor.shape[0] for layout in layouts for tensor in layout.tensors)
+    """About the most anonymous bytes of a conversion.
+
+    Slabs that wait for the disk or a digest, the slabs being made with what a cast needs beside each, and the tables.
+    """
+    slab = max(SLAB, max(tensor.bytes // tensor.shape[0] for layout in layouts for tensor in layout.tensors))
     tensors = sum(len(layout.tensors) for layout in layouts)
-    return (workers + 1) * max(SLAB, rows) * 3 + tensors * 8192 + (16 << 20)
+    return (_SLABS_WRITTEN + 5 * workers) * slab + tensors * 8192 + (16 << 20)
 
 
 def canary_memory(spec: DecoderSpec, layouts: list[RankLayout]) -> int:

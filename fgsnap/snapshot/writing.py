@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from collections import deque
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -35,7 +36,10 @@ from fgsnap.snapshot.format import (
 from fgsnap.spec import DecoderSpec
 
 if TYPE_CHECKING:
-    from concurrent.futures import ThreadPoolExecutor
+    from concurrent.futures import Future
+
+_BEHIND = 4
+"""Slabs that the digests may lag behind the disk."""
 
 
 class SnapshotWriter:
@@ -52,7 +56,6 @@ class SnapshotWriter:
         self._manifest: Manifest | None = None
         self._entries: dict[str, FileEntry] = {}
         self._tables: dict[int, tuple[TensorEntry, ...]] = {}
-        self._pool: ThreadPoolExecutor | None = None
         self._partial = PartialDirectory(target)
         self.directory = self._partial.path
 
@@ -79,18 +82,14 @@ class SnapshotWriter:
         self._partial.check_space(needed)
 
     def rank(self, rank: int, layout: RankLayout) -> RankWriter:
-        """Begin one rank file. Several may be open at once, each used by one thread at a time."""
+        """Begin one rank file. Several may be open at once, each used by one thread."""
         assert 0 <= rank < self.tp
         self.check_space(layout.size)
         name = rank_file(rank, self.tp)
         self._tables[rank] = tuple(
             TensorEntry(t.name, name, t.offset, t.bytes, t.dtype, t.shape, t.segments) for t in layout.tensors
         )
-        if self._pool is None:
-            from concurrent.futures import ThreadPoolExecutor  # brings logging, which opening a snapshot can do without
-
-            self._pool = ThreadPoolExecutor(max_workers=2 * min(self.tp, 4), thread_name_prefix="digest")
-        return RankWriter(self.directory / name, layout, self._pool, self._entries)
+        return RankWriter(self.directory / name, layout, self._entries)
 
     def add_file(self, name: str, data: bytes) -> None:
         """Write one text file; the manifest covers it."""
@@ -129,9 +128,6 @@ class SnapshotWriter:
 
     def close(self) -> None:
         """Stop; without a published snapshot, remove everything that was written."""
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
         self._partial.close()
 
 
@@ -139,19 +135,27 @@ _LARGE = (b"safetensors", b"chunks")
 
 
 class RankWriter:
-    """Writes one rank file front to back, digesting the bytes as they pass. Gaps are filled with zeros."""
+    """Writes one rank file front to back, while two threads digest the bytes. Gaps are filled with zeros.
 
-    def __init__(self, path: Path, layout: RankLayout, pool: ThreadPoolExecutor, entries: dict[str, FileEntry]) -> None:
+    The digests take as long as the disk, and one of them longer than the other, so neither waits for the others at the
+    end of each slab: they may fall a few slabs behind.
+    """
+
+    def __init__(self, path: Path, layout: RankLayout, entries: dict[str, FileEntry]) -> None:
+        from concurrent.futures import ThreadPoolExecutor  # brings logging, which opening a snapshot can do without
+
         self.path = path
         self.layout = layout
-        self._pool = pool
         self._entries = entries
         self._sha256 = hashlib.sha256()
         self._chunk = blake3()
-        self._digests: list[bytes] = []
+        self._chunk_bytes = 0
+        self._chunks: list[bytes] = []
         self._at = 0
         with host_errors(path, layout.size):
             self._fd = create_file(path)
+        self._digesters = tuple(ThreadPoolExecutor(1, thread_name_prefix="digest") for _ in range(2))
+        self._behind: deque[list[Future[None]]] = deque()
         self.write(0, memoryview(rank_header(path.name, layout.tensors, layout.data_start)))
 
     def __enter__(self) -> Self:
@@ -162,12 +166,14 @@ class RankWriter:
     ) -> None:
         if error is None:
             self.close()
-        elif self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        else:
+            self._abandon()
 
     def write(self, offset: int, data: memoryview) -> None:
-        """Write one slab at ``offset`` of the file, not before the end of the last one. ``data`` is free on return."""
+        """Write one slab at ``offset`` of the file, not before the end of the last one.
+
+        ``data`` is kept until it is digested, and must not change any more.
+        """
         assert offset >= self._at, f"{self.path.name}: slab at {offset} after {self._at}"
         self._fill(offset)
         self._append(data.cast("B"))
@@ -176,38 +182,47 @@ class RankWriter:
         """Finish the file and its ``.chunks``, both on disk when this returns, and give the manifest's entry."""
         self._fill(self.layout.size)
         assert self._at == self.layout.size
-        if self._at % CHUNK:
-            self._digests.append(self._chunk.digest())
-        digests = b"".join(self._digests)
-        with host_errors(self.path, self.layout.size):
-            try:
+        try:
+            self._catch_up(0)
+            with host_errors(self.path, self.layout.size):
                 os.fsync(self._fd)
-            finally:
-                os.close(self._fd)
-                self._fd = -1
-            write_file(self.path.with_name(chunks_file(self.path.name)), digests)
-        entry = FileEntry(self._at, self._sha256.hexdigest(), hashlib.sha256(digests).hexdigest())
+        finally:
+            self._abandon()
+        if self._chunk_bytes:
+            self._chunks.append(self._chunk.digest())
+        chunks = b"".join(self._chunks)
+        with host_errors(self.path, self.layout.size):
+            write_file(self.path.with_name(chunks_file(self.path.name)), chunks)
+        entry = FileEntry(self._at, self._sha256.hexdigest(), hashlib.sha256(chunks).hexdigest())
         self._entries[self.path.name] = entry
         return entry
+
+    def _abandon(self) -> None:
+        for digester in self._digesters:
+            digester.shutdown(cancel_futures=True)
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
     def _fill(self, offset: int) -> None:
         while self._at < offset:
             self._append(memoryview(bytes(min(offset - self._at, CHUNK))))
 
     def _append(self, data: memoryview) -> None:
-        if len(data) < 256 << 10:  # a hand-over to another thread would cost more than it saves
-            self._sha256.update(data)
-            self._digest_chunks(data)
-            self._put(data)
-        else:
-            jobs = [self._pool.submit(self._sha256.update, data), self._pool.submit(self._digest_chunks, data)]
-            try:
-                self._put(data)
-                self._start_writeback(len(data))
-            finally:
-                for job in jobs:
-                    job.result()
+        digests = (self._sha256.update, self._digest_chunks)
+        jobs = [digester.submit(digest, data) for digester, digest in zip(self._digesters, digests, strict=True)]
+        self._behind.append(jobs)
+        with host_errors(self.path, self.layout.size):
+            write_all(self._fd, data)
+        self._start_writeback(len(data))
         self._at += len(data)
+        self._catch_up(_BEHIND)
+
+    def _catch_up(self, behind: int) -> None:
+        """Wait until the digests are no more than ``behind`` slabs behind."""
+        while len(self._behind) > behind:
+            for job in self._behind.popleft():
+                job.result()
 
     def _start_writeback(self, count: int) -> None:
         # Linux answers this advice on dirty pages by writing them back at once: the final fsync finds little left.
@@ -215,19 +230,15 @@ class RankWriter:
             os.posix_fadvise(self._fd, self._at, count, os.POSIX_FADV_DONTNEED)
 
     def _digest_chunks(self, data: memoryview) -> None:
-        at = 0
-        while at < len(data):
-            room = CHUNK - (self._at + at) % CHUNK
-            part = data[at : at + room]
+        while data:
+            part = data[: CHUNK - self._chunk_bytes]
             self._chunk.update(part)
-            at += len(part)
-            if len(part) == room:
-                self._digests.append(self._chunk.digest())
+            self._chunk_bytes += len(part)
+            data = data[len(part) :]
+            if self._chunk_bytes == CHUNK:
+                self._chunks.append(self._chunk.digest())
                 self._chunk = blake3()
-
-    def _put(self, data: memoryview) -> None:
-        with host_errors(self.path, self.layout.size):
-            write_all(self._fd, data)
+                self._chunk_bytes = 0
 
 
 def _readme(manifest: Manifest, identity: str) -> str:

@@ -508,7 +508,7 @@ def test_overflow_names_the_tensor(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_tensors(tmp_path):
-    """64 MiB of weights in one tensor pass through buffers of 8 MiB."""
+    """64 MiB of weights in one tensor pass through slabs of 4 MiB."""
     config = {**CONFIG, "vocab_size": 700_000, "tie_word_embeddings": True}
     source = folder(tmp_path / "m", config, weights(config))
     program = (
