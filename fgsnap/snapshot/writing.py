@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 from collections import deque
@@ -214,7 +213,6 @@ class RankWriter:
         self._behind.append(jobs)
         with host_errors(self.path, self.layout.size):
             write_all(self._fd, data)
-        self._start_writeback(len(data))
         self._at += len(data)
         self._catch_up(_BEHIND)
 
@@ -223,11 +221,6 @@ class RankWriter:
         while len(self._behind) > behind:
             for job in self._behind.popleft():
                 job.result()
-
-    def _start_writeback(self, count: int) -> None:
-        # Linux answers this advice on dirty pages by writing them back at once: the final fsync finds little left.
-        with contextlib.suppress(OSError):
-            os.posix_fadvise(self._fd, self._at, count, os.POSIX_FADV_DONTNEED)
 
     def _digest_chunks(self, data: memoryview) -> None:
         while data:
