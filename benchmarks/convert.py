@@ -4,7 +4,8 @@ Makes Llama-shaped safetensors checkpoints of random weights (1 and 4 GB; --quic
 them at the end. Every round runs both contestants twice, in the order A B B A, each in a fresh process: a plain read +
 write + fsync of the weight file, and a conversion without canary, which also fsyncs. What counts is the ratio within a
 round. A sampler reads RssAnon of the converting process every 10 ms; an idle process with the same imports is measured
-likewise. The process that computes the canary is measured by itself, once a size, beside an idle one that has imported torch.
+likewise. The process that computes the canary is measured by itself, once a size, beside an idle one that has imported
+torch.
 
     python benchmarks/convert.py [--dir /path/on/disk] [--rounds 5] [--cache warm|cold] [--output benchmarks/results]
 
