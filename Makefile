@@ -48,6 +48,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python benchmarks/report.py --check
 
 bench: $(BENCH)/.installed
 	$(BENCH)/bin/python benchmarks/cli.py --output benchmarks/results
@@ -55,6 +56,7 @@ bench: $(BENCH)/.installed
 	mkdir -p build
 	$(BENCH)/bin/python benchmarks/convert.py --dir build --output benchmarks/results
 	$(BENCH)/bin/python benchmarks/parity.py --output benchmarks/results
+	$(BENCH)/bin/python benchmarks/report.py
 
 clean:
 	rm -rf $(VENV) $(BENCH) build demo

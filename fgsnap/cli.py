@@ -134,7 +134,7 @@ def cli() -> None:
 @option("--dtype", type=click.Choice(DTYPES), help="Cast the weights; default: as in the checkpoint.")
 @option("--revision", help="Branch, tag or commit of a Hub repository.")
 @option("--dry-run", is_flag=True, help="Print the plan and write nothing; needs only config.json.")
-@option("--workers", type=click.IntRange(min=1), help="Threads that read, hash and write.")
+@option("--workers", type=click.IntRange(min=1), help="Threads that read and cast ahead of the writer.")
 @option("--canary/--no-canary", default=True, help="Record a float32 forward for every start to be checked against.")
 @json_option
 @progress_option
@@ -178,8 +178,8 @@ def convert(
         facts = {"id": result.id, "path": str(result.path), "bytes": result.bytes, "seconds": result.seconds}
         _print_json({**facts, "notes": list(result.notes)})
         return
-    click.echo(f"{result.path}  id {result.id[:12]}  {size(result.bytes)} in {result.seconds:.1f} s")
-    click.echo(f"Next: fgsnap serve {result.path}", err=True)
+    click.echo(f"{output}  id {result.id[:12]}  {size(result.bytes)} in {result.seconds:.1f} s")
+    click.echo(f"Next: fgsnap serve {output}", err=True)
 
 
 def _tell_canary(stage: str) -> None:
@@ -351,7 +351,7 @@ def export(snapshot: Path, output: Path, as_json: bool, progress: bool | None) -
     if as_json:
         _print_json({"path": str(result.path), "bytes": result.bytes, "notes": list(result.notes)})
     else:
-        click.echo(f"{result.path}  {result.tensors} tensors, {size(result.bytes)}")
+        click.echo(f"{output}  {result.tensors} tensors, {size(result.bytes)}")
 
 
 @cli.command()

@@ -1,0 +1,184 @@
+"""Write docs/figures.md, and README.md's sentence on figures, from benchmarks/results/*.json and from nothing else.
+
+    python benchmarks/report.py            write them
+    python benchmarks/report.py --check    fail when they are not what the results say
+
+`make bench` does the first and `make lint` the second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+FIGURES = ROOT / "docs" / "figures.md"
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+
+INTRODUCTION = """\
+# Figures
+
+Written by `benchmarks/report.py` from `benchmarks/results/`; `make bench` measures everything anew and writes this page
+again. Every figure is a median with its range, except where a column says otherwise.
+"""
+
+HEADLINE = """\
+On {machine[cpus]} cores of an {machine[cpu]}, SmolLM2-135M's first token comes over HTTP {seconds:.2f} s after `exec`,
+{sooner:.0f} times sooner than from transformers; a checkpoint of {gigabytes:.1f} GB converts at {share:.2f} of the
+rate of a plain copy, in {memory:.0f} MiB of memory and {canary:.0f} MiB for the canary.
+[docs/figures.md](docs/figures.md) has all figures, their spread and the commands that measure them."""
+
+STARTUP = """\
+## Start-up
+
+From `exec` of `fgsnap serve` to the first token over HTTP, canary included, page cache warm: {model}.
+transformers loads the same weights and makes the same token, without a server.
+
+"""
+
+PHASES = """\
+Where the critical path of the median run went:
+
+"""
+
+CONVERSION = """\
+## Conversion
+
+bfloat16 weights of Llama shape, one rank, source in the page cache, beside a plain read, write and fsync of the same
+bytes. Memory is the peak of anonymous memory, and what that is above an idle process with the same imports. The canary
+is computed by a process of its own, which has torch loaded.
+
+"""
+
+PARITY = """\
+## Parity with transformers
+
+Logits of the same tokens beside transformers in float32 on the same weights. The max error is relative to the range of
+the logits. The last two columns divide by the error of transformers' own bfloat16: 1.00 is as exact as it, less is
+closer to float32. Promised: at most 1e-4 and 64 equal tokens in float32, an RMS error of at most 1.25 in bfloat16.
+
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    results = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
+    pages = {FIGURES: page(results), README: with_headline(README.read_text(), headline(results))}
+    for path, text in pages.items():
+        if not options.check:
+            path.write_text(text)
+        elif path.read_text() != text:
+            sys.exit(f"{path.relative_to(ROOT)} is not what benchmarks/results/ says: run python benchmarks/report.py")
+
+
+def headline(results: dict[str, dict[str, Any]]) -> str:
+    start, large = results["startup"], results["convert"]["sizes"][-1]
+    return HEADLINE.format(
+        machine=start["machine"],
+        seconds=start["fgsnap"]["native"]["seconds"]["median"],
+        sooner=start["transformers_over_fgsnap"]["native"]["median"],
+        gigabytes=large["bytes"] / 1e9,
+        share=large["share_of_plain"]["median"],
+        memory=large["peak_anonymous_mebibytes"]["max"],
+        canary=large["canary"]["peak_anonymous_mebibytes"],
+    )
+
+
+def with_headline(readme: str, sentence: str) -> str:
+    before, begin, rest = readme.partition("<!-- figures -->\n")
+    _, end, after = rest.partition("\n<!-- /figures -->")
+    assert begin and end, "README.md has lost the marks around its sentence on figures"
+    return before + begin + sentence + end + after
+
+
+def page(results: dict[str, dict[str, Any]]) -> str:
+    sections = {"startup": startup, "cli": commands, "convert": conversion, "parity": parity}
+    parts = [section(results[name]) + measured_on(name, results[name]) for name, section in sections.items()]
+    return "\n".join([INTRODUCTION, *parts])
+
+
+def startup(result: dict[str, Any]) -> str:
+    ours, ratios = result["fgsnap"], result["transformers_over_fgsnap"]
+    wall = table(
+        ("", "seconds", "transformers / fgsnap"),
+        [
+            *((f"fgsnap, `{name}`", spread(each["seconds"]), spread(ratios[name], 1)) for name, each in ours.items()),
+            ("transformers", spread(result["transformers"]), ""),
+            ("`import torch` alone", spread(result["import_torch"]), ""),
+        ],
+    )
+    phases = [
+        "- `{}`, milliseconds: {}; not accounted for: {:.1f} %.".format(
+            name,
+            ", ".join(f"{phase} {1000 * seconds:.0f}" for phase, seconds in each["phases"].items()),
+            100 * each["unaccounted"],
+        )
+        for name, each in ours.items()
+    ]
+    return STARTUP.format(model=result["model"]) + f"{wall}\n{PHASES}" + "\n".join(phases) + "\n"
+
+
+def commands(result: dict[str, Any]) -> str:
+    names = {"python": "`python -c pass`"}
+    rows = [(names.get(name, f"`fgsnap {name}`"), spread(each, 3)) for name, each in result["seconds"].items()]
+    return f"## Commands\n\nWall time of a whole process.\n\n{table(('', 'seconds'), rows)}"
+
+
+def conversion(result: dict[str, Any]) -> str:
+    rows = [
+        (
+            f"{size['bytes'] / 1e9:.2f} GB",
+            spread(size["convert_seconds"]),
+            spread(size["plain_seconds"]),
+            spread(size["share_of_plain"]),
+            f"{size['peak_anonymous_mebibytes']['max']:.1f} (+{size['mebibytes_above_idle']:.1f})",
+            f"{size['canary']['peak_anonymous_mebibytes']:.1f} (+{size['canary']['mebibytes_above_idle']:.1f})",
+        )
+        for size in result["sizes"]
+    ]
+    heads = ("checkpoint", "seconds", "plain copy", "share of its rate", "memory, MiB", "canary's memory, MiB")
+    return CONVERSION + table(heads, rows)
+
+
+def parity(result: dict[str, Any]) -> str:
+    rows = [
+        (
+            row["model"],
+            f"`{row['backend']}`",
+            row["dtype"],
+            f"{row['max_relative_logit_error']:.1e}",
+            f"{row['greedy_tokens_equal']} of 64" if row["dtype"] == "float32" else "",
+            f"{row['rms_error_ratio_to_transformers_bfloat16']:.2f}" if row["dtype"] == "bfloat16" else "",
+            f"{row['max_error_ratio_to_transformers_bfloat16']:.2f}" if row["dtype"] == "bfloat16" else "",
+        )
+        for row in result["results"]
+    ]
+    heads = ("model", "backend", "weights", "max error", "equal greedy tokens", "RMS error", "max error, ratio")
+    return PARITY + table(heads, rows)
+
+
+def measured_on(name: str, result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items())
+    host = f"{machine['cpus']} cores of {machine['cpu']}, {machine['memory']}, Python {machine['python']}"
+    return f"\n`python benchmarks/{name}.py`, {result['date']}: {host}, {versions}.\n"
+
+
+def spread(value: dict[str, float], digits: int = 2) -> str:
+    return f"{value['median']:.{digits}f} ({value['min']:.{digits}f} to {value['max']:.{digits}f})"
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    main()
