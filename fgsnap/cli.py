@@ -18,6 +18,7 @@ from fgsnap import __version__
 from fgsnap.errors import FgsnapError, UsageError, missing_extra
 
 if TYPE_CHECKING:
+    from fgsnap.runtime.options import EngineOptions
     from fgsnap.snapshot import Manifest, Snapshot
 
 JSON_SCHEMA_VERSION = 1
@@ -57,7 +58,7 @@ def engine_options(command: Command) -> Command:
             ),
             option("--tp", type=click.IntRange(min=1), default=1, help="Tensor parallel degree to serve at."),
             option("--max-model-len", type=click.IntRange(min=1), help="Longest context; default: the model's."),
-            option("--max-batch-tokens", type=click.IntRange(min=1), help="Token budget of one forward; default: 512."),
+            option("--max-batch-tokens", type=click.IntRange(min=1), default=512, help="Token budget of one forward."),
             option("--kv-memory", type=ByteSize(), help="KV cache; default: 2GiB, or half of what is free if less."),
             option("--threads", type=click.IntRange(min=1), help="CPU threads; default: what this process may use."),
         )
@@ -231,8 +232,8 @@ def serve(snapshot: Path, **settings: Any) -> None:
     from fgsnap.runtime.launch import ServeOptions
     from fgsnap.runtime.launch import serve as run_server
 
-    _only_tp1(settings.pop("tp"))
-    sys.exit(run_server(ServeOptions(snapshot=str(snapshot), **_plain(settings))))
+    engine = _engine(settings)
+    sys.exit(run_server(ServeOptions(snapshot=str(snapshot), engine=engine, **_plain(settings))))
 
 
 @cli.command()
@@ -258,12 +259,12 @@ def run(snapshot: Path, prompt: str, **settings: Any) -> None:
       fgsnap run snap/ "What is the capital of France?"
       fgsnap run snap/ "Once upon a time" --raw --temperature 0.8 --seed 7
     """
-    _only_tp1(settings.pop("tp"))
+    engine = _engine(settings)
     if prompt == "-":
         prompt = sys.stdin.read()
     if not prompt:
         raise UsageError("The prompt is empty.", "A model continues at least one token.", "Give it some text.")
-    _answer(snapshot, prompt, settings)
+    _answer(snapshot, prompt, engine, settings)
 
 
 @cli.command()
@@ -378,11 +379,11 @@ def version(as_json: bool) -> None:
         click.echo(f"fgsnap {__version__}")
 
 
-def _answer(path: Path, prompt: str, settings: dict[str, Any]) -> None:
+def _answer(path: Path, prompt: str, engine: EngineOptions, settings: dict[str, Any]) -> None:
     from fgsnap.runtime.generate import answer
 
-    streamed = not settings["as_json"]
-    result = answer(path, prompt, emit=_emit if streamed else None, **_plain(settings, drop=("as_json",)))
+    streamed = not settings.pop("as_json")
+    result = answer(path, prompt, emit=_emit if streamed else None, engine=engine, **settings)
     if streamed:
         click.echo()
     else:
@@ -401,18 +402,22 @@ def _emit(text: str) -> None:
     sys.stdout.flush()
 
 
-def _only_tp1(tp: int) -> None:
-    if tp != 1:
+def _engine(settings: dict[str, Any]) -> EngineOptions:
+    """Take what ``engine_options`` added out of the settings."""
+    from fgsnap.runtime.options import EngineOptions
+
+    if (tp := settings.pop("tp")) != 1:
         raise UsageError(
             f"This version serves at tensor parallel degree 1, not {tp}.",
             "Every snapshot opens at degree 1, whatever degree it was converted at.",
             "Leave --tp out.",
         )
+    return EngineOptions(**{name: settings.pop(name) for name in EngineOptions.__struct_fields__})
 
 
-def _plain(settings: dict[str, Any], drop: tuple[str, ...] = ()) -> dict[str, Any]:
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings with paths as strings, for values that cross a process border."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in settings.items() if k not in drop}
+    return {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
 
 
 def _unwind_on_signals() -> None:

@@ -8,6 +8,11 @@ Progress = Callable[[int, int], None]
 """Told (bytes done so far, bytes in all), from the thread that asked for the work."""
 
 
+def part(progress: Progress | None, before: int, whole: int) -> Progress | None:
+    """The Progress of one part of ``whole`` bytes of work, of which ``before`` are done when the part begins."""
+    return None if progress is None else lambda done, _: progress(before + done, whole)
+
+
 def counted(progress: Progress | None, total: int) -> Callable[[int], None]:
     """A function to be told the bytes of each part as it is done; it passes on the sum."""
     done = 0

@@ -188,19 +188,11 @@ def test_closing_leaves_views_alive(tmp_path: Path) -> None:
     make_snapshot(tmp_path / "s", spec, weights=weights)
     snapshot = open_snapshot(tmp_path / "s")
     view = snapshot.tensor(snapshot.manifest.tensors[0])
-    snapshot.touch()
     snapshot.close()
     snapshot.close()
     del snapshot
     gc.collect()
     assert view == weights["embed.weight"].tobytes()
-
-
-def test_touching_works_without_the_advice_of_newer_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_snapshot(tmp_path / "s", tiny_spec(), 2)
-    monkeypatch.setattr("fgsnap.snapshot.reading._MADV_POPULATE_READ", 0x7FFFFFF)
-    with open_snapshot(tmp_path / "s") as snapshot:
-        snapshot.touch()
 
 
 def test_a_file_is_mapped_once_and_descriptors_do_not_leak(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """Export: a snapshot back as a Hugging Face safetensors checkpoint, by the same two maps, backwards.
 
 Segments gather each logical tensor from the ranks; the family's rules put its values where conversion would read them.
-A snapshot made from safetensors at its own dtypes gives every tensor back bit for bit. Files are written in a directory
-beside the target, which gets its name when everything is on disk.
+A snapshot made from safetensors at its own dtypes gives every tensor back bit for bit. Its digests are checked first:
+a checkpoint has none that could tell of damage later. Files are written in a directory beside the target, which gets
+its name when everything is on disk.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from fgsnap.convert.plan import SLAB
 from fgsnap.convert.rules import Array, Rule, Shape, digest, sources, write_box
 from fgsnap.convert.source import NUMPY_DTYPES
 from fgsnap.layout import logical_shapes
-from fgsnap.progress import Progress, counted
-from fgsnap.snapshot import Manifest, Snapshot, open_snapshot, read_logical
+from fgsnap.progress import Progress, counted, part
+from fgsnap.snapshot import Manifest, Snapshot, open_snapshot, read_logical, verify
 from fgsnap.spec import DTYPE_BYTES, DType
 
 SHARD = 5_000_000_000
@@ -63,7 +64,7 @@ def export(
     Args:
         snapshot_path: the snapshot directory.
         target: the new directory.
-        progress: told (bytes so far, bytes in all).
+        progress: told (bytes so far, bytes in all), those that are verified and those that are written.
         shard_bytes: most bytes of tensors in one file.
     """
     with open_snapshot(snapshot_path) as snapshot:
@@ -73,7 +74,10 @@ def export(
         total = sum(tensor.bytes for shard in shards for tensor in shard)
         with PartialDirectory(Path(target)) as new:
             new.check_space(total)
-            _write_tensors(snapshot, rules, shards, new.path, counted(progress, total))
+            covered = sum(entry.bytes for entry in manifest.files.values())
+            verify(snapshot.path, part(progress, 0, covered + total))
+            wrote = counted(part(progress, covered, covered + total), total)
+            _write_tensors(snapshot, rules, shards, new.path, wrote)
             for name, data in _texts(snapshot):
                 write_file(new.path / name, data)
             path = new.publish()

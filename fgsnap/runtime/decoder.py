@@ -12,6 +12,7 @@ from fgsnap.errors import HostError, UsageError
 from fgsnap.kernels.choose import Choice, choose, settled_device
 from fgsnap.kernels.ops import AttentionArgs, Batch, NormArgs, Ops, Sampled, Sampling, Tensor
 from fgsnap.runtime import memory
+from fgsnap.runtime.options import EngineOptions
 from fgsnap.runtime.weights import LayerWeights, Weights, load
 from fgsnap.snapshot import Snapshot
 from fgsnap.spec import DTYPE_BYTES, DecoderSpec, Layer, features, rope_frequencies
@@ -169,6 +170,19 @@ def load_decoder(
         max_length=length,
         dtype=settled,
         choices=choices,
+    )
+
+
+def load_as_chosen(snapshot: Snapshot, options: EngineOptions) -> Decoder:
+    """``load_decoder`` by a user's choices."""
+    return load_decoder(
+        snapshot,
+        backend=options.backend,
+        device=options.device,
+        dtype=options.dtype,
+        kv_memory=options.kv_memory,
+        max_length=options.max_model_len,
+        threads=options.threads,
     )
 
 

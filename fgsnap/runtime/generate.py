@@ -9,12 +9,15 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from fgsnap.errors import FgsnapError, RequestError
-from fgsnap.runtime.decoder import load_decoder
+from fgsnap.runtime.decoder import load_as_chosen
 from fgsnap.runtime.engine import Engine
+from fgsnap.runtime.options import EngineOptions
 from fgsnap.runtime.request import FinishReason, Request, SamplingParams, Token
 from fgsnap.runtime.text import Text, TextStream
-from fgsnap.runtime.worker import DEFAULT_TOKEN_BUDGET, check_canary
+from fgsnap.runtime.worker import check_canary
 from fgsnap.snapshot import open_snapshot
+
+_DEFAULT_ENGINE = EngineOptions()
 
 
 class Delta(NamedTuple):
@@ -75,13 +78,7 @@ def answer(
     prompt: str,
     *,
     emit: Callable[[str], None] | None = None,
-    backend: str = "auto",
-    device: str = "auto",
-    dtype: str = "auto",
-    max_model_len: int | None = None,
-    max_batch_tokens: int | None = None,
-    kv_memory: int | None = None,
-    threads: int | None = None,
+    engine: EngineOptions = _DEFAULT_ENGINE,
     max_tokens: int = 256,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -96,25 +93,24 @@ def answer(
         path: the snapshot's directory.
         prompt: a user's message where the snapshot has a chat template, unless ``raw``; else plain text to continue.
         emit: called with each piece of text as it appears.
+        engine: how to run it, as ``fgsnap serve`` would be told.
         max_tokens: most tokens to generate; fewer if the context ends first.
         raw: continue the prompt as plain text.
 
-    The other arguments are those of ``fgsnap serve`` and of SamplingParams.
+    The other arguments are those of SamplingParams.
     """
     snapshot = open_snapshot(path)
     try:
         text = Text(snapshot)
         ids = text.encode(prompt) if raw or not text.has_chat_template else text.encode_chat([_user(prompt)])
-        decoder = load_decoder(
-            snapshot, backend=backend, device=device, dtype=dtype, kv_memory=kv_memory, max_length=max_model_len,
-            threads=threads,
-        )  # fmt: skip
+        decoder = load_as_chosen(snapshot, engine)
         check_canary(decoder, snapshot)
-        budget = max_batch_tokens or DEFAULT_TOKEN_BUDGET
-        engine = Engine(decoder, eos_token_ids=text.eos_token_ids, token_budget=budget, max_sequences=1)
+        running = Engine(
+            decoder, eos_token_ids=text.eos_token_ids, token_budget=engine.max_batch_tokens, max_sequences=1
+        )
         room = _room(decoder.max_length, len(ids))
         params = SamplingParams(min(max_tokens, room), temperature, top_k, top_p, seed)
-        return _collect(generate(engine, text, ids, params, stop), len(ids), emit)
+        return _collect(generate(running, text, ids, params, stop), len(ids), emit)
     finally:
         snapshot.close()
 

@@ -19,6 +19,7 @@ import msgspec
 
 from fgsnap.errors import HostError, NotFound, UsageError
 from fgsnap.runtime import process, startup
+from fgsnap.runtime.options import EngineOptions
 from fgsnap.runtime.worker import WorkerOptions
 from fgsnap.snapshot import open_snapshot
 
@@ -26,18 +27,12 @@ BACKLOG = 2048
 
 
 class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """The options of ``fgsnap serve``; None means the engine's or the snapshot's own value."""
+    """The options of ``fgsnap serve``; None means the snapshot's own value, or none."""
 
     snapshot: str
     host: str = "127.0.0.1"
     port: int = 8000
-    backend: str = "auto"
-    device: str = "auto"
-    dtype: str = "auto"
-    max_batch_tokens: int | None = None
-    max_model_len: int | None = None
-    kv_memory: int | None = None
-    threads: int | None = None
+    engine: EngineOptions = EngineOptions()
     served_model_name: str | None = None
     api_key_file: str | None = None
     verify: str = "manifest"
@@ -67,7 +62,9 @@ def _serve(options: ServeOptions) -> int:
     clock.mark("open")
     listener = _listen(options.host, options.port)
     clock.mark("listen")
-    worker_options = _worker_options(options, snapshot.id)
+    worker_options = WorkerOptions(
+        snapshot=str(Path(options.snapshot).absolute()), id=snapshot.id, engine=options.engine, verify=options.verify
+    )
     child = process.fork(worker_options, snapshot, clock.last, not_theirs=listener)
     clock.mark("fork")
     try:
@@ -104,21 +101,6 @@ def _leaving_on_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _worker_options(options: ServeOptions, id: str) -> WorkerOptions:
-    return WorkerOptions(
-        snapshot=str(Path(options.snapshot).absolute()),
-        id=id,
-        backend=options.backend,
-        device=options.device,
-        dtype=options.dtype,
-        max_batch_tokens=options.max_batch_tokens,
-        max_model_len=options.max_model_len,
-        kv_memory=options.kv_memory,
-        threads=options.threads,
-        verify=options.verify,
-    )
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -20,13 +20,12 @@ import msgspec
 
 from fgsnap.errors import FgsnapError, RequestError, SnapshotRefused
 from fgsnap.runtime import wire
+from fgsnap.runtime.options import EngineOptions
 
 if TYPE_CHECKING:
     from fgsnap.runtime.decoder import Decoder
     from fgsnap.runtime.engine import Engine
     from fgsnap.snapshot import Snapshot
-
-DEFAULT_TOKEN_BUDGET = 512
 
 
 class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,13 +33,7 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     snapshot: str
     id: str
-    backend: str = "auto"
-    device: str = "auto"
-    dtype: str = "auto"
-    max_batch_tokens: int | None = None
-    max_model_len: int | None = None
-    kv_memory: int | None = None
-    threads: int | None = None
+    engine: EngineOptions = EngineOptions()
     verify: str = "manifest"
 
 
@@ -148,23 +141,15 @@ def begin_engine(
 
         verify(options.snapshot)
         mark("verify")
-    from fgsnap.runtime.decoder import load_decoder
+    from fgsnap.runtime.decoder import load_as_chosen
     from fgsnap.runtime.engine import Engine
 
     mark("import engine")
-    decoder = load_decoder(
-        snapshot,
-        backend=options.backend,
-        device=options.device,
-        dtype=options.dtype,
-        kv_memory=options.kv_memory,
-        max_length=options.max_model_len,
-        threads=options.threads,
-    )
+    decoder = load_as_chosen(snapshot, options.engine)
     mark("map and bind")
     canary = check_canary(decoder, snapshot)
     mark("canary")
-    budget = options.max_batch_tokens or DEFAULT_TOKEN_BUDGET
+    budget = options.engine.max_batch_tokens
     engine = Engine(decoder, eos_token_ids=snapshot.manifest.text.eos_token_ids, token_budget=budget)
     return engine, wire.Ready(
         backend=decoder.ops.name,

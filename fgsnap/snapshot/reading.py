@@ -35,7 +35,6 @@ from fgsnap.snapshot.format import (
 )
 
 _LARGEST_JSON = 64 << 20
-_MADV_POPULATE_READ = 22  # of linux/mman.h; the mmap module has no name for it yet
 
 T = TypeVar("T")
 
@@ -76,14 +75,6 @@ class Snapshot:
         if len(data) != entry.bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
             raise changed(self.path, name)
         return data
-
-    def touch(self) -> None:
-        """Bring every page of every rank file into memory now, so that a request never waits for the disk."""
-        for name, mapped in self._maps.items():
-            try:
-                mapped.madvise(_MADV_POPULATE_READ)
-            except OSError:  # Linux before 5.14
-                self._views[name][:: mmap.PAGESIZE].tobytes()
 
     def slices(self, logical: str) -> list[tuple[TensorEntry, Segment]]:
         """The stored slices that make up one logical tensor, each once even when several ranks hold it."""

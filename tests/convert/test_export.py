@@ -78,13 +78,7 @@ def test_slabs_do_not_show(tmp_path, monkeypatch, slab):
 
 def test_many_shards_with_an_index(tmp_path):
     tensors = weights(CONFIG)
-    seen = []
-    export(
-        snapshot(tmp_path, CONFIG, tensors, shards=3),
-        tmp_path / "back",
-        lambda *counts: seen.append(counts),
-        shard_bytes=20_000,
-    )
+    export(snapshot(tmp_path, CONFIG, tensors, shards=3), tmp_path / "back", shard_bytes=20_000)
     back = tmp_path / "back"
     shards = sorted(file.name for file in back.glob("*.safetensors"))
     assert shards == [f"model-{at:05d}-of-{len(shards):05d}.safetensors" for at in range(1, len(shards) + 1)]
@@ -92,7 +86,6 @@ def test_many_shards_with_an_index(tmp_path):
     index = json.loads((back / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in tensors.values())
     assert set(index["weight_map"]) == set(tensors) and set(index["weight_map"].values()) == set(shards)
-    assert seen[-1] == (index["metadata"]["total_size"],) * 2
 
 
 def test_what_was_exported_converts_to_the_same_weights(tmp_path):
@@ -189,6 +182,24 @@ def test_a_text_file_that_was_changed(tmp_path, small):
     with pytest.raises(SnapshotRefused, match="refused"):
         export(small, tmp_path / "back")
     assert not list(tmp_path.glob("back*"))
+
+
+def test_a_flipped_bit_in_a_rank_file(tmp_path, small):
+    rank = small / "rank-00000-of-00001.safetensors"
+    data = bytearray(rank.read_bytes())
+    data[-5] ^= 1
+    rank.write_bytes(data)
+    with pytest.raises(SnapshotRefused, match="damaged in chunk 0"):
+        export(small, tmp_path / "back")
+    assert not list(tmp_path.glob("back*"))
+
+
+def test_progress_counts_verifying_and_writing(tmp_path, small):
+    told = []
+    export(small, tmp_path / "back", lambda *step: told.append(step))
+    done, totals = zip(*told, strict=True)
+    assert list(done) == sorted(done) and set(totals) == {done[-1]}
+    assert done[-1] > 2 * sum(tensor.nbytes for tensor in weights(CONFIG).values())
 
 
 FULL = """

@@ -10,6 +10,7 @@ from fgsnap.kernels.ops import Batch, Sampling
 from fgsnap.runtime.decoder import load_decoder
 from fgsnap.runtime.engine import Engine
 from fgsnap.runtime.generate import Delta, answer, generate
+from fgsnap.runtime.options import EngineOptions
 from fgsnap.runtime.request import Request, SamplingParams
 from fgsnap.runtime.text import Text
 from fgsnap.snapshot import TextSection, open_snapshot
@@ -122,6 +123,10 @@ def greedy(opened, prompt: list[int], count: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
+def on_reference(**settings):
+    return EngineOptions(backend="reference", device="cpu", **settings)
+
+
 @pytest.mark.parametrize("raw", [True, False])
 @pytest.mark.parametrize("budget", [3, 512])
 def test_a_snapshot_answers_as_plain_greedy_decoding_does(snapshot, opened, raw, budget):
@@ -130,9 +135,8 @@ def test_a_snapshot_answers_as_plain_greedy_decoding_does(snapshot, opened, raw,
     expected = greedy(opened, prompt, 20)
     pieces: list[str] = []
     result = answer(
-        snapshot, "Hi", emit=pieces.append, backend="reference", device="cpu", max_tokens=20, raw=raw,
-        max_batch_tokens=budget,
-    )  # fmt: skip
+        snapshot, "Hi", emit=pieces.append, engine=on_reference(max_batch_tokens=budget), max_tokens=20, raw=raw
+    )
     assert result.text == "".join(pieces) == text.decode(expected)
     assert result.prompt_tokens == len(prompt)
     assert result.completion_tokens == len(expected)
@@ -141,17 +145,17 @@ def test_a_snapshot_answers_as_plain_greedy_decoding_does(snapshot, opened, raw,
 
 def test_sampling_is_repeatable_by_its_seed(snapshot):
     def sampled(seed: int) -> str:
-        return answer(snapshot, "Hi", backend="reference", device="cpu", temperature=1.0, seed=seed, max_tokens=12).text
+        return answer(snapshot, "Hi", engine=on_reference(), temperature=1.0, seed=seed, max_tokens=12).text
 
     assert sampled(1) == sampled(1)
     assert len({sampled(seed) for seed in range(4)}) > 1
 
 
 def test_the_context_ends_an_answer(snapshot):
-    result = answer(snapshot, "Hi", backend="reference", device="cpu", max_tokens=500, max_model_len=32, raw=True)
+    result = answer(snapshot, "Hi", engine=on_reference(max_model_len=32), max_tokens=500, raw=True)
     assert result.prompt_tokens + result.completion_tokens <= 32
     with pytest.raises(RequestError, match="context"):
-        answer(snapshot, "Hi" * 40, backend="reference", device="cpu", max_model_len=32, raw=True)
+        answer(snapshot, "Hi" * 40, engine=on_reference(max_model_len=32), raw=True)
 
 
 def test_a_snapshot_that_is_not_there(tmp_path):
@@ -181,5 +185,5 @@ def test_an_answer_is_refused_where_the_model_computes_something_else(tmp_path):
 
 def test_a_prompt_that_fills_the_context_is_refused_with_the_arithmetic(snapshot):
     with pytest.raises(RequestError, match="does not fit the context") as error:
-        answer(snapshot, "hello " * 30, max_model_len=9, raw=True)
+        answer(snapshot, "hello " * 30, engine=EngineOptions(max_model_len=9), raw=True)
     assert "the context 9" in error.value.why

@@ -524,7 +524,9 @@ def test_a_worker_that_dies_fails_its_requests_and_is_replaced(stream):
             lambda: service._loop.call_later(0.2, setattr, service.workers.model, "raises", OSError("gone"))
         )
         with pytest.raises(openai.APIError, match="engine"):
-            answer = api.completions.create(prompt="x", model=MODEL, max_tokens=250, stream=stream)
+            answer = api.completions.create(
+                prompt="x", model=MODEL, max_tokens=250, stream=stream, extra_body={"ignore_eos": True}
+            )
             for _ in answer:
                 pass
         until(lambda: service.link.state == "ready" and service.link.restarts == 1)

@@ -16,6 +16,7 @@ import pytest
 from fgsnap.errors import HostError, SnapshotRefused
 from fgsnap.runtime import wire, worker
 from fgsnap.runtime.engine import Engine
+from fgsnap.runtime.options import EngineOptions
 from fgsnap.runtime.process import BOOT
 from fgsnap.runtime.request import Request, SamplingParams
 from fgsnap.snapshot import open_snapshot
@@ -211,9 +212,8 @@ def snapshot(tmp_path_factory):
 
 def options(path, **settings):
     with open_snapshot(path) as opened:
-        return worker.WorkerOptions(
-            **{"snapshot": str(path), "id": opened.id, "kv_memory": 1 << 20, "threads": 1, **settings}
-        )
+        engine = EngineOptions(kv_memory=1 << 20, threads=1)
+        return worker.WorkerOptions(**{"snapshot": str(path), "id": opened.id, "engine": engine, **settings})
 
 
 @pytest.mark.parametrize("verify", ["manifest", "full"])
