@@ -288,10 +288,14 @@ def inspect(snapshot: Path, tensors: bool, as_json: bool) -> None:
 
 
 def _print_summary(opened: Snapshot, tensors: bool) -> None:
+    from fgsnap.spec import DTYPE_BYTES
+
     manifest = opened.manifest
     spec, origin = manifest.spec, manifest.provenance
     kind = spec.layer_kinds[0].attention
     weights = sum(entry.bytes for entry in manifest.tensors)
+    first = manifest.tensors[0]
+    kv_bytes = spec.kv_values_per_token() * DTYPE_BYTES[first.dtype]
     dtypes = ", ".join(sorted({entry.dtype for entry in manifest.tensors}))
     revision = f" at {origin.revision[:12]}" if origin.revision else ""
     rows = {
@@ -300,7 +304,7 @@ def _print_summary(opened: Snapshot, tensors: bool) -> None:
         "weights": f"{size(weights)} in {manifest.tp} rank file(s), {dtypes}",
         "decoder": f"{spec.depth} layers, width {spec.width}, {kind.heads} heads, {kind.kv_heads} KV heads, "
         f"vocabulary {spec.vocab_size}",
-        "context": f"{spec.max_length} tokens, KV {spec.kv_values_per_token()} values a token",
+        "context": f"{spec.max_length} tokens, KV cache {kv_bytes} bytes a token in {first.dtype}",
         "text": f"eos {', '.join(map(str, manifest.text.eos_token_ids)) or 'none'}, "
         f"chat template {manifest.text.template or 'none'}",
         "canary": "none: recorded without one" if opened.canary is None else f"{len(opened.canary.tokens)} positions",

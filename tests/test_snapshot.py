@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -532,6 +533,30 @@ def test_a_full_disk_is_told_with_the_bytes_needed(tmp_path: Path, monkeypatch: 
         make_snapshot(tmp_path / "s", spec)
     assert os.strerror(code) in error.value.why
     assert error.value.exit_code == 6
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.parametrize("refused", range(20))
+def test_no_write_that_fails_leaves_a_descriptor_or_a_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: int
+) -> None:
+    """Header, slabs, the gap at the end, chunk digests, texts, manifest: each is refused once."""
+    calls = [0]
+    write = os.write
+
+    def fill(descriptor: int, data: bytes | memoryview) -> int:
+        calls[0] += 1
+        if calls[0] == refused + 1:
+            raise OSError(errno.ENOSPC, "full")
+        return write(descriptor, data)
+
+    threads, descriptors = threading.active_count(), names(Path("/proc/self/fd"))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", fill)
+        with pytest.raises(HostError, match="No room to write"):
+            make_snapshot(tmp_path / "s", tiny_spec(layers=1), text_files={"config.json": b"{}"})
+    gc.collect()
+    assert threading.active_count() == threads and names(Path("/proc/self/fd")) == descriptors
     assert names(tmp_path) == set()
 
 

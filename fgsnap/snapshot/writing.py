@@ -155,7 +155,11 @@ class RankWriter:
             self._fd = create_file(path)
         self._digesters = tuple(ThreadPoolExecutor(1, thread_name_prefix="digest") for _ in range(2))
         self._behind: deque[list[Future[None]]] = deque()
-        self.write(0, memoryview(rank_header(path.name, layout.tensors, layout.data_start)))
+        try:
+            self.write(0, memoryview(rank_header(path.name, layout.tensors, layout.data_start)))
+        except BaseException:
+            self._release()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -166,7 +170,7 @@ class RankWriter:
         if error is None:
             self.close()
         else:
-            self._abandon()
+            self._release()
 
     def write(self, offset: int, data: memoryview) -> None:
         """Write one slab at ``offset`` of the file, not before the end of the last one.
@@ -179,14 +183,14 @@ class RankWriter:
 
     def close(self) -> FileEntry:
         """Finish the file and its ``.chunks``, both on disk when this returns, and give the manifest's entry."""
-        self._fill(self.layout.size)
-        assert self._at == self.layout.size
         try:
+            self._fill(self.layout.size)
+            assert self._at == self.layout.size
             self._catch_up(0)
             with host_errors(self.path, self.layout.size):
                 os.fsync(self._fd)
         finally:
-            self._abandon()
+            self._release()
         if self._chunk_bytes:
             self._chunks.append(self._chunk.digest())
         chunks = b"".join(self._chunks)
@@ -196,7 +200,7 @@ class RankWriter:
         self._entries[self.path.name] = entry
         return entry
 
-    def _abandon(self) -> None:
+    def _release(self) -> None:
         for digester in self._digesters:
             digester.shutdown(cancel_futures=True)
         if self._fd >= 0:
