@@ -229,8 +229,8 @@ def serve(snapshot: Path, **settings: Any) -> None:
       fgsnap serve snap/ --port 8080 --backend native --kv-memory 4GiB
     """
     _unwind_on_signals()
-    from fgsnap.runtime.launch import ServeOptions
     from fgsnap.runtime.launch import serve as run_server
+    from fgsnap.runtime.options import ServeOptions
 
     engine = _engine(settings)
     sys.exit(run_server(ServeOptions(snapshot=str(snapshot), engine=engine, **_plain(settings))))

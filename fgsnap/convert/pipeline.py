@@ -27,10 +27,11 @@ import numpy as np
 
 import fgsnap
 from fgsnap.convert.cast import cast
+from fgsnap.convert.opening import open_source
 from fgsnap.convert.plan import SLAB, checked_dtype, default_workers, rank_layouts
 from fgsnap.convert.recipe import Recipe, settle
 from fgsnap.convert.rules import Array, is_whole, read_box
-from fgsnap.convert.source import NUMPY_DTYPES, Source, open_source
+from fgsnap.convert.source import NUMPY_DTYPES, Source
 from fgsnap.convert.text_section import text_section
 from fgsnap.errors import FgsnapError, HostError, SnapshotRefused, missing_extra
 from fgsnap.layout import Piece, pieces

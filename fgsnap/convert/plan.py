@@ -10,7 +10,8 @@ from typing import Any, Literal
 import msgspec
 
 from fgsnap.convert import families
-from fgsnap.convert.source import Source, open_source
+from fgsnap.convert.opening import open_source
+from fgsnap.convert.source import Source
 from fgsnap.errors import SourceError, UsageError
 from fgsnap.layout import logical_shapes, possible_tp, stored_tensors
 from fgsnap.snapshot import RankLayout, plan_rank, rank_file

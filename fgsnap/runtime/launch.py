@@ -15,30 +15,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import msgspec
-
 from fgsnap.errors import HostError, NotFound, UsageError
 from fgsnap.runtime import process, startup
-from fgsnap.runtime.options import EngineOptions
+from fgsnap.runtime.options import ServeOptions
 from fgsnap.runtime.worker import WorkerOptions
 from fgsnap.snapshot import open_snapshot
 
 BACKLOG = 2048
-
-
-class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """The options of ``fgsnap serve``; None means the snapshot's own value, or none."""
-
-    snapshot: str
-    host: str = "127.0.0.1"
-    port: int = 8000
-    engine: EngineOptions = EngineOptions()
-    served_model_name: str | None = None
-    api_key_file: str | None = None
-    verify: str = "manifest"
-    startup_report: str | None = None
-    grace: float = 30.0
-    default_max_tokens: int = 2048
 
 
 def serve(options: ServeOptions) -> int:

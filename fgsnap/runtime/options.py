@@ -1,4 +1,4 @@
-"""What a user chooses of an engine, as it travels from the command line to the engine's process."""
+"""What a user chooses, as it travels from the command line to the server and the engine's process."""
 
 from __future__ import annotations
 
@@ -15,3 +15,18 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int | None = None
     kv_memory: int | None = None
     threads: int | None = None
+
+
+class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """The options of ``fgsnap serve``; None means the snapshot's own value, or none."""
+
+    snapshot: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    engine: EngineOptions = EngineOptions()
+    served_model_name: str | None = None
+    api_key_file: str | None = None
+    verify: str = "manifest"
+    startup_report: str | None = None
+    grace: float = 30.0
+    default_max_tokens: int = 2048

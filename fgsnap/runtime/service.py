@@ -23,7 +23,7 @@ from fgsnap.runtime.link import STALL_SECONDS, START_SECONDS, Link
 from fgsnap.runtime.server import App, Identity, TextSide
 
 if TYPE_CHECKING:
-    from fgsnap.runtime.launch import ServeOptions
+    from fgsnap.runtime.options import ServeOptions
     from fgsnap.runtime.process import Worker
     from fgsnap.snapshot import Snapshot
 

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from fgsnap.convert import gguf_tokenizer
 from fgsnap.convert.gguf import MAX_ARRAY
-from fgsnap.convert.source import open_source
+from fgsnap.convert.opening import open_source
 from fgsnap.errors import SourceError, UnsupportedModel, UsageError
 
 # The real model.

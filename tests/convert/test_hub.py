@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 from blake3 import blake3
 
-from fgsnap.convert.source import open_source
+from fgsnap.convert.opening import open_source
 from fgsnap.errors import UsageError
 from tests.convert.checkpoints import CONFIG, float_file
 from tests.convert.hub_server import Hub, serving
 
 OPEN = """
 import json, sys
-from fgsnap.convert.source import open_source
+from fgsnap.convert.opening import open_source
 from fgsnap.errors import FgsnapError
 name, revision, config_only = json.loads(sys.argv[1])
 try:

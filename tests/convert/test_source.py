@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fgsnap.convert.folder import MAX_HEADER_BYTES, read_header
-from fgsnap.convert.source import open_source
+from fgsnap.convert.opening import open_source
 from fgsnap.errors import NotFound, SourceError, UsageError
 from tests.convert.checkpoints import CONFIG, entry, float_file, folder, sharded
 from tests.convert.checkpoints import safetensors as file_of

@@ -19,7 +19,7 @@ import pytest
 
 from fgsnap.errors import UsageError
 from fgsnap.runtime import startup
-from fgsnap.runtime.launch import ServeOptions
+from fgsnap.runtime.options import ServeOptions
 from fgsnap.runtime.service import _model_name, _seconds
 from fgsnap.runtime.wire import Phase
 from tests.serving import (
@@ -216,12 +216,12 @@ def test_the_parent_imports_nothing_for_http_before_it_forks(snapshot):
     heavy = ("asyncio", "uvicorn", "starlette", "tokenizers", "minijinja", "torch", "numpy", "prometheus_client")
     program = (
         "import sys\n"
-        "from fgsnap.runtime import launch, process\n"
+        "from fgsnap.runtime import launch, options, process\n"
         "def fork(*a, **k):\n"
         f"    print([name for name in {heavy!r} if name in sys.modules], flush=True)\n"
         "    raise SystemExit(0)\n"
         "process.fork = fork\n"
-        f"launch.serve(launch.ServeOptions(snapshot={str(snapshot)!r}, port=0))\n"
+        f"launch.serve(options.ServeOptions(snapshot={str(snapshot)!r}, port=0))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

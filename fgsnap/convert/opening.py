@@ -1,0 +1,105 @@
+"""Which reader a checkpoint needs, by what its name says: a folder, a ``.gguf`` file, or a repository on the Hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from fgsnap.convert.source import LOCAL, PICKLED, Source, pickled
+from fgsnap.errors import NotFound, SourceError, UsageError, missing_extra
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def open_source(name: str, revision: str | None = None, *, config_only: bool = False) -> Source:
+    """Open a checkpoint by path or Hub name.
+
+    Args:
+        name: a folder, a ``.gguf`` file, ``org/name``, or ``hf://org/name@revision``.
+        revision: branch, tag or commit on the Hub.
+        config_only: read config.json and no weights (a plan needs no more).
+    """
+    if name.startswith("hf://"):
+        return _open_hub(name.removeprefix("hf://"), revision, config_only)
+    if not name or not _exists(Path(name)):
+        if HUB_NAME.fullmatch(name.partition("@")[0]) and not name.endswith(".gguf"):
+            return _open_hub(name, revision, config_only)
+        raise NotFound(
+            f"There is no checkpoint {name!r}.",
+            "It is neither a folder, a .gguf file nor a Hub name (org/name).",
+            "Check the path, or write hf://org/name for a Hub repository.",
+        )
+    if revision is not None:
+        raise UsageError("--revision was given for a local checkpoint.", f"{name!r} exists here.", "Leave it out.")
+    path = Path(name)
+    if (path / "snapshot.json").exists():
+        raise UsageError(
+            f"{name!r} is a snapshot already.",
+            "It was converted before.",
+            "Serve it, or turn it back into a checkpoint with 'fgsnap export'.",
+        )
+    try:
+        return _open_folder(path, LOCAL, None, config_only) if path.is_dir() else _open_file(path)
+    except OSError as error:
+        raise SourceError(f"The checkpoint {name!r} cannot be read.", f"{error.strerror or error}.") from error
+
+
+def _exists(path: Path) -> bool:
+    """Whether something is there; a name that no file system takes is not there."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def _open_file(path: Path) -> Source:
+    """A GGUF file; nothing else is a whole checkpoint in one file."""
+    if not path.is_file() or (path.suffix != ".gguf" and not _starts_with(path, b"GGUF")):
+        if PICKLED.fullmatch(path.name):
+            raise pickled(f"{path.name} is a PyTorch pickle file.")
+        raise UsageError(
+            f"{path.name} is not a checkpoint.",
+            "A single file has to be GGUF; a safetensors checkpoint is a folder with its config.json.",
+            "Give the folder that holds the file.",
+        )
+    _require("numpy", "gguf")
+    from fgsnap.convert.gguf import Gguf
+
+    return Gguf(path)
+
+
+def _open_hub(name: str, revision: str | None, config_only: bool) -> Source:
+    """Fetch what conversion reads into the Hub's own cache, at one commit, and open that folder."""
+    repository, _, pinned = name.partition("@")
+    if not HUB_NAME.fullmatch(repository):
+        raise UsageError(f"{name!r} is not a Hub name.", "A Hub name is org/name or org/name@revision.")
+    if pinned and revision is not None and pinned != revision:
+        raise UsageError(
+            f"Two revisions were given for {repository}.", f"{pinned!r} in the name, {revision!r} in --revision."
+        )
+    _require("huggingface_hub")
+    from fgsnap.convert import hub
+
+    folder, commit = hub.fetch(repository, revision or pinned or None, config_only=config_only)
+    return _open_folder(folder, repository, commit, config_only)
+
+
+def _open_folder(path: Path, label: str, revision: str | None, config_only: bool) -> Source:
+    _require("numpy")
+    from fgsnap.convert.folder import Folder
+
+    return Folder(path, label=label, revision=revision, config_only=config_only)
+
+
+def _starts_with(path: Path, magic: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(magic)) == magic
+
+
+def _require(*packages: str) -> None:
+    """Conversion's own packages come with an extra; say so instead of failing on an import later."""
+    from importlib.util import find_spec
+
+    for package in packages:
+        if find_spec(package) is None:
+            raise missing_extra(package, "convert", "Conversion")
