@@ -72,7 +72,7 @@ def convert(
         revision: branch, tag or commit of a Hub repository.
         workers: threads that read ahead.
         canary: record a float32 forward of a fixed prompt, which every start is checked against.
-        progress: called after each slab.
+        progress: told (bytes of tensors so far, bytes in all) after each slab.
         stage: told what begins: "weights", then "canary" if one is recorded.
     """
     begin = time.monotonic()
@@ -90,7 +90,8 @@ def convert(
             writer.check_space(size)
             enter("weights")
             digests = _Background(source.file_digests)
-            _write_ranks(writer, layouts, source, recipe, workers or default_workers(), counted(progress, size))
+            wrote = counted(progress, sum(tensor.bytes for layout in layouts for tensor in layout.tensors))
+            _write_ranks(writer, layouts, source, recipe, workers or default_workers(), wrote)
             for name in sorted(texts):
                 writer.add_file(name, texts[name])
             identity = writer.write_manifest(

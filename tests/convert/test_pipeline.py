@@ -64,7 +64,7 @@ def test_a_checkpoint_becomes_a_snapshot(tmp_path, model):
     assert origin.files["model.safetensors"] == blake3((model / "model.safetensors").read_bytes()).hexdigest()
     assert str(tmp_path) not in (tmp_path / "snap" / "manifest.json").read_text()
     done, totals = zip(*seen, strict=True)
-    assert list(done) == sorted(done) and set(totals) == {result.bytes} and done[-1] <= result.bytes
+    assert list(done) == sorted(done) and set(totals) == {done[-1]} and 0 < done[0] < done[-1] <= result.bytes
     assert not list(tmp_path.glob("*.partial"))
 
 
