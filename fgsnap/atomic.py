@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -44,7 +45,8 @@ class PartialDirectory:
                 self._lock = _lock_directory(self.path)
                 _empty(self.path)
                 (self.path / MARK).touch()
-                os.fchmod(self._lock, 0o755)  # whatever the umask
+                if self.target.exists():  # empty, and replaced: who may look into it stays as it is
+                    os.fchmod(self._lock, stat.S_IMODE(self.target.stat().st_mode))
         except BaseException:
             self.close()
             raise
@@ -107,10 +109,8 @@ class PartialDirectory:
 
 
 def create_file(path: Path) -> int:
-    """A descriptor of a new file, to write and to map; every user may read the file, whatever the umask."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    os.fchmod(descriptor, 0o644)
-    return descriptor
+    """A descriptor of a new file, to write and to map."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
 def write_all(descriptor: int, data: memoryview) -> None:
@@ -152,7 +152,7 @@ def host_errors(path: Path, needed: int = 0) -> Iterator[None]:
 
 
 def _disk_full(path: Path, needed: int, why: str) -> HostError:
-    need = f": it needs {needed} bytes ({needed / (1 << 30):.2f} GiB)" if needed else ""
+    need = f": it needs {needed} bytes ({needed / (1 << 20):.1f} MiB)" if needed else ""
     return HostError(
         f"No room to write {path.name}{need}.",
         f"In {path.parent}: {why}.",
@@ -165,6 +165,10 @@ def _refuse_taken(target: Path) -> None:
         reason = "It exists and is not a directory."
     elif target.is_dir() and any(target.iterdir()):
         reason = "The directory exists and is not empty."
+    elif os.path.ismount(target):
+        reason = "It is a mount point, which nothing can be renamed to: name a directory inside it."
+    elif target.is_dir() and target.samefile("."):
+        reason = "It is the current directory, which would be replaced: name another one."
     else:
         return
     raise UsageError(f"Cannot write to {target}.", reason, "Choose another directory or remove this one.")

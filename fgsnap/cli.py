@@ -124,7 +124,7 @@ def cli() -> None:
     """Turn a Hugging Face checkpoint into a verified snapshot, and serve it at once.
 
     Exit codes: 0 ok, 1 failed, 2 usage, 3 snapshot refused, 4 not found, 5 network (try again), 6 this host cannot,
-    130 and 143 interrupted. FGSNAP_DEBUG=1 shows the trace of an error.
+    129, 130 and 143 interrupted. FGSNAP_DEBUG=1 shows the trace of an error.
     """
 
 
@@ -200,7 +200,8 @@ def _print_plan(source: str, tp: int, dtype: str | None, revision: str | None, a
         return
     for rank in plan.ranks:
         click.echo(f"{rank.file}  {len(rank.tensors)} tensors  {size(rank.bytes)}")
-    click.echo(f"total      {size(plan.bytes)} in {len(plan.ranks)} rank file(s), {plan.dtype}")
+    stated = ", assumed: config.json states no dtype" if plan.dtype_from == "assumed" else ""
+    click.echo(f"total      {size(plan.bytes)} in {len(plan.ranks)} rank file(s), {plan.dtype}{stated}")
     click.echo(f"KV cache   {plan.kv_bytes_per_token} bytes a token")
     click.echo(f"peak memory of the conversion about {size(plan.peak_memory)}")
     click.echo(f"tensor parallel degrees that work: {', '.join(map(str, plan.possible_tp))}")
@@ -211,7 +212,7 @@ def _print_plan(source: str, tp: int, dtype: str | None, revision: str | None, a
 @option("--host", default="127.0.0.1", help="Address to listen on.")
 @option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0 picks a free one.")
 @engine_options
-@option("--served-model-name", help="Name clients use; default: the checkpoint's.")
+@option("--served-model-name", help="Name clients use; default: that on the Hub, else the directory's.")
 @option("--api-key-file", type=click.Path(path_type=Path), help="File of accepted API keys, one a line.")
 @option(
     "--verify", type=click.Choice(("manifest", "touch", "full")), default="manifest",
@@ -261,7 +262,7 @@ def run(snapshot: Path, prompt: str, **settings: Any) -> None:
     """
     engine = _engine(settings)
     if prompt == "-":
-        prompt = sys.stdin.read()
+        prompt = _standard_input()
     if not prompt:
         raise UsageError("The prompt is empty.", "A model continues at least one token.", "Give it some text.")
     _answer(snapshot, prompt, engine, settings)
@@ -293,7 +294,7 @@ def _print_summary(opened: Snapshot, tensors: bool) -> None:
     manifest = opened.manifest
     spec, origin = manifest.spec, manifest.provenance
     kind = spec.layer_kinds[0].attention
-    weights = sum(entry.bytes for entry in manifest.tensors)
+    weights = sum(entry.bytes for entry in manifest.files.values() if entry.chunks is not None)
     first = manifest.tensors[0]
     kv_bytes = spec.kv_values_per_token() * DTYPE_BYTES[first.dtype]
     dtypes = ", ".join(sorted({entry.dtype for entry in manifest.tensors}))
@@ -317,6 +318,7 @@ def _print_summary(opened: Snapshot, tensors: bool) -> None:
 
 
 def _print_tensors(manifest: Manifest) -> None:
+    click.echo(f"{'file':<35}  {'offset':>12}  {'bytes':>12}  {'dtype':<9} {'shape':<14} tensor")
     for entry in manifest.tensors:
         shape = "x".join(map(str, entry.shape))
         click.echo(f"{entry.file}  {entry.offset:>12}  {entry.bytes:>12}  {entry.dtype:<9} {shape:<14} {entry.name}")
@@ -406,6 +408,13 @@ def _emit(text: str) -> None:
     sys.stdout.flush()
 
 
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise UsageError("The prompt on stdin is not UTF-8 text.", f"Byte {error.start} is not.") from None
+
+
 def _engine(settings: dict[str, Any]) -> EngineOptions:
     """Take what ``engine_options`` added out of the settings."""
     from fgsnap.runtime.options import EngineOptions
@@ -432,7 +441,8 @@ def _unwind_on_signals() -> None:
         raise SystemExit(128 + number)
 
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, leave)
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, leave)
 
 
 def size(count: float) -> str:

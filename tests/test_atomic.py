@@ -40,7 +40,7 @@ def refusing(code: int):
 
 
 def test_what_is_published_has_its_name_its_modes_and_its_parents(tmp_path: Path) -> None:
-    before, umask = descriptors(), os.umask(0o077)
+    before, umask = descriptors(), os.umask(0o027)
     try:
         with PartialDirectory(tmp_path / "deep" / "er" / "s") as new:
             assert new.path == tmp_path / "deep" / "er" / "s.partial"
@@ -51,9 +51,31 @@ def test_what_is_published_has_its_name_its_modes_and_its_parents(tmp_path: Path
         os.umask(umask)
     assert names(tmp_path / "deep" / "er") == {"s"}
     assert (new.target / "file").read_bytes() == b"data"
-    assert stat.S_IMODE(new.target.stat().st_mode) == 0o755
-    assert stat.S_IMODE((new.target / "file").stat().st_mode) == 0o644
+    assert stat.S_IMODE(new.target.stat().st_mode) == 0o750
+    assert stat.S_IMODE((new.target / "file").stat().st_mode) == 0o640
     assert descriptors() == before
+
+
+def test_a_directory_that_was_there_keeps_its_mode(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir(0o700)
+    with PartialDirectory(tmp_path / "s") as new:
+        new.publish()
+    assert stat.S_IMODE((tmp_path / "s").stat().st_mode) == 0o700
+
+
+def test_what_cannot_be_replaced_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in (".", "../here"):
+        with pytest.raises(UsageError, match="Cannot write to") as caught:
+            PartialDirectory(Path(name))
+        assert "current directory" in caught.value.why
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "volume")
+    with pytest.raises(UsageError) as caught:
+        PartialDirectory(tmp_path / "volume")
+    assert "mount point" in caught.value.why
+    assert names(tmp_path) == {"here", "volume"}
 
 
 def test_a_relative_target_is_where_it_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,7 +326,7 @@ def test_too_little_space_is_told_with_both_sides(tmp_path: Path, monkeypatch: p
     with pytest.raises(HostError) as error, PartialDirectory(tmp_path / "deep" / "s") as new:
         new.check_space(3 * 4096)
         new.check_space(3 * 4096 + 1)
-    assert error.value.what == "No room to write s: it needs 12289 bytes (0.00 GiB)."
+    assert error.value.what == "No room to write s: it needs 12289 bytes (0.0 MiB)."
     assert error.value.why == f"In {tmp_path / 'deep'}: 12288 bytes are free."
     assert names(tmp_path) == set()
 
@@ -325,7 +347,7 @@ def test_a_disk_that_fills_up_is_told_with_the_bytes_needed(
     monkeypatch.setattr(os, "write", refusing(code))
     with pytest.raises(HostError) as error, PartialDirectory(tmp_path / "deep" / "s") as new:
         write_file(new.path / "file", b"data")
-    assert error.value.what == "No room to write file: it needs 4 bytes (0.00 GiB)."
+    assert error.value.what == "No room to write file: it needs 4 bytes (0.0 MiB)."
     assert error.value.why == f"In {tmp_path / 'deep' / 's.partial'}: {os.strerror(code)}."
     assert len(error.value.lines()) == 3
     assert names(tmp_path) == set()

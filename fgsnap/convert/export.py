@@ -193,10 +193,12 @@ def _texts(snapshot: Snapshot) -> Iterator[tuple[str, bytes]]:
 
 
 def _with_dtype(config: bytes, dtype: DType | None) -> bytes:
-    """config.json with the dtype that the weights were cast to, where it states one."""
+    """config.json with the dtype that the weights were cast to, whatever it stated before."""
     parsed = msgspec.json.decode(config, type=dict[str, Any])
-    stated = {key: dtype for key in ("dtype", "torch_dtype") if key in parsed and parsed[key] != dtype}
-    return _json({**parsed, **stated}) if dtype is not None and stated else config
+    keys = [key for key in ("dtype", "torch_dtype") if key in parsed] or ["torch_dtype"]
+    if dtype is None or all(parsed.get(key) == dtype for key in keys):
+        return config
+    return _json({**parsed, **dict.fromkeys(keys, dtype)})
 
 
 def _notes(manifest: Manifest, rules: tuple[Rule, ...]) -> tuple[str, ...]:
@@ -204,7 +206,7 @@ def _notes(manifest: Manifest, rules: tuple[Rule, ...]) -> tuple[str, ...]:
     if origin.rules != digest(rules):
         notes.append("The source was no Hugging Face checkpoint; names and row order are those of one.")
     if origin.dtype is not None:
-        notes.append(f"The weights were cast to {origin.dtype} when they were converted.")
+        notes.append(f"The weights were stored in {origin.dtype} when they were converted, whatever the source had.")
     if origin.dropped:
         notes.append(f"Tensors of the source without use were dropped: {', '.join(origin.dropped)}.")
     return tuple(notes)

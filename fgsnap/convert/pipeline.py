@@ -87,7 +87,7 @@ def convert(
         text = text_section(texts, source.config, recipe.spec.vocab_size)
         size = sum(layout.size for layout in layouts)
         with SnapshotWriter(Path(target), recipe.spec, tp) as writer:
-            writer.check_space(size)
+            writer.check_space(size + sum(map(len, texts.values())))
             enter("weights")
             digests = _Background(source.file_digests)
             wrote = counted(progress, sum(tensor.bytes for layout in layouts for tensor in layout.tensors))

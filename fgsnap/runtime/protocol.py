@@ -7,6 +7,7 @@ not offer are refused by name.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -141,6 +142,9 @@ def parse_chat(body: bytes, vocab_size: int) -> Call:
     wanted = _typed(sent, ChatBody)
     if wanted.top_logprobs and not wanted.logprobs:
         raise _wrong("top_logprobs", "top_logprobs needs logprobs to be true.")
+    for index, message in enumerate(wanted.messages):
+        if message.content is None and not message.tool_calls:
+            raise _wrong(f"messages[{index}].content", "The field is missing.")
     return _call(
         wanted,
         chat=True,
@@ -152,6 +156,8 @@ def parse_chat(body: bytes, vocab_size: int) -> Call:
 
 
 def _object(body: bytes) -> dict[str, Any]:
+    if not body.strip():
+        raise _wrong("", "The body is empty; it must be a JSON object.")
     try:
         sent = msgspec.json.decode(body)
     except RecursionError:
@@ -185,7 +191,10 @@ def _typed(sent: dict[str, Any], kind: type[Body]) -> Body:
         return msgspec.convert(sent, kind)
     except msgspec.ValidationError as error:
         reason, _, path = str(error).partition(" - at `$")
-        raise _wrong(path.rstrip("`").lstrip("."), f"{reason}.") from None
+        field = path.rstrip("`").lstrip(".")
+        if missing := re.fullmatch(r"Object missing required field `(\w+)`", reason):
+            raise _wrong(f"{field}.{missing[1]}".lstrip("."), "The field is missing.") from None
+        raise _wrong(field, f"{reason}.") from None
 
 
 def _prompts(prompt: str | list[str | int | list[int]], vocab_size: int) -> tuple[str | tuple[int, ...], ...]:

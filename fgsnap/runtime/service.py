@@ -119,7 +119,9 @@ class Service:
             await asyncio.wait({engine, stopping, serving, checking}, return_when=asyncio.FIRST_COMPLETED)
             self._app.draining = True
             if stopping.done():
-                return await self._drained(stopping.result(), signals)
+                code = await self._drained(stopping.result(), signals)
+                _tell("stopped.")
+                return code
             for failed in (engine, checking):
                 if failed.done():
                     failed.result()  # raises what ended the service
@@ -134,7 +136,7 @@ class Service:
 
     async def _drained(self, first: int, signals: asyncio.Queue[int]) -> int:
         """Let open requests finish within the grace time; a second signal cuts it short. Returns the exit code."""
-        grace = self._options.grace if first == signal.SIGTERM else INTERRUPT_GRACE_SECONDS
+        grace = INTERRUPT_GRACE_SECONDS if first == signal.SIGINT else self._options.grace
         idle = asyncio.create_task(self._idle())
         again = asyncio.create_task(signals.get())
         await asyncio.wait({idle, again}, timeout=grace, return_when=asyncio.FIRST_COMPLETED)
@@ -224,10 +226,12 @@ def _seconds(name: str, default: float) -> float:
 
 
 def _signals() -> asyncio.Queue[int]:
-    """SIGTERM and SIGINT from now on, as they come."""
+    """What asks the service to end, from now on, as it comes. Under nohup a hangup does not."""
     queue: asyncio.Queue[int] = asyncio.Queue()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            continue
         loop.add_signal_handler(number, queue.put_nowait, int(number))
     return queue
 

@@ -125,7 +125,8 @@ class Text:
         return TextStream(self, tuple(stop), prompt)
 
     def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(_unicode(text), add_special_tokens=False).ids)
+        # As a batch of one: only batches let other threads run meanwhile, and a long prompt takes seconds.
+        return list(self.tokenizer.encode_batch_fast([_unicode(text)], add_special_tokens=False)[0].ids)
 
     def _special_tokens(self, snapshot: TextSource) -> dict[str, str]:
         """The variables such as bos_token that a template may use."""

@@ -123,6 +123,13 @@ def test_it_says_what_was_cast_and_dropped(tmp_path):
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == {**TIED, "torch_dtype": "float16"}
 
 
+def test_a_cast_is_stated_where_the_config_says_nothing(tmp_path):
+    config = {key: value for key, value in CONFIG.items() if key not in ("dtype", "torch_dtype")}
+    convert(str(folder(tmp_path / "m", config, weights(config))), tmp_path / "snap", dtype="float16", canary=False)
+    export(tmp_path / "snap", tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == {**config, "torch_dtype": "float16"}
+
+
 # --- refused ----------------------------------------------------------------------------------------------------------
 
 

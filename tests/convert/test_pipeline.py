@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -40,8 +39,7 @@ def plain(source, target, **settings):
 
 def digests(path):
     return {
-        str(file.relative_to(path)): (hashlib.sha256(file.read_bytes()).hexdigest(), stat.S_IMODE(file.stat().st_mode))
-        for file in sorted(path.rglob("*"))
+        str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(path.rglob("*"))
     }
 
 

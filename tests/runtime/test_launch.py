@@ -285,7 +285,44 @@ def test_sigterm_cuts_what_does_not_finish_within_the_grace_time(snapshot):
             service.signal(signal.SIGTERM)
             assert connection.recv(64).startswith(b"HTTP/1.1 503")
         assert service.ended() == 0 and time.monotonic() - began < 8
-        assert "1 requests did not finish within 0.2 s" in service.lines[-1]
+        assert "1 requests did not finish within 0.2 s" in service.lines[-2]
+        assert service.lines[-1] == "fgsnap: stopped."
+
+
+def test_a_hangup_drains_too_unless_it_is_ignored(snapshot):
+    with real_service(snapshot, *SMALL) as service, client(service.url) as api:
+        chunks = iter(stream(api))
+        next(chunks)
+        service.signal(signal.SIGHUP)
+        assert list(chunks)[-1].choices[0].finish_reason == "length"
+        assert service.ended() == 129 and service.lines[-1] == "fgsnap: stopped."
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what nohup leaves to its command
+    try:
+        with real_service(snapshot, *SMALL) as service, client(service.url) as api:
+            service.signal(signal.SIGHUP)
+            assert list(stream(api))[-1].choices[0].finish_reason == "length"
+            service.signal(signal.SIGTERM)
+            assert service.ended() == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_long_prompt_does_not_keep_others_waiting_while_it_is_tokenized(snapshot):
+    with real_service(snapshot, *SMALL) as service:
+        until(lambda: samples(service.url)["fgsnap_ready"] == 1)
+        answers = []
+        body = {"prompt": "The quick brown fox. " * 300_000, "max_tokens": 3}
+        long = threading.Thread(target=lambda: answers.append(ask(service.url, "POST", "/v1/completions", body)))
+        waits, began = [0.0], time.monotonic()
+        long.start()
+        while not answers:
+            asked = time.monotonic()
+            assert ask(service.url, "GET", "/health/live").status == 200
+            waits.append(time.monotonic() - asked)
+        took = time.monotonic() - began
+        long.join()
+        assert answers[0].status == 400 and "maximum context length" in answers[0].json()["error"]["message"]
+        assert max(waits) < took / 2, (max(waits), took)  # nearly all of it, when tokenizing holds the interpreter
 
 
 def test_a_second_signal_ends_it_at_once(snapshot):

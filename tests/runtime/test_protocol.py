@@ -27,6 +27,23 @@ def chat(**fields) -> protocol.Call:
 
 
 @pytest.mark.parametrize(
+    ("parse", "body", "field", "why"),
+    [
+        (protocol.parse_completion, b"{}", "prompt", "missing"),
+        (protocol.parse_chat, b"{}", "messages", "missing"),
+        (protocol.parse_chat, b'{"messages": [{"content": "x"}]}', "messages[0].role", "missing"),
+        (protocol.parse_chat, b'{"messages": [{"role": "user"}]}', "messages[0].content", "missing"),
+        (protocol.parse_chat, b'{"messages": [{"role": "user", "content": null}]}', "messages[0].content", "missing"),
+        (protocol.parse_chat, b" ", "", "empty"),
+    ],
+)
+def test_what_is_missing_is_named(parse, body, field, why):
+    with pytest.raises(RequestError) as caught:
+        parse(body, VOCAB)
+    assert caught.value.param == field and why in caught.value.what
+
+
+@pytest.mark.parametrize(
     ("prompt", "prompts"),
     [
         ("a", ("a",)),
