@@ -39,7 +39,7 @@ class PartialDirectory:
         self._made: list[Path] = []
         self._lock = -1
         try:
-            with host_errors(self.path):
+            with undisturbed(), host_errors(self.path):
                 _refuse_taken(self.target)
                 self._make_parents()
                 self._lock = _lock_directory(self.path)
@@ -69,7 +69,7 @@ class PartialDirectory:
 
     def publish(self) -> Path:
         """Give the directory its name, on disk when this returns. Its files must be on disk already."""
-        with host_errors(self.path):
+        with undisturbed(), host_errors(self.path):
             os.fsync(self._lock)
             try:
                 self.path.rename(self.target)
@@ -81,8 +81,8 @@ class PartialDirectory:
             os.fsync(self._lock)
             for changed in (self.target.parent, *(made.parent for made in self._made)):
                 sync_directory(changed)
-        self._made = []
-        self.close()
+            self._made = []
+            self.close()
         return self.target
 
     def close(self) -> None:
@@ -106,6 +106,27 @@ class PartialDirectory:
             with contextlib.suppress(FileExistsError):
                 path.mkdir()
                 self._made.append(path)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Put off signals that would raise in the main thread, for steps of which half would be worse than all or none."""
+    import signal
+    import threading
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    raising = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if callable(signal.getsignal(n))]
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in raising}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def create_file(path: Path) -> int:

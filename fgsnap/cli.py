@@ -516,6 +516,22 @@ def run_cli(arguments: Sequence[str]) -> int:
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         return _fail(error, [f"{error.strerror or error}{where}.", "Set FGSNAP_DEBUG=1 to see where."], 1, as_json)
+    except Exception as error:
+        code = _interrupted(error)
+        if code is None:
+            raise
+        click.echo("Interrupted.", err=True)
+        return code
+
+
+def _interrupted(error: BaseException) -> int | None:
+    """The exit code of an interrupt that the error replaced, as happens where one comes while a lock is being taken."""
+    context = error.__context__
+    if context is None or isinstance(context, KeyboardInterrupt):
+        return None if context is None else 130
+    if isinstance(context, SystemExit) and isinstance(context.code, int):
+        return context.code
+    return _interrupted(context)
 
 
 def _sentence(text: str) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from fgsnap import atomic
 from fgsnap.atomic import MARK, PartialDirectory, create_file, host_errors, write_all, write_file
 from fgsnap.errors import HostError, UsageError
 
@@ -61,6 +62,40 @@ def test_a_directory_that_was_there_keeps_its_mode(tmp_path: Path) -> None:
     with PartialDirectory(tmp_path / "s") as new:
         new.publish()
     assert stat.S_IMODE((tmp_path / "s").stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("step", ["_refuse_strange", "_empty"])
+def test_an_interrupt_while_it_begins_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    real, before = getattr(atomic, step), descriptors()
+
+    def interrupted(*arguments: object) -> None:
+        real(*arguments)
+        monkeypatch.undo()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(atomic, step, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        PartialDirectory(tmp_path / "deep" / "s")
+    assert names(tmp_path) == set() and descriptors() == before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_while_it_is_published_comes_when_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.rename
+
+    def renamed(self: Path, target: Path) -> Path:
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", renamed)
+    with pytest.raises(KeyboardInterrupt), PartialDirectory(tmp_path / "s") as new:
+        write_file(new.path / "file", b"data")
+        new.publish()
+    assert names(tmp_path) == {"s"} and names(tmp_path / "s") == {"file"}
 
 
 def test_what_cannot_be_replaced_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

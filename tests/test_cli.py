@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from fgsnap import __version__
-from fgsnap.cli import EXTRAS, ByteSize, WholeText, cli, size
+from fgsnap.cli import EXTRAS, ByteSize, WholeText, cli, run_cli, size
 from tests.snapshots import make_snapshot, tiny_spec
 
 COMMANDS = ("convert", "serve", "run", "inspect", "verify", "export", "env", "version")
@@ -165,3 +165,18 @@ def test_byte_sizes(text, value):
 
 def test_sizes_are_printed_for_people():
     assert [size(n) for n in (0, 1023, 1536, 5 << 30)] == ["0 B", "1023 B", "1.5 KiB", "5.0 GiB"]
+
+
+@pytest.mark.parametrize(("interrupt", "code"), [(KeyboardInterrupt, 130), (SystemExit(143), 143)])
+def test_an_interrupt_that_another_error_replaced_is_still_one(monkeypatch, capsys, interrupt, code):
+    """As when a signal comes while a lock is taken, and leaving the lock fails."""
+
+    def cut_short(*arguments, **settings):
+        try:
+            raise interrupt
+        finally:
+            raise RuntimeError("cannot release un-acquired lock")
+
+    monkeypatch.setattr(cli, "main", cut_short)
+    assert run_cli(["version"]) == code
+    assert capsys.readouterr().err == "Interrupted.\n"

@@ -11,7 +11,7 @@ import math
 import mmap
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -29,8 +29,10 @@ from fgsnap.convert.source import (
     pickled,
     read_json,
     read_text,
+    refuse_changed,
     regular_size,
     show,
+    stamps,
 )
 from fgsnap.errors import SourceError
 from fgsnap.spec import DTYPE_BYTES, DType
@@ -83,8 +85,10 @@ class Folder:
         self._places: dict[str, tuple[str, int]] = {}
         self._maps: dict[str, mmap.mmap] = {}
         self._files: list[str] = []
+        self._stamps = stamps(())
         if not config_only:
             self._files = weight_files(path)
+            self._stamps = stamps(path / file for file in self._files)
             self._read_headers(_weight_map(path))
 
     def _read_headers(self, weight_map: Mapping[str, str]) -> None:
@@ -145,9 +149,12 @@ class Folder:
                 found["chat_template.jinja"] = template
         return found
 
-    def file_digests(self) -> dict[str, str]:
+    def file_digests(self, go_on: Callable[[], None]) -> dict[str, str]:
         texts = [name for name in TEXT_FILES if (self.path / name).is_file()]
-        return {name: digest(self.path / name) for name in sorted({*texts, *self._files})}
+        return {name: digest(self.path / name, go_on) for name in sorted({*texts, *self._files})}
+
+    def check_unchanged(self) -> None:
+        refuse_changed(self._stamps)
 
     def close(self) -> None:
         """Let go of the maps; each is unmapped when the last array over it is gone."""

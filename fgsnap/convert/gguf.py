@@ -12,13 +12,24 @@ import math
 import mmap
 import re
 import struct
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from fgsnap.convert.source import LOCAL, NUMPY_DTYPES, SourceTensor, digest, map_file, show
+from fgsnap.convert.source import (
+    AGAIN,
+    LOCAL,
+    NUMPY_DTYPES,
+    SourceTensor,
+    digest,
+    map_file,
+    refuse_changed,
+    show,
+    stamps,
+)
 from fgsnap.errors import SourceError, UnsupportedModel
 from fgsnap.spec import DType
 
@@ -34,8 +45,6 @@ ARRAY, STRING = 9, 8
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 NUMBERS = {"I8", "I16", "I32", "I64", "F64"}
 UNQUANTISED: dict[str, DType] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-AGAIN = "Download the file again; if it stays so, it is damaged where it came from."
 
 
 class Place(NamedTuple):
@@ -55,6 +64,7 @@ class Gguf:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._stamps = stamps([path])
         self._map = _map(path)
         header = _Header(self._map, path.name)
         self.metadata = header.metadata
@@ -83,8 +93,11 @@ class Gguf:
 
         return {"config.json": _json(self.config), **gguf_tokenizer.text_files(self.metadata, self.path.name)}
 
-    def file_digests(self) -> dict[str, str]:
-        return {"model.gguf": digest(self.path)}
+    def file_digests(self, go_on: Callable[[], None]) -> dict[str, str]:
+        return {"model.gguf": digest(self.path, go_on)}
+
+    def check_unchanged(self) -> None:
+        refuse_changed(self._stamps)
 
     def close(self) -> None:
         """Nothing to do: the file is closed already, and the map goes with the last array over it."""
@@ -311,12 +324,15 @@ HARMLESS = {"expert_used_count", "rope.scaling.finetuned", "tensor_data_layout"}
 
 
 def _rope_scaling(keys: dict[str, Any], context: int, factors: list[float] | None) -> dict[str, Any] | None:
-    """The rope scaling in Hugging Face terms.
+    """The rope scaling in Hugging Face terms, its defaults being those of llama.cpp: linear, and factor 0 for none.
 
     Stored divisors (how Llama-3.1 files carry their scaling) are expressed exactly as a LongRoPE table that is the same
     for short and long contexts.
     """
-    kind = keys.get("rope.scaling.type", "none")
+    kind = keys.get("rope.scaling.type", "linear")
+    factor = _real(keys, "rope.scaling.factor", _real(keys, "rope.scale_linear", 1.0)) or 1.0
+    if kind == "linear" and factor == 1.0:
+        kind = "none"
     for key in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor", "yarn_log_multiplier"):
         if keys.get(f"rope.scaling.{key}") not in (None, 0.0, 1.0):
             raise UnsupportedModel(f"The GGUF key llama.rope.scaling.{key} is not supported.", "", FROM_ORIGINAL)
@@ -334,8 +350,7 @@ def _rope_scaling(keys: dict[str, Any], context: int, factors: list[float] | Non
             "original_max_position_embeddings": context,
             "attention_factor": 1.0,
         }
-    factor = _real(keys, "rope.scaling.factor", _real(keys, "rope.scale_linear", 1.0))
-    if kind == "none" or (kind == "linear" and factor == 1.0):
+    if kind == "none":
         return None
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}

@@ -20,7 +20,7 @@ from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import msgspec
 import numpy as np
@@ -89,9 +89,11 @@ def convert(
         with SnapshotWriter(Path(target), recipe.spec, tp) as writer:
             writer.check_space(size + sum(map(len, texts.values())))
             enter("weights")
-            digests = _Background(source.file_digests)
-            wrote = counted(progress, sum(tensor.bytes for layout in layouts for tensor in layout.tensors))
-            _write_ranks(writer, layouts, source, recipe, workers or default_workers(), wrote)
+            with _Background(source.file_digests) as hashing:
+                wrote = counted(progress, sum(tensor.bytes for layout in layouts for tensor in layout.tensors))
+                _write_ranks(writer, layouts, source, recipe, workers or default_workers(), wrote)
+                digests = hashing.result()
+            source.check_unchanged()
             for name in sorted(texts):
                 writer.add_file(name, texts[name])
             identity = writer.write_manifest(
@@ -101,7 +103,7 @@ def convert(
                     tensors=writer.tensors,
                     files=writer.files,
                     text=text,
-                    provenance=_provenance(source, recipe, asked, digests.result()),
+                    provenance=_provenance(source, recipe, asked, digests),
                 )
             )
             if canary:
@@ -253,19 +255,34 @@ def _read_piece(
 
 
 class _Background:
-    """A call that runs beside the main thread. An abandoned one does not keep the process alive."""
+    """A call that runs beside the main thread, and is stopped when the ``with`` statement is left without its result.
 
-    def __init__(self, call: Callable[[], Any]) -> None:
+    No daemon thread: one that comes back from a library while the interpreter ends would take the process down.
+    """
+
+    def __init__(self, call: Callable[[Callable[[], None]], Any]) -> None:
         self._value: Any = None
         self._error: BaseException | None = None
-        self._thread = Thread(target=self._run, args=(call,), daemon=True, name="digest-source")
+        self._stopped = False
+        self._thread = Thread(target=self._run, args=(call,), name="digest-source")
         self._thread.start()
 
-    def _run(self, call: Callable[[], Any]) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped = True
+        self._thread.join()
+
+    def _run(self, call: Callable[[Callable[[], None]], Any]) -> None:
         try:
-            self._value = call()
+            self._value = call(self._go_on)
         except BaseException as error:
             self._error = error
+
+    def _go_on(self) -> None:
+        if self._stopped:
+            raise InterruptedError("the conversion ended")
 
     def result(self) -> Any:
         self._thread.join()

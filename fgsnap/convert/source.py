@@ -12,6 +12,7 @@ import mmap
 import os
 import re
 import stat
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 NUMPY_DTYPES: dict[DType, str] = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 MAX_TEXT_BYTES = 128 << 20
+_DIGESTED = 32 << 20
 LOCAL = "local"
 """The label of a checkpoint that has no name of its own; those of its folder and files are the user's."""
 PICKLED = re.compile(r".*\.(bin|pt|pth|ckpt|pkl)")
@@ -66,8 +68,15 @@ class Source(Protocol):
         """The config, tokenizer and chat template files that a snapshot keeps, by name."""
         ...
 
-    def file_digests(self) -> dict[str, str]:
-        """BLAKE3 of every source file that was read, by name (``model.gguf`` for any GGUF file). Call it once."""
+    def file_digests(self, go_on: Callable[[], None]) -> dict[str, str]:
+        """BLAKE3 of every source file that was read, by name (``model.gguf`` for any GGUF file). Call it once.
+
+        ``go_on`` is called every few milliseconds; what it raises ends the work.
+        """
+        ...
+
+    def check_unchanged(self) -> None:
+        """Raise SourceError if a weight file is not the one that was opened, or was written to since."""
         ...
 
     def close(self) -> None: ...
@@ -112,13 +121,54 @@ def map_file(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def digest(path: Path) -> str:
+def stamps(paths: Iterable[Path]) -> dict[Path, tuple[int, int, int] | None]:
+    """What shows of each file whether it was written to or replaced: inode, size, time of the last change."""
+    found: dict[Path, tuple[int, int, int] | None] = {}
+    for path in paths:
+        try:
+            status = path.stat()
+            found[path] = (status.st_ino, status.st_size, status.st_mtime_ns)
+        except OSError:
+            found[path] = None
+    return found
+
+
+def refuse_changed(before: dict[Path, tuple[int, int, int] | None]) -> None:
+    """Raise SourceError where the stamps are not what they were."""
+    now = stamps(before)
+    changed = [path.name for path in before if now[path] != before[path]]
+    if changed:
+        raise _changed(changed[0])
+
+
+def _changed(name: str) -> SourceError:
+    return SourceError(
+        f"{name} was changed while it was read.",
+        "The snapshot would be of neither its old nor its new content.",
+        "Convert again when nothing writes to the checkpoint any more.",
+    )
+
+
+def digest(path: Path, go_on: Callable[[], None]) -> str:
     """BLAKE3 of a file's bytes, whatever its name in a Hub cache claims.
 
     With sha256, which the output needs for the registries' sake, hashing the source would be the slowest part of
     conversion. Mapped and not read: conversion maps the same pages.
     """
-    return blake3().update_mmap(path).hexdigest()
+    hasher = blake3()
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        raise _changed(path.name) from None
+    with file:
+        size = regular_size(file.fileno(), path.name)
+        if size:
+            with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
+                for start in range(0, size, _DIGESTED):
+                    go_on()
+                    with view[start : start + _DIGESTED] as part:
+                        hasher.update(part)
+    return hasher.hexdigest()
 
 
 def show(value: Any) -> str:

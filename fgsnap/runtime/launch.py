@@ -18,7 +18,7 @@ from pathlib import Path
 from fgsnap.errors import HostError, NotFound, UsageError
 from fgsnap.runtime import process, startup
 from fgsnap.runtime.options import ServeOptions
-from fgsnap.runtime.worker import WorkerOptions
+from fgsnap.runtime.worker import ENDING, WorkerOptions
 from fgsnap.snapshot import open_snapshot
 
 BACKLOG = 2048
@@ -78,8 +78,7 @@ def _leaving_on_signals() -> Iterator[None]:
     def leave(number: int, _: object) -> None:
         os._exit(128 + number)
 
-    ending = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    heeded = [number for number in ending if signal.getsignal(number) != signal.SIG_IGN]
+    heeded = [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, leave) for number in heeded}
     try:
         yield

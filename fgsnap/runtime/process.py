@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from fgsnap.runtime.worker import WorkerOptions, live
+from fgsnap.runtime.worker import ENDING, WorkerOptions, live
 from fgsnap.snapshot import Snapshot
 
 # Where fgsnap is not installed, it is found where this process found it.
@@ -49,7 +50,8 @@ class _Child:
 
     def kill(self) -> None:
         if self._status is None:
-            os.kill(self._pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # another thread may have waited for it just now
+                os.kill(self._pid, signal.SIGKILL)
 
     def wait(self) -> str:
         """How it ended, in words; it is killed if it lingers."""
@@ -80,7 +82,7 @@ def fork(options: WorkerOptions, snapshot: Snapshot, started: float, *, not_thei
     ours, theirs = socket.socketpair()
     parent = os.getpid()
     # A signal between the fork and the child's own handlers would send the child up this process's stack.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     pid = os.fork()
     if pid == 0:
         _become_worker(lambda: live(theirs, options, snapshot, started, parent), (ours, not_theirs), before)
@@ -93,8 +95,8 @@ def _become_worker(be: Callable[[], int], not_ours: tuple[socket.socket, ...], m
     """In the child: live and end here, whatever happens, without running what the parent has on its stack."""
     code = 1
     try:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for number in ENDING:
+            signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for end in not_ours:
             end.close()

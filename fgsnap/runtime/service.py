@@ -21,6 +21,7 @@ from fgsnap.errors import UsageError
 from fgsnap.runtime import startup, wire
 from fgsnap.runtime.link import STALL_SECONDS, START_SECONDS, Link
 from fgsnap.runtime.server import App, Identity, TextSide
+from fgsnap.runtime.worker import ENDING
 
 if TYPE_CHECKING:
     from fgsnap.runtime.options import ServeOptions
@@ -229,7 +230,7 @@ def _signals() -> asyncio.Queue[int]:
     """What asks the service to end, from now on, as it comes. Under nohup a hangup does not."""
     queue: asyncio.Queue[int] = asyncio.Queue()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in ENDING:
         if signal.getsignal(number) == signal.SIG_IGN:
             continue
         loop.add_signal_handler(number, queue.put_nowait, int(number))

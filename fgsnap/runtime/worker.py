@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from fgsnap.snapshot import Snapshot
 
 
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""The signals that ask a service to end."""
+
+
 class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What a worker needs to know. ``id`` is the snapshot's: a worker that starts later must find the same one."""
 
@@ -225,9 +229,9 @@ def _show(error: Exception) -> None:
 
 def live(end: socket.socket, options: WorkerOptions, opened: Snapshot | None, started: float, parent: int) -> int:
     """Be a worker of the process ``parent`` until it is done, and return the exit code."""
-    # The server decides when to stop; a Ctrl-C reaches the whole process group.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # The server decides when to stop; a Ctrl-C and a hangup reach the whole process group.
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
     if not _die_with(parent):
         return 0
     return run(Pipe(end), lambda mark: begin_engine(options, opened, mark), started)

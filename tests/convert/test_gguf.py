@@ -340,6 +340,9 @@ def test_stored_rope_divisors_become_a_table(tmp_path: Path) -> None:
         ({}, None),
         ({"type": "none"}, None),
         ({"type": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"type": "linear", "factor": 0.0}, None),
+        ({"factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"type": "none", "factor": 4.0}, None),
         (
             {"type": "yarn", "factor": 16.0, "original_context_length": 16},
             {
@@ -355,6 +358,13 @@ def test_stored_rope_divisors_become_a_table(tmp_path: Path) -> None:
 def test_rope_scaling(tmp_path: Path, keys: dict[str, Any], expected: Any) -> None:
     named = {f"llama.rope.scaling.{key}": value for key, value in keys.items()}
     assert open_source(str(write(tmp_path / "m.gguf", {**LLAMA, **named}))).config.get("rope_scaling") == expected
+
+
+def test_the_older_name_of_the_linear_rope_factor(tmp_path: Path) -> None:
+    old = {**LLAMA, "llama.rope.scale_linear": 4.0}
+    assert open_source(str(write(tmp_path / "old.gguf", old))).config["rope_scaling"]["factor"] == 4.0
+    both = {**old, "llama.rope.scaling.factor": 2.0}
+    assert open_source(str(write(tmp_path / "both.gguf", both))).config["rope_scaling"]["factor"] == 2.0
 
 
 def test_biases_an_untied_head_and_a_window_are_seen(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -257,6 +258,48 @@ def test_the_readers_order_does_not_matter(tmp_path, model, monkeypatch):
     first = plain(model, tmp_path / "first", workers=1)
     monkeypatch.setattr(pipeline, "_fill", dawdling)
     assert plain(model, tmp_path / "second", workers=8).id == first.id
+
+
+@pytest.mark.parametrize("change", ["write", "replace", "remove"])
+def test_a_source_that_changes_meanwhile_is_refused(tmp_path, change):
+    source = folder(tmp_path / "m", CONFIG, weights(CONFIG))
+    file = source / "model.safetensors"
+
+    def meddle(done, total):
+        if change == "write":
+            with file.open("r+b") as opened:
+                opened.seek(-4, os.SEEK_END)
+                opened.write(b"\x01\x02\x03\x04")
+        else:
+            data = file.read_bytes()
+            file.unlink()
+            if change == "replace":
+                file.write_bytes(data)
+
+    with pytest.raises(SourceError, match=r"model\.safetensors was changed") as caught:
+        convert(str(source), tmp_path / "snap", canary=False, progress=meddle if change != "remove" else once(meddle))
+    assert caught.value.next_step and not list(tmp_path.glob("snap*"))
+
+
+def once(call):
+    calls = []
+
+    def first(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            call(*arguments)
+
+    return first
+
+
+def test_a_failure_stops_the_digests_of_the_source(tmp_path, model):
+    def fail(done, total):
+        raise ValueError("stop")
+
+    before = threading.active_count()
+    with pytest.raises(ValueError, match="stop"):
+        convert(str(model), tmp_path / "snap", canary=False, progress=fail)
+    assert threading.active_count() == before
 
 
 # --- interrupted ------------------------------------------------------------------------------------------------------
