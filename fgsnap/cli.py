@@ -162,7 +162,7 @@ def convert(
       fgsnap convert ./checkpoint --tp 8 --dry-run
     """
     if dry_run:
-        _print_plan(source, tp, dtype, revision, as_json)
+        _print_plan(source, tp, dtype, revision, workers, as_json)
         return
     if output is None:
         raise UsageError("convert needs -o DIR.", "It names the directory of the new snapshot.", "Add: -o snap/")
@@ -189,12 +189,14 @@ def _tell_canary(stage: str) -> None:
         click.echo("Checking the snapshot in a fresh process: one float32 forward ...", err=True)
 
 
-def _print_plan(source: str, tp: int, dtype: str | None, revision: str | None, as_json: bool) -> None:
+def _print_plan(
+    source: str, tp: int, dtype: str | None, revision: str | None, workers: int | None, as_json: bool
+) -> None:
     import msgspec
 
     from fgsnap.convert.plan import plan_source
 
-    plan = plan_source(source, tp=tp, dtype=dtype, revision=revision)
+    plan = plan_source(source, tp=tp, dtype=dtype, revision=revision, workers=workers)
     if as_json:
         _print_json(msgspec.to_builtins(plan))
         return

@@ -62,16 +62,25 @@ class Plan(msgspec.Struct, frozen=True):
     possible_tp: tuple[int, ...]
 
 
-def plan_source(name: str, *, tp: int = 1, dtype: str | None = None, revision: str | None = None) -> Plan:
+def plan_source(
+    name: str, *, tp: int = 1, dtype: str | None = None, revision: str | None = None, workers: int | None = None
+) -> Plan:
     """The plan for a checkpoint by path or Hub name; of a Hub repository only config.json is fetched."""
     asked = checked_dtype(dtype)
     with closing(open_source(name, revision, config_only=True)) as source:
         stated = _stated_dtype(source)
         origin: Literal["asked", "source", "assumed"] = "asked" if asked else "source" if stated else "assumed"
-        return plan(families.find(source.config).spec(source.config), tp, asked or stated or "float32", origin)
+        spec = families.find(source.config).spec(source.config)
+        return plan(spec, tp, asked or stated or "float32", origin, workers)
 
 
-def plan(spec: DecoderSpec, tp: int, dtype: DType, dtype_from: Literal["asked", "source", "assumed"] = "asked") -> Plan:
+def plan(
+    spec: DecoderSpec,
+    tp: int,
+    dtype: DType,
+    dtype_from: Literal["asked", "source", "assumed"] = "asked",
+    workers: int | None = None,
+) -> Plan:
     """The plan for a decoder whose tensors are all stored in ``dtype``."""
     layouts = rank_layouts(spec, tp, dict.fromkeys(logical_shapes(spec), dtype))
     ranks = tuple(
@@ -83,7 +92,7 @@ def plan(spec: DecoderSpec, tp: int, dtype: DType, dtype_from: Literal["asked", 
         bytes=sum(layout.size for layout in layouts),
         dtype=dtype,
         dtype_from=dtype_from,
-        peak_memory=max(peak_memory(layouts, default_workers()), _AT_REST + canary_memory(spec, layouts)),
+        peak_memory=max(peak_memory(layouts, workers or default_workers()), _AT_REST + canary_memory(spec, layouts)),
         kv_bytes_per_token=spec.kv_values_per_token() * DTYPE_BYTES[dtype],
         possible_tp=tuple(possible_tp(spec)),
     )

@@ -1,4 +1,4 @@
-"""The interface between the decoder and a kernel backend, and the choice of one.
+"""The interface between the decoder and a kernel backend.
 
 Each backend has its own tensor type; outside ``kernels`` a tensor is opaque. Letters in shapes: T tokens of the step
 over all sequences, S sequences, H width, N query heads, K key-value heads, D head dim, V vocabulary rows, R rows of

@@ -55,7 +55,7 @@ Body = TypeVar("Body", bound=Sampled)
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A chat message, handed to the template as it is; ``text`` reads content that comes in parts."""
+    """A chat message, of which these fields reach the template; ``text`` reads content that comes in parts."""
 
     role: str
     content: str | list[dict[str, Any]] | None = None

@@ -183,6 +183,7 @@ class RankWriter:
 
     def close(self) -> FileEntry:
         """Finish the file and its ``.chunks``, both on disk when this returns, and give the manifest's entry."""
+        assert self._fd >= 0, f"{self.path.name} is closed already"
         try:
             self._fill(self.layout.size)
             assert self._at == self.layout.size

@@ -62,6 +62,11 @@ def test_the_peak_counts_the_process_that_computes_the_canary():
     assert 157 << 20 <= plan(llama.spec(SMOLLM2), 1, "bfloat16").peak_memory <= 220 << 20
 
 
+def test_more_workers_take_more_memory():
+    one, many = (plan(llama.spec(SMOLLM2), 1, "bfloat16", workers=workers).peak_memory for workers in (1, 64))
+    assert many > one + (1 << 30)
+
+
 def test_weights_that_ranks_share_are_put_together_for_the_canary():
     """Embedding, head and two layers of Llama-3-8B."""
     shared = 2 * (2 * 128256 * 4096 + 2 * (4096 * (4096 * 2 + 1024 * 2 + 14336 * 3)))

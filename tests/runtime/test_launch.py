@@ -293,7 +293,8 @@ def test_a_hangup_drains_too_unless_it_is_ignored(snapshot):
     with real_service(snapshot, *SMALL) as service, client(service.url) as api:
         chunks = iter(stream(api))
         next(chunks)
-        service.signal(signal.SIGHUP)
+        for process in (service.worker(), service.process.pid):  # a terminal's hangup reaches both
+            os.kill(process, signal.SIGHUP)
         assert list(chunks)[-1].choices[0].finish_reason == "length"
         assert service.ended() == 129 and service.lines[-1] == "fgsnap: stopped."
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what nohup leaves to its command
