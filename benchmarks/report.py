@@ -30,7 +30,8 @@ again. Every figure is a median with its range, except where a column says other
 HEADLINE = """\
 On {machine[cpus]} cores of an {machine[cpu]}, SmolLM2-135M's first token comes over HTTP {seconds:.2f} s after `exec`,
 {sooner:.0f} times sooner than from transformers; a checkpoint of {gigabytes:.1f} GB converts at {share:.2f} of the
-rate of a plain copy, in {memory:.0f} MiB of memory where no weight is cast or moved, and {canary:.0f} MiB for the canary.
+rate of a plain copy, in {memory:.0f} MiB of memory where no weight is cast or moved, and {canary:.0f} MiB for the
+canary.
 [docs/figures.md](docs/figures.md) has all figures, their spread and the commands that measure them."""
 
 STARTUP = """\
