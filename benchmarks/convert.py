@@ -4,13 +4,13 @@ Makes Llama-shaped safetensors checkpoints of random weights (1 and 4 GB; --quic
 them at the end. Every round runs both contestants twice, in the order A B B A, each in a fresh process: a plain read +
 write + fsync of the weight file, and a conversion without canary, which also fsyncs. What counts is the ratio within a
 round. A sampler reads RssAnon of the converting process every 10 ms; an idle process with the same imports is measured
-likewise. The process that computes the canary is measured by itself, once a size, beside an idle one that has imported
-torch.
+likewise. A conversion that casts, whose slabs are not the source's own pages, is measured once a size; so is the
+process that computes the canary, by itself, beside an idle one that has imported torch.
 
     python benchmarks/convert.py [--dir /path/on/disk] [--rounds 5] [--cache warm|cold] [--output benchmarks/results]
 
 The last line is JSON. Goals: at least 0.8 of the plain copy's throughput; at most 256 MiB above the idle process, for
-each of the two; peaks of both sizes within 10 % of each other.
+each of the three; peaks of both sizes within 10 % of each other, cast or not.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ CHUNK = 8 << 20
 
 IMPORTS = "import sys, time\nfrom fgsnap.convert import folder\nfrom fgsnap.convert.pipeline import convert\n"
 CONVERT = IMPORTS + "print(convert(sys.argv[1], sys.argv[2], canary=False).seconds)\n"
+CAST = IMPORTS + "print(convert(sys.argv[1], sys.argv[2], dtype='float16', canary=False).seconds)\n"
 IDLE = IMPORTS + "time.sleep(0.3)\nprint(0.3)\n"
 CANARY = """
 import contextlib, os, sys, time
@@ -100,6 +101,9 @@ def report(
     above = max(size["mebibytes_above_idle"] for size in sizes)
     canary_above = max(size["canary"]["mebibytes_above_idle"] for size in sizes)
     growth = round(large / small, 3)
+    casts = [size["cast"]["peak_anonymous_mebibytes"] for size in sizes]
+    cast_above = max(size["cast"]["mebibytes_above_idle"] for size in sizes)
+    cast_growth = round(casts[1] / casts[0], 3)
     return {
         "quick": quick,
         "cache": cache,
@@ -108,12 +112,15 @@ def report(
         "idle_anonymous_mebibytes": summary([mebibytes(value) for value in idle], 2),
         "idle_torch_anonymous_mebibytes": summary([mebibytes(value) for value in idle_torch], 2),
         "growth": growth,
+        "cast_growth": cast_growth,
         "goals": GOALS,
         "met": {
             "share_of_plain": all(size["share_of_plain"]["median"] >= GOALS["share_of_plain"] for size in sizes),
             "mebibytes_above_idle": above <= GOALS["mebibytes_above_idle"],
             "canary_mebibytes_above_idle": canary_above <= GOALS["mebibytes_above_idle"],
+            "cast_mebibytes_above_idle": cast_above <= GOALS["mebibytes_above_idle"],
             "growth": growth <= GOALS["growth"],
+            "cast_growth": cast_growth <= GOALS["growth"],
         },
     }
 
@@ -134,6 +141,9 @@ def measure(
             runs[name].append(sampled(program, str(source), str(scratch / name)))
             tell(name, size, *runs[name][-1])
     clear(scratch, source, "warm")
+    cast_seconds, cast_peak = sampled(CAST, str(source), str(scratch / "convert"))
+    tell("cast", size, cast_seconds, cast_peak)
+    clear(scratch, source, "warm")
     sampled(CONVERT, str(source), str(scratch / "convert"))
     canary_seconds, canary_peak = sampled(CANARY, str(scratch / "convert"), "")
     tell("canary", size, canary_seconds, canary_peak)
@@ -149,6 +159,11 @@ def measure(
         "share_of_plain": summary(shares),
         "peak_anonymous_mebibytes": summary(peaks, 2),
         "mebibytes_above_idle": round(max(peaks) - mebibytes(idle), 2),
+        "cast": {
+            "seconds": round(cast_seconds, 2),
+            "peak_anonymous_mebibytes": round(mebibytes(cast_peak), 2),
+            "mebibytes_above_idle": round(mebibytes(cast_peak - idle), 2),
+        },
         "canary": {
             "seconds": round(canary_seconds, 2),
             "peak_anonymous_mebibytes": round(mebibytes(canary_peak), 2),

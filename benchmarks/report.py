@@ -30,8 +30,8 @@ again. Every figure is a median with its range, except where a column says other
 HEADLINE = """\
 On {machine[cpus]} cores of an {machine[cpu]}, SmolLM2-135M's first token comes over HTTP {seconds:.2f} s after `exec`,
 {sooner:.0f} times sooner than from transformers; a checkpoint of {gigabytes:.1f} GB converts at {share:.2f} of the
-rate of a plain copy, in {memory:.0f} MiB of memory where no weight is cast or moved, and {canary:.0f} MiB for the
-canary.
+rate of a plain copy, in {memory:.0f} MiB of memory, or {cast:.0f} MiB where weights are cast, and {canary:.0f} MiB for
+the canary.
 [docs/figures.md](docs/figures.md) has all figures, their spread and the commands that measure them."""
 
 STARTUP = """\
@@ -50,9 +50,9 @@ Where the critical path of the median run went:
 CONVERSION = """\
 ## Conversion
 
-bfloat16 weights of Llama shape, one rank, source in the page cache, beside a plain read, write and fsync of the same
-bytes. Memory is the peak of anonymous memory, and what that is above an idle process with the same imports. The canary
-is computed by a process of its own, which has torch loaded.
+bfloat16 weights of Llama shape, one rank, {cache} page cache, beside a plain read, write and fsync of the same bytes;
+the cast is to float16. Memory is the peak of anonymous memory, and what that is above an idle process with the same
+imports. The canary is computed by a process of its own, which has torch loaded.
 
 """
 
@@ -71,6 +71,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     results = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
+    if results["convert"]["quick"]:
+        sys.exit("benchmarks/results/convert.json is of a --quick run, which measures nothing")
     pages = {FIGURES: page(results), README: with_headline(README.read_text(), headline(results))}
     for path, text in pages.items():
         if not options.check:
@@ -88,6 +90,7 @@ def headline(results: dict[str, dict[str, Any]]) -> str:
         gigabytes=large["bytes"] / 1e9,
         share=large["share_of_plain"]["median"],
         memory=large["peak_anonymous_mebibytes"]["max"],
+        cast=large["cast"]["peak_anonymous_mebibytes"],
         canary=large["canary"]["peak_anonymous_mebibytes"],
     )
 
@@ -140,12 +143,13 @@ def conversion(result: dict[str, Any]) -> str:
             spread(size["plain_seconds"]),
             spread(size["share_of_plain"]),
             f"{size['peak_anonymous_mebibytes']['max']:.1f} (+{size['mebibytes_above_idle']:.1f})",
+            f"{size['cast']['peak_anonymous_mebibytes']:.1f} (+{size['cast']['mebibytes_above_idle']:.1f})",
             f"{size['canary']['peak_anonymous_mebibytes']:.1f} (+{size['canary']['mebibytes_above_idle']:.1f})",
         )
         for size in result["sizes"]
     ]
-    heads = ("checkpoint", "seconds", "plain copy", "share of its rate", "memory, MiB", "canary's memory, MiB")
-    return CONVERSION + table(heads, rows)
+    heads = ("checkpoint", "seconds", "plain copy", "share of its rate", "memory, MiB", "with a cast", "canary")
+    return CONVERSION.format(cache=result["cache"]) + table(heads, rows)
 
 
 def parity(result: dict[str, Any]) -> str:

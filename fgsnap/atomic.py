@@ -182,17 +182,18 @@ def _disk_full(path: Path, needed: int, why: str) -> HostError:
 
 
 def _refuse_taken(target: Path) -> None:
+    next_step = "Choose another directory or remove this one."
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         reason = "It exists and is not a directory."
+    elif os.path.ismount(target):
+        reason, next_step = "It is a mount point, which nothing can be renamed to.", "Name a directory inside it."
     elif target.is_dir() and any(target.iterdir()):
         reason = "The directory exists and is not empty."
-    elif os.path.ismount(target):
-        reason = "It is a mount point, which nothing can be renamed to: name a directory inside it."
     elif target.is_dir() and target.samefile("."):
-        reason = "It is the current directory, which would be replaced: name another one."
+        reason, next_step = "It is the current directory, which would be replaced.", "Name another directory."
     else:
         return
-    raise UsageError(f"Cannot write to {target}.", reason, "Choose another directory or remove this one.")
+    raise UsageError(f"Cannot write to {target}.", reason, next_step)
 
 
 def _lock_directory(path: Path) -> int:

@@ -79,16 +79,16 @@ class Folder:
         self.path = path
         self.label = label
         self.revision = revision
+        self._stamps = stamps(path / name for name in TEXT_FILES)
         self.config = read_config(path)
         self.tensors: dict[str, SourceTensor] = {}
         self.others: dict[str, str] = {}
         self._places: dict[str, tuple[str, int]] = {}
         self._maps: dict[str, mmap.mmap] = {}
         self._files: list[str] = []
-        self._stamps = stamps(())
         if not config_only:
             self._files = weight_files(path)
-            self._stamps = stamps(path / file for file in self._files)
+            self._stamps |= stamps(path / file for file in self._files)
             self._read_headers(_weight_map(path))
 
     def _read_headers(self, weight_map: Mapping[str, str]) -> None:

@@ -16,11 +16,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Thread
-from typing import Any, NamedTuple, Self
+from threading import Event
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -89,7 +89,7 @@ def convert(
         with SnapshotWriter(Path(target), recipe.spec, tp) as writer:
             writer.check_space(size + sum(map(len, texts.values())))
             enter("weights")
-            with _Background(source.file_digests) as hashing:
+            with _digesting(source) as hashing:
                 wrote = counted(progress, sum(tensor.bytes for layout in layouts for tensor in layout.tensors))
                 _write_ranks(writer, layouts, source, recipe, workers or default_workers(), wrote)
                 digests = hashing.result()
@@ -254,41 +254,20 @@ def _read_piece(
         np.copyto(part, narrowed)
 
 
-class _Background:
-    """A call that runs beside the main thread, and is stopped when the ``with`` statement is left without its result.
+@contextmanager
+def _digesting(source: Source) -> Iterator[Future[dict[str, str]]]:
+    """The digests of the source's files, made on a thread beside the block, which gives up when the block fails."""
+    ended = Event()
 
-    No daemon thread: one that comes back from a library while the interpreter ends would take the process down.
-    """
-
-    def __init__(self, call: Callable[[Callable[[], None]], Any]) -> None:
-        self._value: Any = None
-        self._error: BaseException | None = None
-        self._stopped = False
-        self._thread = Thread(target=self._run, args=(call,), name="digest-source")
-        self._thread.start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped = True
-        self._thread.join()
-
-    def _run(self, call: Callable[[Callable[[], None]], Any]) -> None:
-        try:
-            self._value = call(self._go_on)
-        except BaseException as error:
-            self._error = error
-
-    def _go_on(self) -> None:
-        if self._stopped:
+    def go_on() -> None:
+        if ended.is_set():
             raise InterruptedError("the conversion ended")
 
-    def result(self) -> Any:
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self._value
+    with ThreadPoolExecutor(1, thread_name_prefix="digest-source") as pool:
+        try:
+            yield pool.submit(source.file_digests, go_on)
+        finally:
+            ended.set()
 
 
 class _Values(msgspec.Struct, frozen=True):

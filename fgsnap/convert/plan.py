@@ -15,13 +15,11 @@ from fgsnap.convert.source import Source
 from fgsnap.errors import SourceError, UsageError
 from fgsnap.layout import logical_shapes, possible_tp, stored_tensors
 from fgsnap.snapshot import RankLayout, plan_rank, rank_file
+from fgsnap.snapshot.writing import DIGESTS_BEHIND
 from fgsnap.spec import DTYPE_BYTES, DecoderSpec, DType
 
 SLAB = 4 << 20
 """Bytes of output that are read, cast and written at a time; a single longer row is one slab."""
-
-# The one that is being written, the one that is asked for next, and those whose digests are behind.
-_SLABS_WRITTEN = 6
 
 # Measured: a process that has imported torch, one tokenizer entry, and the converting process while it only waits.
 _TORCH = 150 << 20
@@ -158,7 +156,8 @@ def peak_memory(layouts: list[RankLayout], workers: int) -> int:
     """
     slab = max(SLAB, max(tensor.bytes // tensor.shape[0] for layout in layouts for tensor in layout.tensors))
     tensors = sum(len(layout.tensors) for layout in layouts)
-    return (_SLABS_WRITTEN + 5 * workers) * slab + tensors * 8192 + (16 << 20)
+    held = DIGESTS_BEHIND + 2  # with the one that is being written and the one that is asked for next
+    return (held + 5 * workers) * slab + tensors * 8192 + (16 << 20)
 
 
 def canary_memory(spec: DecoderSpec, layouts: list[RankLayout]) -> int:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 NUMPY_DTYPES: dict[DType, str] = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 MAX_TEXT_BYTES = 128 << 20
 _DIGESTED = 32 << 20
+Stamps = dict[Path, tuple[int, int, int] | None]
+"""Inode, size and time of the last change of each file."""
 LOCAL = "local"
 """The label of a checkpoint that has no name of its own; those of its folder and files are the user's."""
 PICKLED = re.compile(r".*\.(bin|pt|pth|ckpt|pkl)")
@@ -76,7 +78,7 @@ class Source(Protocol):
         ...
 
     def check_unchanged(self) -> None:
-        """Raise SourceError if a weight file is not the one that was opened, or was written to since."""
+        """Raise SourceError if a file that is read is not the one that was opened, or was written to since."""
         ...
 
     def close(self) -> None: ...
@@ -121,9 +123,9 @@ def map_file(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def stamps(paths: Iterable[Path]) -> dict[Path, tuple[int, int, int] | None]:
-    """What shows of each file whether it was written to or replaced: inode, size, time of the last change."""
-    found: dict[Path, tuple[int, int, int] | None] = {}
+def stamps(paths: Iterable[Path]) -> Stamps:
+    """What shows of each file whether it was written to or replaced; None where there is none."""
+    found: Stamps = {}
     for path in paths:
         try:
             status = path.stat()
@@ -133,7 +135,7 @@ def stamps(paths: Iterable[Path]) -> dict[Path, tuple[int, int, int] | None]:
     return found
 
 
-def refuse_changed(before: dict[Path, tuple[int, int, int] | None]) -> None:
+def refuse_changed(before: Stamps) -> None:
     """Raise SourceError where the stamps are not what they were."""
     now = stamps(before)
     changed = [path.name for path in before if now[path] != before[path]]
@@ -152,8 +154,8 @@ def _changed(name: str) -> SourceError:
 def digest(path: Path, go_on: Callable[[], None]) -> str:
     """BLAKE3 of a file's bytes, whatever its name in a Hub cache claims.
 
-    With sha256, which the output needs for the registries' sake, hashing the source would be the slowest part of
-    conversion. Mapped and not read: conversion maps the same pages.
+    Not sha256: no registry looks at these, and the output's sha256 takes its time already. Mapped and not read:
+    conversion maps the same pages.
     """
     hasher = blake3()
     try:

@@ -37,7 +37,7 @@ from fgsnap.spec import DecoderSpec
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-_BEHIND = 4
+DIGESTS_BEHIND = 4
 """Slabs that the digests may lag behind the disk."""
 
 
@@ -219,7 +219,7 @@ class RankWriter:
         with host_errors(self.path, self.layout.size):
             write_all(self._fd, data)
         self._at += len(data)
-        self._catch_up(_BEHIND)
+        self._catch_up(DIGESTS_BEHIND)
 
     def _catch_up(self, behind: int) -> None:
         """Wait until the digests are no more than ``behind`` slabs behind."""
