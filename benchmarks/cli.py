@@ -14,7 +14,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import finish, smollm2_gguf, summary
+from common import finish, smollm2_gguf
+
+from fgsnap.bench.record import summary
 
 FGSNAP = str(Path(sys.executable).with_name("fgsnap"))
 GOAL_SECONDS = 0.10

@@ -30,8 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import finish, summary
+from common import finish
 
+from fgsnap.bench.record import summary
 from fgsnap.convert.families import llama
 from fgsnap.convert.rules import sources
 

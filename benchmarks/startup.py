@@ -1,8 +1,9 @@
 """Time from exec to the first token over HTTP, per backend and phase, beside transformers and a bare ``import torch``.
 
 Every round runs all contestants in turn on SmolLM2-135M-Instruct in bfloat16, so that a drift of the machine meets
-all of them. The page cache is warm. fgsnap's time ends when the first streamed token has arrived at a client that
-connected as soon as it could; transformers' ends, without any HTTP, when ``generate`` returns one token.
+all of them. The page cache is warm. fgsnap's time is that of ``fgsnap bench startup``: it ends when the first streamed
+token has arrived at a client that connected as soon as it could; transformers' ends, without any HTTP, when
+``generate`` returns one token.
 
     python benchmarks/startup.py [--rounds 7] [--backend native --backend reference] [--output benchmarks/results]
 
@@ -13,11 +14,7 @@ is the share of that wall time that no phase covers.
 from __future__ import annotations
 
 import argparse
-import http.client
-import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,10 +22,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import finish, smollm2_gguf, summary
+from common import finish, smollm2_gguf
+
+from fgsnap.bench.record import summary
+from fgsnap.bench.startup import PROMPT, Start, account, start_once
+from fgsnap.runtime.options import EngineOptions
 
 FGSNAP = str(Path(sys.executable).with_name("fgsnap"))  # the command as it is installed beside this Python
-PROMPT = "What is the capital of France?"
 TRANSFORMERS = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -53,17 +53,17 @@ def main() -> None:
         snapshot, checkpoint = str(Path(scratch) / "snapshot"), str(Path(scratch) / "checkpoint")
         run([FGSNAP, "convert", str(smollm2_gguf()), "-o", snapshot])
         run([FGSNAP, "export", snapshot, "-o", checkpoint])
-        finish("startup", measure(snapshot, checkpoint, backends, options.device, options.rounds), options.output)
+        finish("startup", measure(Path(snapshot), checkpoint, backends, options.device, options.rounds), options.output)
 
 
-def measure(snapshot: str, checkpoint: str, backends: list[str], device: str, rounds: int) -> dict[str, Any]:
+def measure(snapshot: Path, checkpoint: str, backends: list[str], device: str, rounds: int) -> dict[str, Any]:
     """Run all contestants ``rounds`` times in turn, after one round that only warms the page cache."""
-    runs: dict[str, list[dict[str, Any]]] = {backend: [] for backend in backends}
+    runs: dict[str, list[Start]] = {backend: [] for backend in backends}
     transformers: list[float] = []
     import_torch: list[float] = []
     for counted in range(-1, rounds):
         for backend in backends:
-            one = serve_once(snapshot, backend, device)
+            one = start_once(snapshot, EngineOptions(backend=backend, device=device))
             if counted >= 0:
                 runs[backend].append(one)
         others = (
@@ -81,7 +81,7 @@ def measure(snapshot: str, checkpoint: str, backends: list[str], device: str, ro
         "import_torch": summary(import_torch),
     }
     result["transformers_over_fgsnap"] = {
-        backend: summary([t / one["wall"] for t, one in zip(transformers, of_backend, strict=True)], 2)
+        backend: summary([t / one.wall for t, one in zip(transformers, of_backend, strict=True)], 2)
         for backend, of_backend in runs.items()
     }
     return result
@@ -96,60 +96,6 @@ def run(command: list[str]) -> float:
 
 def environment() -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1"}
-
-
-def serve_once(snapshot: str, backend: str, device: str) -> dict[str, Any]:
-    """Start a server, take one token, stop it: wall seconds and the server's own report."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as scratch:
-        report = Path(scratch) / "startup.json"
-        command = [FGSNAP, "serve", snapshot, "--port", str(port), "--backend", backend]
-        command += ["--device", device, "--startup-report", str(report)]
-        begin = time.monotonic()
-        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            first_token(port, give_up=begin + 120)
-            wall = time.monotonic() - begin
-        finally:
-            server.send_signal(signal.SIGTERM)
-            server.wait()
-        return {"wall": wall, "report": json.loads(report.read_text())}
-
-
-def first_token(port: int, give_up: float) -> None:
-    """Stream a chat completion and return when its first text has arrived."""
-    body = json.dumps({"messages": [{"role": "user", "content": PROMPT}], "temperature": 0, "stream": True})
-    while True:
-        connection = http.client.HTTPConnection("127.0.0.1", port)
-        try:
-            connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
-            break
-        except ConnectionRefusedError:
-            if time.monotonic() > give_up:
-                raise
-            time.sleep(0.001)
-    response = connection.getresponse()
-    assert response.status == 200, response.read()
-    for line in response:
-        if line.startswith(b"data: {") and json.loads(line[6:])["choices"][0]["delta"].get("content"):
-            connection.close()
-            return
-    raise RuntimeError("the stream ended without a token")
-
-
-def account(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Summary of the wall times, and the phases of the run in the middle."""
-    middle = sorted(runs, key=lambda one: one["wall"])[len(runs) // 2]
-    phases = middle["report"]["critical_path"]
-    covered = sum(phase["end"] - phase["begin"] for phase in phases)
-    return {
-        "seconds": summary([one["wall"] for one in runs]),
-        "wall": round(middle["wall"], 4),
-        "phases": {phase["name"]: round(phase["end"] - phase["begin"], 4) for phase in phases},
-        "unaccounted": round(1 - covered / middle["wall"], 4),
-    }
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 from typing import NoReturn
@@ -11,8 +12,12 @@ def main() -> NoReturn:
     """Run the command line and leave with the exit code that the outcome deserves."""
     # Until the command line can say so itself, Ctrl-C just ends the process.
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # What is imported stays. Looking for garbage in it, again and again while it grows, takes a tenth of the time.
+    gc.disable()
     from fgsnap.cli import run_cli
 
+    gc.freeze()
+    gc.enable()
     signal.signal(signal.SIGINT, handler)
     sys.exit(run_cli(sys.argv[1:]))
 

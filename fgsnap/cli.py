@@ -25,7 +25,10 @@ JSON_SCHEMA_VERSION = 1
 BACKENDS = ("auto", "native", "reference")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("bfloat16", "float16", "float32")
-EXTRAS = {"torch": "torch", "numpy": "convert", "gguf": "convert", "huggingface_hub": "convert"}
+TARGETS = ("generic", "cpu")
+EXTRAS = {
+    "torch": "torch", "numpy": "convert", "gguf": "convert", "huggingface_hub": "convert", "matplotlib": "bench",
+}  # fmt: skip
 """Packages that a plain installation lacks, and the extra that brings each."""
 
 Command = Callable[..., None]
@@ -103,8 +106,8 @@ class SuggestingGroup(click.Group):
         if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
             from difflib import get_close_matches
 
-            close = get_close_matches(args[0], self.list_commands(ctx), n=1)
-            hint = f"Did you mean 'fgsnap {close[0]}'?" if close else "Run 'fgsnap --help' for what each one does."
+            own, close = ctx.command_path, get_close_matches(args[0], self.list_commands(ctx), n=1)
+            hint = f"Did you mean '{own} {close[0]}'?" if close else f"Run '{own} --help' for what each one does."
             raise UsageError(
                 f"There is no command '{args[0]}'.", f"Commands: {', '.join(self.list_commands(ctx))}.", hint
             )
@@ -112,6 +115,20 @@ class SuggestingGroup(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)  # in the order of a user's first day, not of the alphabet
+
+
+class BenchGroup(SuggestingGroup):
+    """The commands of ``fgsnap bench``, which are imported when one of them is looked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        from fgsnap.bench.command import COMMANDS
+
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        from fgsnap.bench.command import COMMANDS
+
+        return COMMANDS.get(cmd_name)
 
 
 @click.group(
@@ -133,6 +150,7 @@ def cli() -> None:
 @option("-o", "--output", type=click.Path(path_type=Path), help="Directory of the new snapshot.")
 @option("--tp", type=click.IntRange(min=1), default=1, help="Tensor parallel degree: one rank file each.")
 @option("--dtype", type=click.Choice(DTYPES), help="Cast the weights; default: as in the checkpoint.")
+@option("--target", type=click.Choice(TARGETS), default="generic", help="Whose kernels the weights are laid out for.")
 @option("--revision", help="Branch, tag or commit of a Hub repository.")
 @option("--dry-run", is_flag=True, help="Print the plan and write nothing; needs only config.json.")
 @option("--workers", type=click.IntRange(min=1), help="Threads that read and cast ahead of the writer.")
@@ -144,6 +162,7 @@ def convert(
     output: Path | None,
     tp: int,
     dtype: str | None,
+    target: str,
     revision: str | None,
     dry_run: bool,
     workers: int | None,
@@ -159,25 +178,26 @@ def convert(
     Examples:
       fgsnap convert HuggingFaceTB/SmolLM2-135M-Instruct -o snap/
       fgsnap convert ./checkpoint --tp 4 --dtype bfloat16 -o snap/
+      fgsnap convert ./checkpoint --target cpu -o snap/
       fgsnap convert ./checkpoint --tp 8 --dry-run
     """
     if dry_run:
-        _print_plan(source, tp, dtype, revision, workers, as_json)
+        _print_plan(as_json, source, tp=tp, dtype=dtype, target=target, revision=revision, workers=workers)
         return
     if output is None:
         raise UsageError("convert needs -o DIR.", "It names the directory of the new snapshot.", "Add: -o snap/")
-    _unwind_on_signals()
+    unwind_on_signals()
     from fgsnap.convert.pipeline import convert as run_conversion
 
     result = run_conversion(
-        source, output, tp=tp, dtype=dtype, revision=revision, workers=workers, canary=canary,
+        source, output, tp=tp, dtype=dtype, target=target, revision=revision, workers=workers, canary=canary,
         progress=_bar(progress, "convert"), stage=_tell_canary,
     )  # fmt: skip
     for note in result.notes:
         click.echo(f"Note: {note}", err=True)
     if as_json:
         facts = {"id": result.id, "path": str(result.path), "bytes": result.bytes, "seconds": result.seconds}
-        _print_json({**facts, "notes": list(result.notes)})
+        print_json({**facts, "notes": list(result.notes)})
         return
     click.echo(f"{output}  id {result.id[:12]}  {size(result.bytes)} in {result.seconds:.1f} s")
     click.echo(f"Next: fgsnap serve {output}", err=True)
@@ -189,21 +209,20 @@ def _tell_canary(stage: str) -> None:
         click.echo("Checking the snapshot in a fresh process: one float32 forward ...", err=True)
 
 
-def _print_plan(
-    source: str, tp: int, dtype: str | None, revision: str | None, workers: int | None, as_json: bool
-) -> None:
+def _print_plan(as_json: bool, source: str, **settings: Any) -> None:
     import msgspec
 
     from fgsnap.convert.plan import plan_source
 
-    plan = plan_source(source, tp=tp, dtype=dtype, revision=revision, workers=workers)
+    plan = plan_source(source, **settings)
     if as_json:
-        _print_json(msgspec.to_builtins(plan))
+        print_json(msgspec.to_builtins(plan))
         return
     for rank in plan.ranks:
         click.echo(f"{rank.file}  {len(rank.tensors)} tensors  {size(rank.bytes)}")
     stated = ", assumed: config.json states no dtype" if plan.dtype_from == "assumed" else ""
     click.echo(f"total      {size(plan.bytes)} in {len(plan.ranks)} rank file(s), {plan.dtype}{stated}")
+    click.echo(f"target     {plan.target}")
     click.echo(f"KV cache   {plan.kv_bytes_per_token} bytes a token")
     click.echo(f"peak memory of the conversion about {size(plan.peak_memory)}")
     click.echo(f"tensor parallel degrees that work: {', '.join(map(str, plan.possible_tp))}")
@@ -231,11 +250,11 @@ def serve(snapshot: Path, **settings: Any) -> None:
       fgsnap serve snap/
       fgsnap serve snap/ --port 8080 --backend native --kv-memory 4GiB
     """
-    _unwind_on_signals()
+    unwind_on_signals()
     from fgsnap.runtime.launch import serve as run_server
     from fgsnap.runtime.options import ServeOptions
 
-    engine = _engine(settings)
+    engine = engine_of(settings)
     sys.exit(run_server(ServeOptions(snapshot=str(snapshot), engine=engine, **_plain(settings))))
 
 
@@ -262,7 +281,7 @@ def run(snapshot: Path, prompt: str, **settings: Any) -> None:
       fgsnap run snap/ "What is the capital of France?"
       fgsnap run snap/ "Once upon a time" --raw --temperature 0.8 --seed 7
     """
-    engine = _engine(settings)
+    engine = engine_of(settings)
     if prompt == "-":
         prompt = _standard_input()
     if not prompt:
@@ -283,7 +302,7 @@ def inspect(snapshot: Path, tensors: bool, as_json: bool) -> None:
         if as_json:
             import msgspec
 
-            _print_json({"id": opened.id, "manifest": msgspec.to_builtins(opened.manifest)})
+            print_json({"id": opened.id, "manifest": msgspec.to_builtins(opened.manifest)})
         else:
             _print_summary(opened, tensors)
     finally:
@@ -300,11 +319,12 @@ def _print_summary(opened: Snapshot, tensors: bool) -> None:
     first = manifest.tensors[0]
     kv_bytes = spec.kv_values_per_token() * DTYPE_BYTES[first.dtype]
     dtypes = ", ".join(sorted({entry.dtype for entry in manifest.tensors}))
+    layouts = ", ".join(sorted({entry.layout for entry in manifest.tensors if len(entry.shape) > 1}))
     revision = f" at {origin.revision[:12]}" if origin.revision else ""
     rows = {
         "id": opened.id,
         "source": f"{origin.source}{revision}",
-        "weights": f"{size(weights)} in {manifest.tp} rank file(s), {dtypes}",
+        "weights": f"{size(weights)} in {manifest.tp} rank file(s), {dtypes}, layout {layouts}",
         "decoder": f"{spec.depth} layers, width {spec.width}, {kind.heads} heads, {kind.kv_heads} KV heads, "
         f"vocabulary {spec.vocab_size}",
         "context": f"{spec.max_length} tokens, KV cache {kv_bytes} bytes a token in {first.dtype}",
@@ -320,10 +340,10 @@ def _print_summary(opened: Snapshot, tensors: bool) -> None:
 
 
 def _print_tensors(manifest: Manifest) -> None:
-    click.echo(f"{'file':<35}  {'offset':>12}  {'bytes':>12}  {'dtype':<9} {'shape':<14} tensor")
+    click.echo(f"{'file':<35}  {'offset':>12}  {'bytes':>12}  {'dtype':<9} {'layout':<8} {'shape':<14} tensor")
     for entry in manifest.tensors:
-        shape = "x".join(map(str, entry.shape))
-        click.echo(f"{entry.file}  {entry.offset:>12}  {entry.bytes:>12}  {entry.dtype:<9} {shape:<14} {entry.name}")
+        shape, form = "x".join(map(str, entry.shape)), f"{entry.dtype:<9} {entry.layout:<8}"
+        click.echo(f"{entry.file}  {entry.offset:>12}  {entry.bytes:>12}  {form} {shape:<14} {entry.name}")
 
 
 @cli.command()
@@ -336,7 +356,7 @@ def verify(snapshot: Path, as_json: bool, progress: bool | None) -> None:
 
     report = run_verification(snapshot, progress=_bar(progress, "verify"))
     if as_json:
-        _print_json({"id": report.id, "files": report.files, "bytes": report.bytes})
+        print_json({"id": report.id, "files": report.files, "bytes": report.bytes})
     else:
         click.echo(f"ok  id {report.id}  {report.files} files, {size(report.bytes)}")
 
@@ -351,16 +371,21 @@ def export(snapshot: Path, output: Path, as_json: bool, progress: bool | None) -
 
     Every tensor comes back bit for bit, unless it was cast or dequantised when it was converted.
     """
-    _unwind_on_signals()
+    unwind_on_signals()
     from fgsnap.convert.export import export as run_export
 
     result = run_export(snapshot, output, progress=_bar(progress, "export"))
     for note in result.notes:
         click.echo(f"Note: {note}", err=True)
     if as_json:
-        _print_json({"path": str(result.path), "bytes": result.bytes, "notes": list(result.notes)})
+        print_json({"path": str(result.path), "bytes": result.bytes, "notes": list(result.notes)})
     else:
         click.echo(f"{output}  {result.tensors} tensors, {size(result.bytes)}")
+
+
+@cli.group(cls=BenchGroup)
+def bench() -> None:
+    """Measure start-up, latency, throughput, or any OpenAI endpoint under load."""
 
 
 @cli.command()
@@ -371,7 +396,7 @@ def env(as_json: bool) -> None:
 
     report = describe()
     if as_json:
-        _print_json(report)
+        print_json(report)
         return
     for name, value in report.items():
         click.echo(f"{name:<22} {value if isinstance(value, str) else ', '.join(value) or 'none'}")
@@ -382,7 +407,7 @@ def env(as_json: bool) -> None:
 def version(as_json: bool) -> None:
     """Print the version."""
     if as_json:
-        _print_json({"version": __version__})
+        print_json({"version": __version__})
     else:
         click.echo(f"fgsnap {__version__}")
 
@@ -395,7 +420,7 @@ def _answer(path: Path, prompt: str, engine: EngineOptions, settings: dict[str, 
     if streamed:
         click.echo()
     else:
-        _print_json(
+        print_json(
             {
                 "text": result.text,
                 "finish_reason": result.finish_reason,
@@ -417,8 +442,8 @@ def _standard_input() -> str:
         raise UsageError("The prompt on stdin is not UTF-8 text.", f"Byte {error.start} is not.") from None
 
 
-def _engine(settings: dict[str, Any]) -> EngineOptions:
-    """Take what ``engine_options`` added out of the settings."""
+def engine_of(settings: dict[str, Any]) -> EngineOptions:
+    """What ``engine_options`` added to the settings, taken out of them."""
     from fgsnap.runtime.options import EngineOptions
 
     if (tp := settings.pop("tp")) != 1:
@@ -435,7 +460,7 @@ def _plain(settings: dict[str, Any]) -> dict[str, Any]:
     return {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
 
 
-def _unwind_on_signals() -> None:
+def unwind_on_signals() -> None:
     """Let SIGTERM and SIGHUP unwind the stack as Ctrl-C does, so that what is half written is removed."""
     import signal
 
@@ -456,7 +481,7 @@ def size(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-def _print_json(value: dict[str, Any]) -> None:
+def print_json(value: dict[str, Any]) -> None:
     import json
 
     click.echo(json.dumps({"schema_version": JSON_SCHEMA_VERSION, **value}, indent=2))
@@ -547,5 +572,5 @@ def _fail(error: Exception, lines: list[str], code: int, as_json: bool) -> int:
         traceback.print_exception(error)
     click.echo("Error: " + "\n".join(lines), err=True)
     if as_json:
-        _print_json({"error": {"lines": lines, "exit_code": code}})
+        print_json({"error": {"lines": lines, "exit_code": code}})
     return code

@@ -41,17 +41,18 @@ def describe() -> dict[str, str | list[str]]:
         "memory": _memory(),
         "backend native": "yes" if works else f"no: {reason}",
         "backend reference": _reference_backend(),
-        "packages": [f"{name} {found}" for name in _PACKAGES if (found := _installed(name))],
+        "packages": [f"{name} {found}" for name in _PACKAGES if (found := installed(name))],
         "environment": [f"{name}={_shown(name)}" for name in sorted(os.environ) if name.startswith(("FGSNAP_", "HF_"))],
     }
 
 
 def _reference_backend() -> str:
-    found = _installed("torch")
+    found = installed("torch")
     return f"yes: torch {found}" if found and find_spec("torch") else "no: pip install 'fgsnap[torch]'"
 
 
-def _installed(package: str) -> str:
+def installed(package: str) -> str:
+    """The version of an installed package; empty where there is none."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

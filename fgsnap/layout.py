@@ -8,7 +8,7 @@ different directions: which boxes of which tensors make these rows?
 Stored tensors are listed in the order in which the decoder touches them.
 """
 
-from __future__ import annotations
+# Annotations are not postponed here: msgspec would have to compile each one from its text at every start.
 
 import math
 from collections.abc import Iterable, Iterator
@@ -24,9 +24,10 @@ Shape = tuple[int, ...]
 LAID_OUT = frozenset(
     """
     attention.rope attention.window attention.qkv_bias attention.out_bias attention.softcap attention.chunk
+    attention.query_temperature query_temperature.logn query_temperature.step query_temperature.scale
     layer.attn_in layer.attn_out layer.mlp_in layer.mlp_out layer.sequential layer.parallel layer.post
     layer.residual_multiplier
-    mlp.silu mlp.gelu mlp.gelu_tanh mlp.relu mlp.bias mlp.down_bias mlp.gated
+    mlp.silu mlp.gelu mlp.gelu_tanh mlp.relu mlp.clamped_swiglu mlp.clamp mlp.bias mlp.down_bias mlp.gated
     norm.rms norm.ln norm.l2 norm.weight norm.bias norm.unit_offset norm.float32_weight
     embedding.scale embedding.round_scale head.tied head.bias head.multiplier head.softcap
     rope.linear rope.dynamic rope.llama3 rope.yarn rope.longrope rope.proportional_head_dim

@@ -7,7 +7,7 @@ name, and one that does not is read by every version.
 Shapes below use: T tokens, H width, D head dim, V vocabulary, I inner width of an MLP, E experts.
 """
 
-from __future__ import annotations
+# Annotations are not postponed here: msgspec would have to compile each one from its text at every start.
 
 import functools
 import math
@@ -111,7 +111,7 @@ class Alibi(Part, frozen=True):
 class QueryTemperature(Part, frozen=True):
     """Queries scaled by position p.
 
-    ``logn``: log_base(p) beyond base; ``step``: 1 + scale ln(1 + floor((p + 1) / base)).
+    ``logn``: log_base(p + 1) beyond base; ``step``: 1 + scale ln(1 + floor((p + 1) / base)).
     """
 
     kind: Literal["logn", "step"]

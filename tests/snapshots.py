@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fgsnap.layout import logical_shapes, pieces, stored_tensors
-from fgsnap.snapshot import Canary, Manifest, Provenance, SnapshotWriter, TextSection, plan_rank
+from fgsnap.snapshot import Canary, Layout, Manifest, Provenance, SnapshotWriter, TextSection, plan_rank
 from fgsnap.spec import (
     DTYPE_BYTES,
     Attention,
@@ -94,6 +94,7 @@ def make_snapshot(
     seed: int = 0,
     text_files: Mapping[str, bytes] | None = None,
     *,
+    layout: Layout = "row",
     text: TextSection | None = None,
     canary: Canary | None = None,
     weights: Mapping[str, np.ndarray] | None = None,
@@ -105,13 +106,17 @@ def make_snapshot(
     weights = random_weights(spec, dtype, seed) if weights is None else weights
     with SnapshotWriter(path, spec, tp) as writer:
         for rank in range(tp):
-            layout = plan_rank([(tensor, dtype) for tensor in stored_tensors(spec, tp, rank)])
-            with writer.rank(rank, layout) as out:
-                for tensor in layout.tensors:
-                    out.write(tensor.offset, memoryview(stored_array(tensor, weights, dtype).tobytes()))
+            plan = plan_rank([(tensor, dtype) for tensor in stored_tensors(spec, tp, rank)], layout)
+            with writer.rank(rank, plan) as out:
+                for tensor in plan.tensors:
+                    array = stored_array(tensor, weights, dtype)
+                    out.write(
+                        tensor.offset, memoryview(words32(array) if tensor.layout == "words32" else array.tobytes())
+                    )
         for name, data in sorted((text_files or {}).items()):
             writer.add_file(name, data)
         manifest = Manifest(
+            requires=writer.requires,
             spec=spec,
             tp=tp,
             tensors=writer.tensors,
@@ -144,3 +149,14 @@ def stored_array(tensor, weights: Mapping[str, np.ndarray], dtype: DType) -> np.
         target = tuple(slice(a, a + n) for a, n in zip(piece.stored_start, piece.extent, strict=True))
         stored[target] = weights[piece.tensor][source]
     return stored
+
+
+def words32(matrix: np.ndarray) -> bytes:
+    """The matrix in panels of 32 rows, word by word as docs/format.md defines it."""
+    data, width, packed = matrix.tobytes(), matrix[0].nbytes, bytearray()
+    for panel in range(0, len(matrix), 32):
+        for word in range(0, width, 4):
+            for row in range(panel, panel + 32):
+                at = row * width + word
+                packed += data[at : at + 4] if row < len(matrix) else bytes(4)
+    return bytes(packed)

@@ -11,11 +11,14 @@ import pytest
 
 from fgsnap import __version__
 from fgsnap.cli import EXTRAS, ByteSize, WholeText, cli, run_cli, size
+from tests.commands import every_command
 from tests.snapshots import make_snapshot, tiny_spec
 
-COMMANDS = ("convert", "serve", "run", "inspect", "verify", "export", "env", "version")
+COMMANDS = ("convert", "serve", "run", "inspect", "verify", "export", "bench", "env", "version")
 TEXT = {"config.json": b"{}"}
-HEAVY = ("torch", "transformers", "huggingface_hub", "numpy", "gguf", "starlette", "uvicorn", "tokenizers")
+HEAVY = (
+    "torch", "transformers", "huggingface_hub", "numpy", "gguf", "starlette", "uvicorn", "tokenizers", "fgsnap.bench",
+)  # fmt: skip
 
 
 def fgsnap(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -31,9 +34,9 @@ def test_help_lists_every_command_and_the_exit_codes():
     assert "3 snapshot refused" in " ".join(done.stdout.split())
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", ["bench", *every_command()])
 def test_every_command_explains_itself(command):
-    done = fgsnap(command, "--help")
+    done = fgsnap(*command.split(), "--help")
     assert done.returncode == 0
     assert done.stdout.startswith("Usage: ")
 
@@ -77,7 +80,7 @@ def test_debug_shows_the_trace():
 
 
 def test_every_flag_has_an_environment_twin():
-    for command in cli.commands.values():
+    for command in every_command().values():
         for parameter in command.params:
             if parameter.param_type_name == "option" and parameter.name != "help":
                 flag = next(name for name in parameter.opts if name.startswith("--"))

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from fgsnap.cli import cli
+from tests.commands import every_command
 
 ROOT = Path(__file__).parent.parent
+COMMANDS = every_command()
 
 
 def real_checkpoint() -> Path:
@@ -43,23 +45,26 @@ def test_the_demo_ends_with_the_error_of_the_command_that_failed(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def spellings(parameter) -> list[str]:
+    return [*parameter.opts, *parameter.secondary_opts]
+
+
 def commands_in(text: str) -> list[tuple[str, list[str]]]:
     """(command, its flags) for every line in ``text`` that runs fgsnap."""
-    found = re.findall(r"\bfgsnap (\w+)((?: [^\s`|)]+)*)", text)
-    return [(name, re.findall(r"(?<= )--?[a-z][a-z-]*", rest)) for name, rest in found if name in cli.commands]
+    names = "|".join(sorted(COMMANDS, key=len, reverse=True))
+    found = re.findall(rf"\bfgsnap ({names})\b((?: [^\s`|)]+)*)", text)
+    return [(name, re.findall(r"(?<= )--?[a-z][a-z-]*", rest)) for name, rest in found]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/serving.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/serving.md", "docs/benchmarking.md"])
 def test_every_command_and_flag_in_the_docs_exists(page):
     text = (ROOT / page).read_text()
     shown = commands_in(text)
     assert shown
     for name, flags in shown:
-        known = {spelling for parameter in cli.commands[name].params for spelling in parameter.opts}
+        known = {spelling for parameter in COMMANDS[name].params for spelling in spellings(parameter)}
         assert set(flags) <= known, f"fgsnap {name} {flags}"
-    every = {
-        spelling for command in cli.commands.values() for parameter in command.params for spelling in parameter.opts
-    }
+    every = {name for command in COMMANDS.values() for parameter in command.params for name in spellings(parameter)}
     assert set(re.findall(r"`(--[a-z-]+)", text)) <= every
 
 

@@ -34,6 +34,8 @@ INNER = {
         "fgsnap.errors", "fgsnap.spec", "fgsnap.layout", "fgsnap.snapshot", "fgsnap.kernels", "fgsnap.runtime",
         "fgsnap",
     ),
+    "fgsnap.bench.command": ("fgsnap.errors", "fgsnap.cli", "fgsnap.bench", "fgsnap.runtime"),
+    "fgsnap.bench": ("fgsnap.errors", "fgsnap.environment", "fgsnap.snapshot", "fgsnap.runtime", "fgsnap.bench"),
 }  # fmt: skip
 
 # Third-party packages each part may name anywhere in its source.
@@ -45,10 +47,19 @@ OUTER = {
     "fgsnap.atomic": set(),
     "fgsnap.snapshot": {"msgspec", "blake3"},
     "fgsnap.kernels.reference": {"torch"},
+    "fgsnap.kernels.reference_plan": {"torch"},
+    "fgsnap.kernels.reference_attention": {"torch"},
+    "fgsnap.kernels.reference_experts": {"torch"},
+    "fgsnap.kernels.reference_sampling": {"torch"},
     "fgsnap.kernels.choose": {"torch"},
     "fgsnap.kernels": set(),
     "fgsnap.convert": {"blake3", "msgspec", "numpy", "gguf", "huggingface_hub", "tokenizers"},
     "fgsnap.runtime": {"msgspec", "starlette", "uvicorn", "prometheus_client", "tokenizers", "minijinja"},
+    "fgsnap.bench.plot": {"matplotlib"},
+    "fgsnap.bench.command": {"click", "matplotlib"},
+    "fgsnap.bench.show": {"click"},
+    "fgsnap.bench.workload": {"tokenizers"},
+    "fgsnap.bench": {"h11", "msgspec"},
     "fgsnap.cli": {"click", "tqdm", "msgspec"},
     "fgsnap": set(),
 }
@@ -110,6 +121,8 @@ NEVER = ("transformers", "huggingface_hub", "torch", "numpy", "fastapi", "openai
     ("module", "forbidden"),
     [
         ("fgsnap.cli", (*NEVER, "msgspec", "tokenizers", "starlette", "uvicorn", "fgsnap.convert", "fgsnap.runtime")),
+        ("fgsnap.cli", ("fgsnap.bench", "matplotlib", "h11", "asyncio")),
+        ("fgsnap.bench.command", (*NEVER, "matplotlib", "tokenizers", "msgspec", "fgsnap.runtime")),
         ("fgsnap.snapshot", (*NEVER, "tokenizers", "starlette", "fgsnap.convert", "fgsnap.runtime")),
         ("fgsnap.runtime.engine", (*NEVER, "starlette", "uvicorn", "fgsnap.convert")),
         ("fgsnap.runtime.worker", (*NEVER, "starlette", "uvicorn", "tokenizers", "minijinja", "fgsnap.convert")),

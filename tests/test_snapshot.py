@@ -45,7 +45,7 @@ from fgsnap.snapshot import (
     verify,
 )
 from fgsnap.spec import DecoderSpec
-from tests.snapshots import make_snapshot, random_weights, stored_array, tiny_spec
+from tests.snapshots import make_snapshot, random_weights, stored_array, tiny_spec, words32
 
 ROOT = Path(__file__).parent.parent
 CANARY = Canary("", [1, 2, 3], [4, 5, 6], [0.5, 1.25, 2.0])
@@ -277,23 +277,25 @@ def divided_specs(draw: st.DrawFn) -> tuple[DecoderSpec, int]:
     return spec, draw(st.sampled_from(possible_tp(spec, 8)))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(divided_specs(), st.sampled_from(("float32", "bfloat16")), st.data())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(divided_specs(), st.sampled_from(("float32", "bfloat16")), st.sampled_from(("row", "words32")), st.data())
 def test_any_snapshot_opens_at_tp1(
-    tmp_path: Path, division: tuple[DecoderSpec, int], dtype: str, data: st.DataObject
+    tmp_path: Path, division: tuple[DecoderSpec, int], dtype: str, layout: str, data: st.DataObject
 ) -> None:
     spec, tp = division
     weights = random_weights(spec, dtype)
     shutil.rmtree(tmp_path / "s", ignore_errors=True)
-    make_snapshot(tmp_path / "s", spec, tp, dtype, weights=weights)
+    make_snapshot(tmp_path / "s", spec, tp, dtype, weights=weights, layout=layout)
     with open_snapshot(tmp_path / "s") as snapshot:
         opened = opened_at_tp1(snapshot)
         expected = stored_tensors(spec, 1, 0)
         assert list(opened) == [tensor.name for tensor in expected]
         for tensor in expected:
-            kind, shape, view = opened[tensor.name]
+            kind, shape, view, lies = opened[tensor.name]
             assert (kind, shape, view.readonly) == (dtype, tensor.shape, True)
-            assert view == stored_array(tensor, weights, dtype).tobytes(), tensor.name
+            assert lies in ("row", layout if tp == 1 else "row")
+            array = stored_array(tensor, weights, dtype)
+            assert view == (words32(array) if lies == "words32" else array.tobytes()), tensor.name
         for name, array in weights.items():
             start = data.draw(st.integers(0, array.shape[0]))
             stop = data.draw(st.integers(start, array.shape[0]))
@@ -304,25 +306,27 @@ def test_any_snapshot_opens_at_tp1(
         del opened, view
 
 
-def test_tp1_of_tp1_copies_nothing(tmp_path: Path) -> None:
-    make_snapshot(tmp_path / "s", tiny_spec())
+@pytest.mark.parametrize("layout", ["row", "words32"])
+def test_tp1_of_tp1_copies_nothing(tmp_path: Path, layout: str) -> None:
+    make_snapshot(tmp_path / "s", tiny_spec(), layout=layout)
     with open_snapshot(tmp_path / "s") as snapshot:
         mapped = snapshot.tensor(snapshot.manifest.tensors[0])
-        opened = opened_at_tp1(snapshot)["embed.weight"][2]
+        opened = opened_at_tp1(snapshot)["embed.weight"].data
         assert np.frombuffer(opened, np.uint8).ctypes.data == np.frombuffer(mapped, np.uint8).ctypes.data
 
 
-def test_each_needed_byte_is_copied_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("layout", ["row", "words32"])
+def test_each_needed_byte_is_copied_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
     """Also where KV heads are stored by several ranks."""
     from fgsnap.snapshot import gathering
 
     spec = tiny_spec(heads=8, kv_heads=2, qkv_bias=True)
-    make_snapshot(tmp_path / "s", spec, 8)
+    make_snapshot(tmp_path / "s", spec, 8, layout=layout)
     copied = []
     copy_box = gathering.copy_box
     monkeypatch.setattr(gathering, "copy_box", lambda *args: copied.append(copy_box(*args)) or copied[-1])
     opened = opened_at_tp1(open_snapshot(tmp_path / "s"))
-    assert sum(copied) == sum(len(view) for _, _, view in opened.values())
+    assert sum(copied) == sum(len(found.data) for found in opened.values())
 
 
 # The same every time
@@ -374,7 +378,7 @@ def schema() -> str:
 def test_the_published_schema_is_the_manifest(tmp_path: Path) -> None:
     assert SCHEMA.read_text() == schema(), "write it anew with: python -m tests.test_snapshot"
     published = json.loads(SCHEMA.read_text())
-    make_snapshot(tmp_path / "s", tiny_spec(), 2, text_files=TEXT)
+    make_snapshot(tmp_path / "s", tiny_spec(), 2, text_files=TEXT, layout="words32")
     manifest = json.loads((tmp_path / "s/manifest.json").read_text())
     jsonschema.Draft202012Validator(published).validate(manifest)
     del manifest["spec"]["width"]
@@ -612,13 +616,13 @@ def test_the_directory_can_be_copied_and_renamed(tmp_path: Path) -> None:
 
 
 def read_logical_tensors(path: Path) -> dict[str, np.ndarray]:
-    """All logical tensors of a snapshot, float32 only, for what the document promises."""
+    """All logical tensors of a snapshot of one dtype, for what the document promises."""
 
     def digest(data: bytes) -> str:
         return hashlib.sha256(data).hexdigest()
 
     commit = json.loads((path / "snapshot.json").read_bytes())
-    assert (commit["format"], commit["requires"]) == (1, [])
+    assert commit["format"] == 1 and set(commit["requires"]) <= {"layout.words32"}
     raw = (path / "manifest.json").read_bytes()
     assert digest(raw) == commit["manifest"] == commit["id"]
     manifest = json.loads(raw)
@@ -633,7 +637,7 @@ def read_logical_tensors(path: Path) -> dict[str, np.ndarray]:
     slices = []
     for entry in manifest["tensors"]:
         data = (path / entry["file"]).read_bytes()[entry["offset"] : entry["offset"] + entry["bytes"]]
-        stored = np.frombuffer(data, {"float32": "<f4"}[entry["dtype"]]).reshape(entry["shape"])
+        stored = as_stored(data, **entry)
         for segment in entry["segments"]:
             axis, start, stop, offset = (segment[key] for key in ("axis", "start", "stop", "offset"))
             part = stored.take(range(offset, offset + stop - start), axis)
@@ -643,17 +647,29 @@ def read_logical_tensors(path: Path) -> dict[str, np.ndarray]:
             extent = extents.setdefault(segment["tensor"], list(part.shape))
             extent[axis] = max(extent[axis], stop)
             slices.append((segment["tensor"], axis, start, stop, part))
-    logical = {name: np.full(extent, np.nan, np.float32) for name, extent in extents.items()}
+    logical = {name: np.zeros(extent, slices[0][-1].dtype) for name, extent in extents.items()}
     for name, axis, start, stop, part in slices:
         logical[name][(slice(None),) * axis + (slice(start, stop),)] = part
     return logical
 
 
+def as_stored(data: bytes, dtype: str, shape: list[int], layout: str, **_: object) -> np.ndarray:
+    kind = {"float32": "<f4", "bfloat16": "<u2"}[dtype]
+    if layout == "row":
+        return np.frombuffer(data, kind).reshape(shape)
+    rows, words = shape[0], shape[1] * np.dtype(kind).itemsize // 4
+    panels = -(-rows // 32)
+    packed = np.frombuffer(data, "<u4").reshape(panels, words, 32).swapaxes(1, 2)
+    return np.ascontiguousarray(packed).reshape(panels * 32, words)[:rows].view(kind)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", ["row", "words32"])
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_the_document_is_enough_to_write_a_reader(tmp_path: Path, tp: int) -> None:
+def test_the_document_is_enough_to_write_a_reader(tmp_path: Path, tp: int, layout: str, dtype: str) -> None:
     spec = tiny_spec(qkv_bias=True, mlp_bias=True)
-    weights = random_weights(spec)
-    make_snapshot(tmp_path / "s", spec, tp, weights=weights, text_files=TEXT)
+    weights = random_weights(spec, dtype)
+    make_snapshot(tmp_path / "s", spec, tp, dtype, weights=weights, text_files=TEXT, layout=layout)
     read = read_logical_tensors(tmp_path / "s")
     assert read.keys() == weights.keys()
     for name, array in weights.items():

@@ -211,6 +211,7 @@ LIES: dict[str, tuple[tuple, Any, str]] = {
     "name": (("tensors", 0, "name"), "layers.0.out.weight", "where embed.weight"),
     "tensor-file": (("tensors", 0, "file"), "../../etc/passwd", "where embed.weight"),
     "layout": (("tensors", 0, "layout"), "tile16", "cannot be read.*layout"),
+    "layout-unnamed": (("tensors", 0, "layout"), "words32", "'layout.words32', but requires does not name it"),
     "segments-none": (("tensors", 0, "segments"), [], "segments that its spec does not imply"),
     "segment-range": (("tensors", 0, "segments", 0, "stop"), 1 << 60, "segments that"),
     "segment-tensor": (("tensors", 0, "segments", 0, "tensor"), "head.weight", "segments that"),
@@ -267,6 +268,52 @@ def test_a_lying_manifest_is_refused(small: Path, lie: str) -> None:
     refused(lambda: open_snapshot(small, committed=False), message)
 
 
+PACKED_LIES: dict[str, tuple[tuple, Any, str]] = {
+    "row": (("tensors", 0, "layout"), "row", r"has 512 bytes for shape \[4, 4\]"),
+    "bytes-of-rows": (("tensors", 0, "bytes"), 64, r"has 64 bytes for shape \[4, 4\]"),
+    "bytes-of-more-panels": (("tensors", 0, "bytes"), 1024, "has 1024 bytes for shape"),
+    "vector": (("tensors", 1, "layout"), "words32", r"has layout words32, which shape \[4\] does not fit"),
+    "half-words": (("tensors", 6, "dtype"), "bfloat16", r"has layout words32, which shape \[4, 1\] does not fit"),
+    "padded-shape": (("tensors", 0, "shape"), [32, 4], r"its spec says \[4, 4\]"),
+    "unnamed": (("requires",), [], "'layout.words32', but requires does not name it"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lie", PACKED_LIES)
+def test_a_manifest_that_lies_about_packed_tensors_is_refused(tmp_path: Path, lie: str) -> None:
+    make_snapshot(tmp_path / "s", SMALL, 2, layout="words32")
+    manifest = load(tmp_path / "s")
+    commit(tmp_path / "s", canonical(manifest), requires=manifest["requires"])
+    open_snapshot(tmp_path / "s").close()
+    place, value, message = PACKED_LIES[lie]
+    put(manifest, place, value)
+    commit(tmp_path / "s", canonical(manifest), requires=manifest["requires"])
+    refused(lambda: open_snapshot(tmp_path / "s"), message)
+
+
+def test_a_layout_that_takes_as_many_bytes_is_refused_by_the_header(tmp_path: Path) -> None:
+    make_snapshot(tmp_path / "s", tiny_spec(vocab_size=64))
+    manifest = load(tmp_path / "s")
+    put(manifest, ("tensors", 0, "layout"), "words32")
+    manifest["requires"] = ["layout.words32"]
+    commit(tmp_path / "s", canonical(manifest), requires=manifest["requires"])
+    refused(lambda: open_snapshot(tmp_path / "s"), "header of rank-00000-of-00001")
+
+
+def test_ranks_of_different_layouts_are_refused(tmp_path: Path) -> None:
+    make_snapshot(tmp_path / "s", tiny_spec(vocab_size=64), 2, layout="words32")
+    manifest = load(tmp_path / "s")
+    manifest["tensors"][0]["layout"] = "row"
+    commit(tmp_path / "s", canonical(manifest), requires=manifest["requires"])
+    refused(lambda: open_snapshot(tmp_path / "s"), "is float32 row in one rank and float32 words32 in another")
+
+
+def test_an_older_reader_refuses_packed_tensors_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_snapshot(tmp_path / "s", SMALL, layout="words32")
+    monkeypatch.setattr("fgsnap.snapshot.reading.KNOWN_FEATURES", frozenset())
+    refused(lambda: open_snapshot(tmp_path / "s"), "requires 'layout.words32'")
+
+
 def test_duplicate_missing_and_further_tensors_are_refused(small: Path) -> None:
     manifest = load(small)
     tensors = manifest["tensors"]
@@ -281,7 +328,7 @@ def test_ranks_of_different_dtypes_are_refused(small: Path) -> None:
     rank[-1].update(dtype="bfloat16", bytes=rank[-1]["bytes"] // 2)
     manifest["files"][rank_file(1, 2)]["bytes"] -= rank[-1]["bytes"]
     commit(small, canonical(manifest))
-    refused(lambda: open_snapshot(small), "is float32 in one rank and bfloat16 in another")
+    refused(lambda: open_snapshot(small), "is float32 row in one rank and bfloat16 row in another")
 
 
 def test_a_header_that_disagrees_with_the_table_is_refused(small: Path) -> None:
@@ -367,18 +414,21 @@ def places(value: Any, at: tuple = ()) -> list[tuple]:
     return [at]
 
 
+@pytest.mark.parametrize("layout", ["row", "words32"])
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_no_changed_manifest_does_anything_but_open_or_be_refused(tmp_path: Path, data: st.DataObject) -> None:
+def test_no_changed_manifest_does_anything_but_open_or_be_refused(
+    tmp_path: Path, layout: str, data: st.DataObject
+) -> None:
     path = tmp_path / "s"
     if not path.exists():
-        make_snapshot(path, SMALL, 2, text_files=TEXT)
+        make_snapshot(path, SMALL, 2, text_files=TEXT, layout=layout)
         shutil.copy(path / MANIFEST, tmp_path / MANIFEST)
     manifest = load(tmp_path)
     for _ in range(data.draw(st.integers(1, 2))):
         place = data.draw(st.sampled_from(places(manifest)[1:]))
         put(manifest, place, data.draw(VALUES))
-    commit(path, canonical(manifest))
+    commit(path, canonical(manifest), requires=manifest.get("requires", []))
     try:
         open_snapshot(path).close()
     except SnapshotRefused:

@@ -30,6 +30,7 @@ from fgsnap.layout import logical_shapes
 from fgsnap.progress import Progress, counted, part
 from fgsnap.snapshot import Manifest, Snapshot, open_snapshot, read_logical, verify
 from fgsnap.spec import DTYPE_BYTES, DType
+from fgsnap.tokenizer import CUT
 
 SHARD = 5_000_000_000
 """Most bytes of tensors in one file; a single larger tensor has a file of its own."""
@@ -187,7 +188,7 @@ def _arrays(memory: mmap.mmap, at: int, shard: list[_Tensor]) -> dict[str, Array
 def _texts(snapshot: Snapshot) -> Iterator[tuple[str, bytes]]:
     manifest = snapshot.manifest
     for name in manifest.files:
-        if not name.startswith("rank-"):
+        if not name.startswith("rank-") and name != CUT:
             data = snapshot.read_text(name)
             yield name, _with_dtype(data, manifest.provenance.dtype) if name == "config.json" else data
 

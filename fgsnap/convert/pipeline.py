@@ -1,8 +1,9 @@
 """Conversion: one visible loop over ranks and slabs, from a checkpoint to a published snapshot.
 
-A slab is a few mebibytes of one stored tensor's rows. Threads read (and cast) slabs ahead while the main thread writes
-them in order, so the result does not depend on how many threads there are, and memory is bounded by the slabs in
-flight, not by a tensor. Nothing gets the target's name before a fresh process has opened it and bound every tensor.
+A slab is a few mebibytes of one stored tensor's rows. Threads read (and cast, and pack) slabs ahead while the main
+thread writes them in order, so the result does not depend on how many threads there are, and memory is bounded by the
+slabs in flight, not by a tensor. Nothing gets the target's name before a fresh process has opened it and bound every
+tensor.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ import numpy as np
 
 import fgsnap
 from fgsnap.convert.cast import cast
+from fgsnap.convert.cut_tokenizer import cut_tokenizer
 from fgsnap.convert.opening import open_source
+from fgsnap.convert.pack import checked_target, packed
 from fgsnap.convert.plan import SLAB, checked_dtype, default_workers, rank_layouts
 from fgsnap.convert.recipe import Recipe, settle
 from fgsnap.convert.rules import Array, is_whole, read_box
@@ -36,7 +39,16 @@ from fgsnap.convert.text_section import text_section
 from fgsnap.errors import FgsnapError, HostError, SnapshotRefused, missing_extra
 from fgsnap.layout import Piece, pieces
 from fgsnap.progress import Progress, counted
-from fgsnap.snapshot import Canary, Manifest, PlannedTensor, Provenance, RankLayout, SnapshotWriter
+from fgsnap.snapshot import (
+    PANEL_ROWS,
+    Canary,
+    Manifest,
+    PlannedTensor,
+    Provenance,
+    RankLayout,
+    SnapshotWriter,
+    panel_bytes,
+)
 from fgsnap.spec import DType
 
 
@@ -52,23 +64,25 @@ class Result(msgspec.Struct, frozen=True):
 
 def convert(
     source_name: str,
-    target: Path | str,
+    output: Path | str,
     *,
     tp: int = 1,
     dtype: str | None = None,
+    target: str = "generic",
     revision: str | None = None,
     workers: int | None = None,
     canary: bool = True,
     progress: Progress | None = None,
     stage: Callable[[str], None] | None = None,
 ) -> Result:
-    """Turn a checkpoint into a snapshot at ``target``; on any error or interrupt nothing is left behind.
+    """Turn a checkpoint into a snapshot at ``output``; on any error or interrupt nothing is left behind.
 
     Args:
         source_name: a folder, a ``.gguf`` file, ``org/name`` or ``hf://org/name@revision``.
-        target: the new directory.
+        output: the new directory.
         tp: tensor parallel degree, one rank file each.
         dtype: cast every weight to this; None keeps what the checkpoint has (bfloat16 for a quantised GGUF file).
+        target: whose layout the matrices get: "generic", or "cpu" for panels that its kernels read front to back.
         revision: branch, tag or commit of a Hub repository.
         workers: threads that read ahead.
         canary: record a float32 forward of a fixed prompt, which every start is checked against.
@@ -76,28 +90,30 @@ def convert(
         stage: told what begins: "weights", then "canary" if one is recorded.
     """
     begin = time.monotonic()
-    asked = checked_dtype(dtype)
+    asked, layout = checked_dtype(dtype), checked_target(target)
     if canary:
         _require_torch()
     enter = stage or (lambda _: None)
     with closing(open_source(source_name, revision)) as source:
         recipe = settle(source, asked or source.default_dtype)
-        layouts = rank_layouts(recipe.spec, tp, recipe.stored)
+        layouts = rank_layouts(recipe.spec, tp, recipe.stored, layout)
         texts = source.text_files()
         text = text_section(texts, source.config, recipe.spec.vocab_size)
+        files = texts | cut_tokenizer(texts)
         size = sum(layout.size for layout in layouts)
-        with SnapshotWriter(Path(target), recipe.spec, tp) as writer:
-            writer.check_space(size + sum(map(len, texts.values())))
+        with SnapshotWriter(Path(output), recipe.spec, tp) as writer:
+            writer.check_space(size + sum(map(len, files.values())))
             enter("weights")
             with _digesting(source) as hashing:
                 wrote = counted(progress, sum(tensor.bytes for layout in layouts for tensor in layout.tensors))
                 _write_ranks(writer, layouts, source, recipe, workers or default_workers(), wrote)
                 digests = hashing.result()
             source.check_unchanged()
-            for name in sorted(texts):
-                writer.add_file(name, texts[name])
+            for name in sorted(files):
+                writer.add_file(name, files[name])
             identity = writer.write_manifest(
                 Manifest(
+                    requires=writer.requires,
                     spec=recipe.spec,
                     tp=tp,
                     tensors=writer.tensors,
@@ -166,7 +182,7 @@ def _write_ranks(
 
 
 class Slab(NamedTuple):
-    """Rows ``start:stop`` of a stored tensor, which go to ``offset`` of the rank file."""
+    """Rows ``start:stop`` of a stored tensor, whole panels of a packed one, which go to ``offset`` of the rank file."""
 
     tensor: PlannedTensor
     start: int
@@ -176,10 +192,10 @@ class Slab(NamedTuple):
 
 def _slabs(layout: RankLayout) -> Iterator[Slab]:
     for tensor in layout.tensors:
-        row_bytes = tensor.bytes // tensor.shape[0]
-        step = max(1, SLAB // row_bytes)
+        rows, panel = PANEL_ROWS[tensor.layout], panel_bytes(tensor.layout, tensor.shape, tensor.dtype)
+        step = max(1, SLAB // panel) * rows
         for start in range(0, tensor.shape[0], step):
-            yield Slab(tensor, start, min(start + step, tensor.shape[0]), tensor.offset + start * row_bytes)
+            yield Slab(tensor, start, min(start + step, tensor.shape[0]), tensor.offset + start // rows * panel)
 
 
 def _read_ahead(
@@ -201,11 +217,19 @@ def _oldest(pending: deque[tuple[Slab, Future[memoryview]]]) -> tuple[Slab, memo
 
 
 def _fill(slab: Slab, source: Source, recipe: Recipe) -> memoryview:
-    """Read, cast and place everything that makes one slab."""
+    """Read, cast, place and pack everything that makes one slab."""
+    rows = _unchanged(slab, source, recipe)
+    if rows is None:
+        rows = _assembled(slab, source, recipe)
+    if slab.tensor.layout == "words32":
+        rows = packed(rows)
+    flat: Array = rows.reshape(-1).view(np.uint8)
+    return flat.data
+
+
+def _assembled(slab: Slab, source: Source, recipe: Recipe) -> Array:
+    """The slab's rows, put together from everything that makes them."""
     tensor = slab.tensor
-    ready = _unchanged(slab, source, recipe)
-    if ready is not None:
-        return ready
     out: Array = np.empty((slab.stop - slab.start, *tensor.shape[1:]), NUMPY_DTYPES[tensor.dtype])
     for piece in pieces(tensor.shape, tensor.segments, slab.start, slab.stop):
         at = (piece.stored_start[0] - slab.start, *piece.stored_start[1:])
@@ -214,12 +238,11 @@ def _fill(slab: Slab, source: Source, recipe: Recipe) -> memoryview:
             part[...] = 0
         else:
             _read_piece(piece.tensor, piece, part, tensor.dtype, source, recipe)
-    flat: Array = out.reshape(-1).view(np.uint8)
-    return flat.data
+    return out
 
 
-def _unchanged(slab: Slab, source: Source, recipe: Recipe) -> memoryview | None:
-    """The slab's bytes where they lie in the source, when they are the source's: that saves a copy of most models.
+def _unchanged(slab: Slab, source: Source, recipe: Recipe) -> Array | None:
+    """The slab's rows where they lie in the source, when they are the source's: that saves a copy of most models.
 
     Their pages are read here, by the thread that reads ahead, and not when they are written.
     """
@@ -234,7 +257,7 @@ def _unchanged(slab: Slab, source: Source, recipe: Recipe) -> memoryview | None:
     rows: Array = source.rows(rule.takes[0].source, first, first + piece.extent[0])
     flat: Array = rows.reshape(-1).view(np.uint8)
     flat[:: mmap.PAGESIZE].max()
-    return flat.data
+    return rows
 
 
 def _read_piece(

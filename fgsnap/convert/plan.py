@@ -11,15 +11,16 @@ import msgspec
 
 from fgsnap.convert import families
 from fgsnap.convert.opening import open_source
+from fgsnap.convert.pack import checked_target
 from fgsnap.convert.source import Source
 from fgsnap.errors import SourceError, UsageError
 from fgsnap.layout import logical_shapes, possible_tp, stored_tensors
-from fgsnap.snapshot import RankLayout, plan_rank, rank_file
+from fgsnap.snapshot import Layout, PlannedTensor, RankLayout, panel_bytes, plan_rank, rank_file
 from fgsnap.snapshot.writing import DIGESTS_BEHIND
 from fgsnap.spec import DTYPE_BYTES, DecoderSpec, DType
 
 SLAB = 4 << 20
-"""Bytes of output that are read, cast and written at a time; a single longer row is one slab."""
+"""Bytes of output that are read, cast and written at a time; a single longer row or panel is one slab."""
 
 # Measured: a process that has imported torch, one tokenizer entry, and the converting process while it only waits.
 _TORCH = 150 << 20
@@ -45,6 +46,7 @@ class Plan(msgspec.Struct, frozen=True):
         bytes: their sum; the small text files come on top.
         dtype: the dtype the sizes are for.
         dtype_from: whether that was asked for, read from the source, or assumed because the source does not say.
+        target: whose layout the matrices get.
         peak_memory: about the most memory of their own, above one idle interpreter, that the converting process and
             the fresh one that computes the canary take at any time; pages of mapped files do not count.
         kv_bytes_per_token: KV cache bytes one token takes over all layers and ranks, in ``dtype``.
@@ -55,21 +57,29 @@ class Plan(msgspec.Struct, frozen=True):
     bytes: int
     dtype: DType
     dtype_from: Literal["asked", "source", "assumed"]
+    target: str
     peak_memory: int
     kv_bytes_per_token: int
     possible_tp: tuple[int, ...]
 
 
 def plan_source(
-    name: str, *, tp: int = 1, dtype: str | None = None, revision: str | None = None, workers: int | None = None
+    name: str,
+    *,
+    tp: int = 1,
+    dtype: str | None = None,
+    target: str = "generic",
+    revision: str | None = None,
+    workers: int | None = None,
 ) -> Plan:
     """The plan for a checkpoint by path or Hub name; of a Hub repository only config.json is fetched."""
     asked = checked_dtype(dtype)
+    checked_target(target)  # before anything is fetched
     with closing(open_source(name, revision, config_only=True)) as source:
         stated = _stated_dtype(source)
         origin: Literal["asked", "source", "assumed"] = "asked" if asked else "source" if stated else "assumed"
         spec = families.find(source.config).spec(source.config)
-        return plan(spec, tp, asked or stated or "float32", origin, workers)
+        return plan(spec, tp, asked or stated or "float32", origin, workers, target)
 
 
 def plan(
@@ -78,9 +88,10 @@ def plan(
     dtype: DType,
     dtype_from: Literal["asked", "source", "assumed"] = "asked",
     workers: int | None = None,
+    target: str = "generic",
 ) -> Plan:
     """The plan for a decoder whose tensors are all stored in ``dtype``."""
-    layouts = rank_layouts(spec, tp, dict.fromkeys(logical_shapes(spec), dtype))
+    layouts = rank_layouts(spec, tp, dict.fromkeys(logical_shapes(spec), dtype), checked_target(target))
     ranks = tuple(
         PlannedRank(rank_file(rank, tp), layout.size, tuple(tensor.name for tensor in layout.tensors))
         for rank, layout in enumerate(layouts)
@@ -90,23 +101,25 @@ def plan(
         bytes=sum(layout.size for layout in layouts),
         dtype=dtype,
         dtype_from=dtype_from,
+        target=target,
         peak_memory=max(peak_memory(layouts, workers or default_workers()), _AT_REST + canary_memory(spec, layouts)),
         kv_bytes_per_token=spec.kv_values_per_token() * DTYPE_BYTES[dtype],
         possible_tp=tuple(possible_tp(spec)),
     )
 
 
-def rank_layouts(spec: DecoderSpec, tp: int, dtypes: Mapping[str, DType]) -> list[RankLayout]:
+def rank_layouts(spec: DecoderSpec, tp: int, dtypes: Mapping[str, DType], layout: Layout = "row") -> list[RankLayout]:
     """Where everything lies in each rank file.
 
     Args:
         spec: the decoder.
         tp: how many ranks; refused with the degrees that work when it does not divide the model.
         dtypes: the dtype to store each logical tensor in.
+        layout: that of the matrices it fits.
     """
     return [
         plan_rank([(stored, _one_dtype(stored.name, _parts(stored.segments), dtypes))
-                   for stored in stored_tensors(spec, tp, rank)])
+                   for stored in stored_tensors(spec, tp, rank)], layout)
         for rank in range(tp)
     ]  # fmt: skip
 
@@ -152,19 +165,24 @@ def default_workers() -> int:
 def peak_memory(layouts: list[RankLayout], workers: int) -> int:
     """About the most anonymous bytes of a conversion.
 
-    Slabs that wait for the disk or a digest, the slabs being made with what a cast needs beside each, and the tables.
+    Slabs that wait for the disk or a digest, the slabs being made with what a cast or packing needs beside each, and
+    the tables.
     """
-    slab = max(SLAB, max(tensor.bytes // tensor.shape[0] for layout in layouts for tensor in layout.tensors))
+    slab = max(SLAB, max(_panel(tensor) for layout in layouts for tensor in layout.tensors))
     tensors = sum(len(layout.tensors) for layout in layouts)
     held = DIGESTS_BEHIND + 2  # with the one that is being written and the one that is asked for next
     return (held + 5 * workers) * slab + tensors * 8192 + (16 << 20)
 
 
+def _panel(tensor: PlannedTensor) -> int:
+    return panel_bytes(tensor.layout, tensor.shape, tensor.dtype)
+
+
 def canary_memory(spec: DecoderSpec, layouts: list[RankLayout]) -> int:
     """About the most memory of the process that computes the canary: libraries, a slab of weights, and one prompt.
 
-    Weights are used where they are mapped, but those that several ranks share are put together first: the embedding and
-    the head, and a layer while the one before it is still held.
+    Weights are used where they are mapped, but those that several ranks share are put together first, and packed ones
+    are unpacked: the embedding and the head, and a layer while the one before it is still held.
     """
     tables = sum(len(layout.tensors) for layout in layouts) * 8192
     libraries = max(_TORCH, spec.vocab_size * _TOKENIZER_ENTRY)
@@ -175,12 +193,10 @@ def canary_memory(spec: DecoderSpec, layouts: list[RankLayout]) -> int:
 
 
 def _assembled(layouts: list[RankLayout]) -> int:
-    if len(layouts) == 1:
-        return 0
+    copied = [tensor for layout in layouts for tensor in layout.tensors if len(layouts) > 1 or tensor.layout != "row"]
     parts: dict[str, int] = {}
-    for layout in layouts:
-        for tensor in layout.tensors:
-            part = ".".join(tensor.name.split(".")[:2]) if tensor.name.startswith("layers.") else ""
-            parts[part] = parts.get(part, 0) + tensor.bytes
+    for tensor in copied:
+        part = ".".join(tensor.name.split(".")[:2]) if tensor.name.startswith("layers.") else ""
+        parts[part] = parts.get(part, 0) + tensor.bytes
     outside = parts.pop("", 0)
     return outside + 2 * max(parts.values(), default=0)

@@ -1,9 +1,12 @@
-"""The C++ backend: how its library is found and called, and the tape that spares a call for every op.
+"""The C++ backend: ops as records, executed a whole step at a time.
 
-It imports neither torch nor numpy. Activations are float32 whatever the weights are; weights stay where they are
-mapped. An op checks its sizes, writes a record to the tape (``csrc/tape.h``) and returns at once; the tape runs in one
-call when somebody needs results: at ``logits``, ``sample``, ``top_two`` and ``floats``. Records run in the order in
-which they were written, so a tensor that Python has let go of may lend its memory to the next one at once.
+It imports neither torch nor numpy. Weights stay where they are mapped. An op checks its sizes, writes a record
+(``csrc/program.h``) and returns at once. Records name activations by register and say nothing of how many tokens there
+are: what ``taped`` has recorded once serves every batch with one call a step. Ops that are called one by one run
+together when somebody needs results: at ``sample``, ``top_two``, ``score`` and ``floats``.
+
+With the dtype bfloat16, on processors that multiply it themselves, what goes into a matrix product is rounded to
+bfloat16; everything else, the residual stream included, is float32.
 
 An instance belongs to one thread, and to one process: load it after a fork, never before.
 """
@@ -14,36 +17,55 @@ import ctypes
 import functools
 import math
 import mmap
-import os
 import struct
 import sys
 import weakref
 from array import array
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from fgsnap.errors import HostError
-from fgsnap.kernels.ops import AttentionArgs, Batch, NormArgs, Sampled, Sampling
+from fgsnap.kernels.library import address, available, default_threads, instruction_sets, load, named_sets
+from fgsnap.kernels.ops import (
+    ActivationArgs,
+    AttentionArgs,
+    Batch,
+    ExpertsArgs,
+    HeadArgs,
+    LatentArgs,
+    NormArgs,
+    RouterArgs,
+    Sampled,
+    Sampling,
+)
 
-ABI = 1
+__all__ = ["DTYPES", "SUPPORTS", "Native", "available", "default_threads", "instruction_sets"]
+
 DTYPES = ("bfloat16", "float16", "float32")  # what --dtype may ask for: the KV cache's
-STEP = 32  # cached rows are padded to whole vectors, as csrc/vector.h reads them
-TILE = 4  # tokens of one sequence that attend together
+PANEL = 32  # rows of a packed matrix that lie together
+GROUP = 16  # slots of a KV block whose keys lie together
+TILE = 16  # tokens of one sequence that attend together
+SCORED = 32  # rows of logits that are held at once to score a prompt
 POOL_BYTES = 512 << 20  # memory for activations kept for reuse
 
-_TYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
+F32, BF16, F16 = range(3)
+_TYPES = {"float32": F32, "bfloat16": BF16, "float16": F16}
 _ITEM = (4, 2, 2)
 _NORMS = {"rms": 0, "ln": 1, "l2": 2}
-_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
-_EMBED, _NORM, _ADD, _LINEAR, _ROPE, _APPEND, _ATTEND, _ACTIVATE = range(8)
+_ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "clamped_swiglu": 5}
+_TEMPERATURES = {"logn": 1, "step": 2}
+(
+    _EMBED, _NORM, _ADD, _LINEAR, _SELECT, _ROPE, _APPEND, _ATTEND, _ACTIVATE, _GATE, _LATENT, _ROTATE, _ROUTE, _ASSIGN,
+    _EXPERT_UP, _EXPERT_DOWN, _REDUCE, _GATHER,
+) = range(18)  # fmt: skip
 
 SUPPORTS = frozenset(
     """
-    attention.rope attention.window attention.qkv_bias attention.out_bias
+    attention.rope attention.window attention.chunk attention.softcap attention.query_temperature attention.qkv_bias
+    attention.out_bias query_temperature.logn query_temperature.step query_temperature.scale
     layer.attn_in layer.attn_out layer.mlp_in layer.mlp_out layer.sequential layer.parallel layer.post
     layer.residual_multiplier
-    mlp.silu mlp.gelu mlp.gelu_tanh mlp.relu mlp.bias mlp.down_bias mlp.gated
+    mlp.silu mlp.gelu mlp.gelu_tanh mlp.relu mlp.clamped_swiglu mlp.clamp mlp.bias mlp.down_bias mlp.gated
     norm.rms norm.ln norm.l2 norm.weight norm.bias norm.unit_offset norm.float32_weight
     embedding.scale embedding.round_scale head.tied head.bias head.multiplier head.softcap
     rope.linear rope.dynamic rope.llama3 rope.yarn rope.longrope rope.proportional_head_dim
@@ -52,124 +74,24 @@ SUPPORTS = frozenset(
 )
 
 
-# --- the library ------------------------------------------------------------------------------------------------------
-
-
-def available() -> tuple[bool, str]:
-    """Whether the backend can be used here, and the instruction set it would use or the reason why not."""
-    library, reason = _load()
-    return (library is not None), reason
-
-
-def instruction_sets() -> list[str]:
-    """The kernels that this machine can run, the best first."""
-    library, _ = _load()
-    return [] if library is None else _instruction_sets(library)
-
-
-@functools.cache
-def _load() -> tuple[ctypes.CDLL | None, str]:
-    path = _find()
-    if path is None:
-        return None, "not built: no C++ compiler was found when fgsnap was installed"
-    try:
-        library = ctypes.CDLL(str(path))
-        built_for = library.fgsnap_abi()
-    except (OSError, AttributeError) as error:
-        return None, f"{path.name} does not load: {error}"
-    if built_for != ABI:
-        return None, f"{path.name} was built for interface {built_for}, this fgsnap has {ABI}: install fgsnap again"
-    _declare(library)
-    return library, f"{_instruction_sets(library)[0]} instructions"
-
-
-def _find() -> Path | None:
-    """The library beside this file or, in an editable install, in the other folder of the package."""
-    folders = [Path(__file__).parent, *map(Path, sys.modules[__package__].__path__)]
-    return next((folder / "_native.so" for folder in folders if (folder / "_native.so").is_file()), None)
-
-
-def _declare(library: ctypes.CDLL) -> None:
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    library.fgsnap_instructions.argtypes = [integer]
-    library.fgsnap_instructions.restype = ctypes.c_char_p
-    library.fgsnap_open.argtypes = [integer, ctypes.c_char_p]
-    library.fgsnap_open.restype = pointer
-    library.fgsnap_close.argtypes = [pointer]
-    library.fgsnap_close.restype = None
-    library.fgsnap_run.argtypes = [pointer, pointer, integer]
-    library.fgsnap_sample.argtypes = [pointer, pointer, integer, integer, pointer, pointer, integer, pointer, pointer]
-    library.fgsnap_top_two.argtypes = [pointer, pointer, integer, integer, pointer]
-
-
-def _instruction_sets(library: ctypes.CDLL) -> list[str]:
-    names: list[str] = []
-    while (name := library.fgsnap_instructions(len(names))) is not None:
-        names.append(name.decode())
-    return names
-
-
-def default_threads() -> int:
-    """As many threads as there are processors to run on: the affinity mask, the cgroup's quota and OMP_NUM_THREADS."""
-    limits = [len(os.sched_getaffinity(0)), *_quotas()]
-    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    if asked.isdigit() and int(asked) > 0:
-        limits.append(int(asked))
-    return max(1, min(limits))
-
-
-def _quotas() -> Iterator[int]:
-    """Whole processors that each cgroup around this process grants, for those that limit it."""
-    try:
-        own = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
-    except OSError:
-        return
-    for _, controllers, path in own:
-        root = Path("/sys/fs/cgroup") / ("cpu" if "cpu" in controllers.split(",") else "")
-        group = root / path.strip("/")
-        for folder in (group, *group.parents):
-            if folder.is_relative_to(root) and (quota := _quota(folder)) is not None:
-                yield quota
-
-
-def _quota(folder: Path) -> int | None:
-    try:
-        if (folder / "cpu.max").exists():
-            limit, period = (folder / "cpu.max").read_text().split()
-        else:
-            limit = (folder / "cpu.cfs_quota_us").read_text().strip()
-            period = (folder / "cpu.cfs_period_us").read_text().strip()
-        return None if limit in ("max", "-1") else max(1, int(limit) // int(period))
-    except (OSError, ValueError):
-        return None
-
-
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 
-class Memory(NamedTuple):
-    """A piece of memory that starts on a cache line: ``at`` is the address of ``data[offset]``."""
-
-    at: int
-    size: int
-    offset: int
-    data: bytearray
-
-
 class Activation:
-    """float32 [rows, columns]. Let go of, its memory joins ``home``, the list from which the next one is taken."""
+    """[rows, columns] of float32 or bfloat16 in a register. Let go of, the register joins ``home`` for the next one."""
 
-    __slots__ = ("at", "columns", "home", "memory", "rows")
+    __slots__ = ("columns", "home", "kind", "plan", "register", "rows")
 
-    def __init__(self, rows: int, columns: int, memory: Memory, home: list[Memory]) -> None:
+    def __init__(self, plan: Plan, rows: int, columns: int, kind: int, register: int, home: list[int]) -> None:
+        self.plan = plan
         self.rows = rows
         self.columns = columns
-        self.memory = memory
+        self.kind = kind
+        self.register = register
         self.home = home
-        self.at = memory.at
 
     def __del__(self) -> None:
-        self.home.append(self.memory)
+        self.home.append(self.register)
 
 
 class Weight(NamedTuple):
@@ -178,10 +100,19 @@ class Weight(NamedTuple):
     at: int
     kind: int
     shape: tuple[int, ...]
+    packed: bool
     data: memoryview
 
+    @property
+    def vector(self) -> tuple[int, int]:
+        return self.at, self.kind
 
-NOTHING = Weight(0, 0, (), memoryview(b""))
+    @property
+    def matrix(self) -> tuple[int, int, int]:
+        return self.at, self.kind, self.packed
+
+
+NOTHING = Weight(0, F32, (), False, memoryview(b""))
 
 
 class Rotation:
@@ -201,85 +132,190 @@ class Cache(NamedTuple):
     block_size: int
     kv_heads: int
     head_dim: int
+    value_dim: int
     words: tuple[int, ...]
     data: mmap.mmap
 
 
-class Plan(NamedTuple):
-    """A batch as the kernels read it.
+TOKENS, ROWS = -1, -2  # how many tokens and rows a plan has that stands for any batch
 
-    ``data`` is tokens, positions, each token's offset into the blocks, blocks, tiles and rows; ``words`` is where the
-    second to the fourth are. ``angles`` holds one table for each rotation that the step has met.
+
+class Plan:
+    """A batch as the kernels read it: ``step`` is program.h's Step without the registers.
+
+    ``data`` is what its words point to. ``angles`` holds one table for each rotation that the ops have met.
     """
 
-    count_tokens: int
-    block_size: int
-    highest_token: int
-    highest_block: int
-    words: tuple[int, ...]
-    data: tuple[array[int], ...]
-    angles: dict[Rotation, Activation]
+    __slots__ = ("angles", "block_size", "data", "highest_block", "highest_position", "rows", "step", "tokens")
+
+    def __init__(self, tokens: int, rows: int, block_size: int) -> None:
+        self.tokens = tokens
+        self.rows = rows
+        self.block_size = block_size
+        self.highest_block = -1
+        self.highest_position = -1
+        self.step: array[int] = array("q")
+        self.data: tuple[array[int], ...] = ()
+        self.angles: dict[Rotation, Activation] = {}
+
+    @staticmethod
+    def of(batch: Batch, block_size: int) -> Plan:
+        _check_batch(batch, block_size)
+        tokens, rows = array("i", batch.tokens), array("i", batch.rows)
+        positions, tables, blocks, tiles = array("i", batch.positions), array("i"), array("i"), array("i")
+        for first, stop, table in zip(batch.starts, batch.starts[1:], batch.block_tables, strict=False):
+            count = stop - first
+            tables.extend([len(blocks)] * count)
+            blocks.extend(table)
+            if count <= TILE:
+                tiles.extend((first, count))
+            else:
+                for at in range(first, stop, TILE):
+                    tiles.extend((at, min(TILE, stop - at)))
+        plan = Plan(len(tokens), len(rows), block_size)
+        plan.highest_block = max(blocks)
+        plan.highest_position = max(batch.lengths) - 1
+        plan.data = (tokens, positions, tables, blocks, tiles, rows)
+        plan.step = array("q", (len(tokens), len(rows), len(tiles) // 2, *map(_at, plan.data)))
+        return plan
+
+    def with_rows(self, rows: Sequence[int]) -> Plan:
+        """The same tokens with other rows wanted."""
+        plan = Plan(self.tokens, len(rows), self.block_size)
+        plan.highest_block, plan.highest_position = self.highest_block, self.highest_position
+        plan.data = (*self.data[:-1], array("i", rows))
+        plan.step = array("q", (*self.step[:1], len(rows), self.step[2], *map(_at, plan.data)))
+        return plan
 
 
-class _Buffer(ctypes.Structure):
-    """CPython's Py_buffer."""
-
-    _fields_ = (
-        ("buf", ctypes.c_void_p),
-        ("obj", ctypes.py_object),
-        ("len", ctypes.c_ssize_t),
-        ("itemsize", ctypes.c_ssize_t),
-        ("readonly", ctypes.c_int),
-        ("ndim", ctypes.c_int),
-        ("format", ctypes.c_char_p),
-        ("shape", ctypes.c_void_p),
-        ("strides", ctypes.c_void_p),
-        ("suboffsets", ctypes.c_void_p),
-        ("internal", ctypes.c_void_p),
-    )
+_NO_PLAN = Plan(0, 0, 1)
 
 
-def address(data: memoryview) -> int:
-    """Where contiguous bytes begin. ctypes itself gives the address of writable memory only."""
-    buffer = _Buffer()
-    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(data), ctypes.byref(buffer), 0)
-    at = buffer.buf or 0
-    ctypes.pythonapi.PyBuffer_Release(ctypes.byref(buffer))
-    return at
+# --- registers --------------------------------------------------------------------------------------------------------
 
 
-def _allocate(size: int) -> Memory:
-    data = bytearray(size + 64)
-    at = ctypes.addressof(ctypes.c_char.from_buffer(data))
-    offset = -at % 64
-    return Memory(at + offset, size, offset, data)
+class Registers(Protocol):
+    """Where the results of ops go. ``take`` gives a register and the list that it returns to."""
+
+    def take(self, rows: int, row_bytes: int, extra: int = 0) -> tuple[int, list[int]]: ...
 
 
-@functools.lru_cache(4096)
-def _bits(number: float) -> int:
-    """A double as the integer word that a record holds."""
-    return int.from_bytes(struct.pack("=d", number), sys.byteorder, signed=True)
+class Pool:
+    """Registers with memory of their own, for ops that are called one by one; memory that was let go is used again."""
+
+    def __init__(self) -> None:
+        self.addresses: array[int] = array("q")
+        self.memories: list[bytearray] = []
+        self.free: dict[int, list[int]] = {}
+        self.allocated = 0
+
+    def take(self, rows: int, row_bytes: int, extra: int = 0) -> tuple[int, list[int]]:
+        size = _size_class(rows * row_bytes + extra)
+        home = self.free.setdefault(size, [])
+        if home:
+            return home.pop(), home
+        memory = bytearray(size + 64)
+        at = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        self.addresses.append(at + -at % 64)
+        self.memories.append(memory)
+        self.allocated += size
+        return len(self.memories) - 1, home
+
+    def view(self, register: int, size: int) -> memoryview:
+        memory = self.memories[register]
+        start = self.addresses[register] - ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        return memoryview(memory)[start : start + size]
+
+    def trim(self) -> None:
+        """Give memory back that nobody holds, when there is much of it."""
+        if self.allocated <= POOL_BYTES:
+            return
+        for size, home in self.free.items():
+            for register in home:
+                self.memories[register] = bytearray()
+                self.allocated -= size
+            home.clear()
 
 
-_ONE = _bits(1.0)
+class Arena:
+    """Registers of a tape: how wide they are. Where they lie follows from how many rows a step has."""
+
+    def __init__(self) -> None:
+        self.widths: list[tuple[int, int, int]] = []
+        self.free: dict[tuple[int, int, int], list[int]] = {}
+
+    def take(self, rows: int, row_bytes: int, extra: int = 0) -> tuple[int, list[int]]:
+        width = (rows, row_bytes, extra)
+        home = self.free.setdefault(width, [])
+        if home:
+            return home.pop(), home
+        self.widths.append(width)
+        return len(self.widths) - 1, home
+
+    def offsets(self, plan: Plan) -> list[int]:
+        """Where each register begins, and how much there is in all, in bytes."""
+        offsets, at = [], 0
+        for rows, row_bytes, extra in self.widths:
+            offsets.append(at)
+            at += (row_bytes * (plan.tokens if rows == TOKENS else plan.rows) + extra + 63) & ~63
+        offsets.append(at)
+        return offsets
 
 
-def _at(numbers: array[Any]) -> int:
-    return numbers.buffer_info()[0]
+class Tape:
+    """Records and what they refer to.
+
+    Attributes:
+        words: the records.
+        last: where the last record begins.
+        held: what keeps the records' addresses alive.
+        blocks: the fewest KV blocks of any cache that is used.
+        positions: the fewest positions that a learned table has, plus one; 0: there is none.
+    """
+
+    def __init__(self, registers: Registers) -> None:
+        self.registers = registers
+        self.words: array[int] = array("q")
+        self.last = 0
+        self.held: list[object] = []
+        self.blocks = sys.maxsize
+        self.positions = sys.maxsize
+
+    def record(self, held: object, words: tuple[int, ...]) -> None:
+        self.held.append(held)
+        self.last = len(self.words)
+        self.words.extend(words)
+
+    def clear(self) -> None:
+        del self.words[:]
+        self.held.clear()
+        self.last = 0
+        self.blocks = self.positions = sys.maxsize
 
 
-def _misuse(op: str, text: str) -> ValueError:
-    """A caller's mistake that must not reach C++, where it would read or write out of bounds."""
-    return ValueError(f"{op}: {text}")
+# --- tensor parallel ranks --------------------------------------------------------------------------------------------
 
 
-def _padded(head_dim: int) -> int:
-    """The numbers that a row of one head takes in the cache."""
-    return -(-head_dim // STEP) * STEP
+class Ranks(NamedTuple):
+    """One of ``size`` processes of this host that compute together; ``memory`` is shared by all of them."""
+
+    rank: int
+    size: int
+    memory: mmap.mmap
+
+    def give_up(self) -> None:
+        """Tell the others that a rank has ended: whoever waits for it fails at once."""
+        library, _ = load()
+        assert library is not None, "ranks are made by rank_memory, which needs the library"
+        library.fgsnap_give_up(address(memoryview(self.memory)), len(self.memory), self.size)
 
 
-def _show(x: Activation) -> str:
-    return f"[{x.rows}, {x.columns}]"
+def rank_memory(count: int, width: int) -> mmap.mmap:
+    """Memory for ``count`` ranks that are forked after this, to lay together rows of ``width`` float32."""
+    library, reason = load()
+    if library is None:
+        raise HostError("The native backend cannot be used.", reason, "Use --tp 1 --backend reference.")
+    return _memory(library.fgsnap_ranks_memory(count, 64 * width), mmap.MAP_SHARED)
 
 
 # --- the backend ------------------------------------------------------------------------------------------------------
@@ -289,17 +325,24 @@ class Native:
     """ops.Ops in C++ on this machine's processors.
 
     Args:
-        dtype: of the KV cache, one of DTYPES; activations are float32 whatever it is.
+        dtype: of the KV cache, one of DTYPES, and what may be rounded to on the way.
         threads: how many; None: default_threads().
         instructions: one of instruction_sets(); None: the best.
+        ranks: which tensor parallel rank this is; None: the only one.
     """
 
     name = "native"
     device = "cpu"
     supports = SUPPORTS
 
-    def __init__(self, dtype: str = "bfloat16", threads: int | None = None, instructions: str | None = None) -> None:
-        library, reason = _load()
+    def __init__(
+        self,
+        dtype: str = "bfloat16",
+        threads: int | None = None,
+        instructions: str | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        library, reason = load()
         if library is None:
             next_step = "Install a C++ compiler and then fgsnap again, or use --backend reference."
             raise HostError("The native backend cannot be used.", reason, next_step)
@@ -307,7 +350,7 @@ class Native:
             raise _misuse("native", f"KV cache of {dtype}; it has {', '.join(DTYPES)}")
         self.dtype = dtype
         self.threads = threads or default_threads()
-        self.instructions = instructions or _instruction_sets(library)[0]
+        self.instructions = instructions or named_sets(library)[0]
         handle = library.fgsnap_open(self.threads, self.instructions.encode())
         if not handle:
             raise HostError(
@@ -315,14 +358,18 @@ class Native:
                 f"It asked for {self.threads} threads and {self.instructions} instructions.",
                 "Lower --threads or OMP_NUM_THREADS, or raise the limit on processes (ulimit -u).",
             )
+        dots = library.fgsnap_dots(self.instructions.encode()) == 1
+        self._factor = BF16 if dots and dtype == "bfloat16" else F32  # of what goes into matrix products
         self._library = library
         self._handle = handle
-        self._tape: array[int] = array("q")
-        self._free: dict[int, list[Memory]] = {}  # by size
-        self._homes: dict[int, list[Memory]] = {}  # the same lists, by how many numbers are asked for
-        self._lent: list[Memory] = []  # seen from outside: not reused, only kept until no record can mean it
-        self._held: list[object] = []  # what the records on the tape refer to
-        self._allocated = 0
+        self._ranks = ranks
+        if ranks is not None:
+            library.fgsnap_join(handle, address(memoryview(ranks.memory)), len(ranks.memory), ranks.rank, ranks.size)
+        self._pool = Pool()
+        self._tape = Tape(self._pool)
+        self._plan: Plan | None = None  # of the records on the tape
+        self._lent: list[bytearray] = []  # seen from outside: kept until no record can mean it
+        self._arena = mmap.mmap(-1, mmap.PAGESIZE)
         self._close = weakref.finalize(self, library.fgsnap_close, handle)
         self._close.atexit = False  # the threads die with the process; nobody waits for them
 
@@ -332,189 +379,360 @@ class Native:
 
     # tensors
 
-    def weight(self, data: memoryview, dtype: str, shape: Sequence[int]) -> Weight:
+    def weight(self, data: memoryview, dtype: str, shape: Sequence[int], layout: str = "row") -> Weight:
         if dtype not in _TYPES:
             raise _misuse("weight", f"dtype {dtype}; native has {', '.join(_TYPES)}")
-        expected = math.prod(shape) * _ITEM[_TYPES[dtype]]
+        if layout not in ("row", "words32"):
+            raise _misuse("weight", f"layout {layout}; native reads row and words32")
+        item, packed = _ITEM[_TYPES[dtype]], layout == "words32"
+        rows, columns = math.prod(shape[:-1]), shape[-1]
+        if packed and (len(shape) != 2 or columns * item % 4 != 0):
+            raise _misuse("weight", f"{dtype} {list(shape)} cannot be packed")
+        expected = (_up(rows, PANEL) if packed else rows) * columns * item
         if data.nbytes != expected or not data.c_contiguous:
             found = f"{data.nbytes} {'' if data.c_contiguous else 'scattered '}bytes"
-            raise _misuse("weight", f"{found} for {dtype} {list(shape)}, which takes {expected}")
-        return Weight(address(data), _TYPES[dtype], tuple(shape), data)
+            raise _misuse("weight", f"{found} for {layout} {dtype} {list(shape)}, which takes {expected}")
+        return Weight(address(data), _TYPES[dtype], tuple(shape), packed, data)
 
     def rope(self, inverse_frequencies: Sequence[float], factor: float) -> Rotation:
         return Rotation(inverse_frequencies, factor)
 
-    def kv_cache(self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int) -> list[Cache]:
-        sizes = (layers, blocks, block_size, kv_heads, head_dim)
+    def kv_cache(self, blocks: int, block_size: int, kv_heads: int, head_dim: int) -> Cache:
+        return self._cache(blocks, block_size, kv_heads, head_dim, head_dim)
+
+    def kv_block_bytes(self, block_size: int, kv_heads: int, head_dim: int) -> int:
+        return sum(self._cache_bytes(block_size, kv_heads, head_dim, head_dim))
+
+    def latent_cache(self, blocks: int, block_size: int, args: LatentArgs) -> Cache:
+        return self._cache(blocks, block_size, 1, args.kv_rank + args.rope_dim, args.kv_rank)
+
+    def latent_block_bytes(self, block_size: int, args: LatentArgs) -> int:
+        return sum(self._cache_bytes(block_size, 1, args.kv_rank + args.rope_dim, args.kv_rank))
+
+    def _cache_bytes(self, block_size: int, kv_heads: int, head_dim: int, value_dim: int) -> tuple[int, int]:
+        """What a block's keys and its values take, in the layout that csrc/program.h gives."""
+        word = 4 // _ITEM[_TYPES[self.dtype]]
+        keys = kv_heads * _up(block_size, GROUP) * _up(head_dim, word) * 4 // word
+        values = kv_heads * _up(block_size, word) // word * _up(value_dim, GROUP) * 4
+        return keys, values
+
+    def _cache(self, blocks: int, block_size: int, kv_heads: int, head_dim: int, value_dim: int) -> Cache:
+        sizes = (blocks, block_size, kv_heads, head_dim, value_dim)
         if min(sizes) <= 0:
             raise _misuse("kv_cache", f"sizes {sizes} must be positive")
-        return [self._cache(blocks, block_size, kv_heads, head_dim) for _ in range(layers)]
-
-    def kv_token_bytes(self, kv_heads: int, head_dim: int) -> int:
-        return 2 * kv_heads * _padded(head_dim) * _ITEM[_TYPES[self.dtype]]
-
-    def _cache(self, blocks: int, block_size: int, kv_heads: int, head_dim: int) -> Cache:
-        kind = _TYPES[self.dtype]
-        stride = _padded(head_dim)
-        half = blocks * block_size * self.kv_token_bytes(kv_heads, head_dim) // 2
+        keys, values = self._cache_bytes(block_size, kv_heads, head_dim, value_dim)
+        total = blocks * (keys + values)
         try:
-            data = mmap.mmap(-1, 2 * half, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except OSError as error:
+            data = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except (OSError, OverflowError) as error:
             raise HostError(
-                f"{2 * half} bytes of KV cache for one layer cannot be had.", str(error), "Lower --kv-memory."
+                f"{total} bytes of KV cache for one layer cannot be had.", str(error), "Lower --kv-memory."
             ) from error
         at = address(memoryview(data))
-        words = (at, at + half, kind, block_size, kv_heads, head_dim, stride)
-        return Cache(blocks, block_size, kv_heads, head_dim, words, data)
+        words = (at, at + blocks * keys, _TYPES[self.dtype], block_size, kv_heads, head_dim, value_dim)
+        return Cache(*sizes, words, data)
 
     def plan(self, batch: Batch, block_size: int) -> Plan:
-        _check_batch(batch, block_size)
-        tokens, rows = array("i", batch.tokens), array("i", batch.rows)
-        positions, tables, blocks, tiles = array("i", batch.positions), array("i"), array("i"), array("i")
-        for first, stop, table in zip(batch.starts, batch.starts[1:], batch.block_tables, strict=False):
-            tables.extend([len(blocks)] * (stop - first))
-            blocks.extend(table)
-            for at in range(first, stop, TILE):
-                tiles.extend((at, min(TILE, stop - at)))
-        words = (_at(positions), _at(tables), _at(blocks))
-        data = (tokens, positions, tables, blocks, tiles, rows)
-        return Plan(len(tokens), block_size, max(tokens), max(blocks), words, data, {})
+        return Plan.of(batch, block_size)
 
     # ops
 
-    def embed(self, plan: Plan, table: Weight, scale: float) -> Activation:
-        if len(table.shape) != 2 or plan.highest_token >= table.shape[0]:
-            raise _misuse("embed", f"token {plan.highest_token} in a table of shape {list(table.shape)}")
-        width = table.shape[1]
-        y = self._new(plan.count_tokens, width)
-        tokens = _at(plan.data[0])
-        self._record(
-            (plan, table), (_EMBED, tokens, table.at, y.at, plan.count_tokens, width, table.kind, _bits(scale))
-        )
+    def embed(
+        self, plan: Plan, table: Weight, scale: float, positions: Weight | None = None, offset: int = 0, first: int = 0
+    ) -> Activation:
+        if len(table.shape) != 2:
+            raise _misuse("embed", f"a table of shape {list(table.shape)}")
+        rows, width = table.shape
+        if positions is not None and (len(positions.shape) != 2 or positions.shape[1] != width or positions.packed):
+            raise _misuse("embed", f"positions {list(positions.shape)} beside a table {list(table.shape)}")
+        tape = self._on(plan)
+        if positions is not None:
+            tape.positions = min(tape.positions, positions.shape[0] - offset)
+            _check_reach("embed", tape, plan)
+        y = self._new(plan, plan.tokens, width, F32)
+        learned = NOTHING if positions is None else positions
+        sizes = (width, first, rows, _bits(scale))
+        tape.record((table, learned), (_EMBED, y.register, *table.matrix, *sizes, *learned.matrix, offset))
         return y
 
     def norm(self, x: Activation, args: NormArgs) -> Activation:
-        how, columns = _NORMS.get(args.kind), x.columns
-        weight = NOTHING if args.weight is None else args.weight
-        bias = NOTHING if args.bias is None else args.bias
-        if how is None:
-            raise _misuse("norm", f"kind {args.kind}; native has {', '.join(_NORMS)}")
-        if weight.shape not in ((columns,), ()) or bias.shape not in ((columns,), ()):
-            raise _misuse("norm", f"weight {list(weight.shape)}, bias {list(bias.shape)} for x {_show(x)}")
-        y = self._new(x.rows, columns)
-        sizes = (x.rows, columns, weight.kind, bias.kind, args.unit_offset, _bits(args.eps))
-        self._record((weight, bias), (_NORM, how, x.at, y.at, weight.at, bias.at, *sizes))
+        y = self._new(x.plan, x.rows, x.columns, self._factor)
+        self._norm("norm", x, y, 0, x.columns, args)
         return y
+
+    def norm_heads(self, qkv: Activation, args: AttentionArgs, query: NormArgs, key: NormArgs) -> Activation:
+        queries, keys = args.heads * args.head_dim, args.kv_heads * args.head_dim
+        if qkv.columns != queries + 2 * keys:
+            raise _misuse("norm_heads", f"qkv {_show(qkv)}, expected {queries + 2 * keys} columns")
+        self._norm("norm_heads", qkv, qkv, 0, queries, query)
+        self._norm("norm_heads", qkv, qkv, queries, keys, key)
+        return qkv
+
+    def _norm(self, op: str, x: Activation, y: Activation, begin: int, width: int, args: NormArgs) -> None:
+        rule = _norm_words(op, args, width)
+        held = (args.weight, args.bias)
+        where = (x.register, x.kind, y.register, y.kind, width, x.columns, begin)
+        self._on(x.plan).record(held, (_NORM, *where, *rule))
 
     def add(self, x: Activation, branch: Activation, multiplier: float = 1.0) -> Activation:
         if x.rows != branch.rows or x.columns != branch.columns:
             raise _misuse("add", f"x {_show(x)}, branch {_show(branch)}")
-        self._record(None, (_ADD, x.at, branch.at, x.rows, x.columns, _bits(multiplier)))
-        return x
+        tape = self._on(x.plan)
+        if x.kind == F32 and self._add_to_product(tape, x, branch, multiplier):
+            return x
+        y = x if x.kind == F32 else self._new(x.plan, x.rows, x.columns, F32)
+        where = (x.register, x.kind, branch.register, branch.kind, y.register, x.columns)
+        tape.record(None, (_ADD, *where, _bits(multiplier)))
+        return y
 
     def linear(self, x: Activation, weight: Weight, bias: Weight | None = None) -> Activation:
-        return self._linear("linear", x, (0, x.rows), weight, bias, weight.shape[0], (_ONE, 0))
+        out = weight.shape[0]
+        y = self._new(x.plan, x.rows, out, F32)
+        self._linear("linear", x, y, weight, bias, out)
+        return y
 
-    def logits(
-        self,
-        x: Activation,
-        plan: Plan,
-        weight: Weight,
-        bias: Weight | None,
-        vocab_size: int,
-        multiplier: float,
-        softcap: float | None,
-    ) -> Activation:
-        if x.rows != plan.count_tokens:
-            raise _misuse("logits", f"x {_show(x)} for {plan.count_tokens} tokens")
-        if not 0 < vocab_size <= weight.shape[0]:
-            raise _misuse("logits", f"{vocab_size} of {weight.shape[0]} rows")
-        rows = plan.data[5]
-        self._held.append(plan)
-        scaling = (_bits(multiplier), _bits(softcap or 0.0))
-        y = self._linear("logits", x, (_at(rows), len(rows)), weight, bias, vocab_size, scaling)
-        self._flush()
+    def logits(self, x: Activation, plan: Plan, head: HeadArgs) -> Activation:
+        if x.rows != plan.tokens:
+            raise _misuse("logits", f"x {_show(x)} for {plan.tokens} tokens")
+        if not 0 < head.vocab_size <= head.weight.shape[0]:
+            raise _misuse("logits", f"{head.vocab_size} of {head.weight.shape[0]} rows")
+        chosen = self._new(plan, plan.rows, x.columns, x.kind)
+        self._on(plan).record(None, (_SELECT, x.register, x.kind, chosen.register, x.columns))
+        y = self._new(plan, plan.rows, head.vocab_size, F32)
+        scaling = (_bits(head.multiplier), _bits(head.softcap or 0.0))
+        self._linear("logits", chosen, y, head.weight, head.bias, head.vocab_size, selected=True, scaling=scaling)
         return y
 
     def _linear(
         self,
         op: str,
         x: Activation,
-        rows: tuple[int, int],
+        y: Activation,
         weight: Weight,
         bias: Weight | None,
         out: int,
-        scaling: tuple[int, int],
-    ) -> Activation:
+        *,
+        selected: bool = False,
+        scaling: tuple[int, int] | None = None,
+    ) -> None:
         shape = weight.shape
         if len(shape) != 2 or shape[1] != x.columns:
             raise _misuse(op, f"x {_show(x)}, weight {list(shape)}")
-        if bias is None:
-            bias = NOTHING
-        elif bias.shape != shape[:1]:
+        if bias is not None and bias.shape != shape[:1]:
             raise _misuse(op, f"bias {list(bias.shape)}, weight {list(shape)}")
-        at, count = rows
-        y = self._new(count, out)
-        sizes = (count, x.columns, out, weight.kind, bias.kind)
-        self._record((weight, bias), (_LINEAR, x.at, at, weight.at, bias.at, y.at, *sizes, *scaling))
-        return y
+        words = _product(
+            x, y, weight, bias or NOTHING, (x.columns, out, 1, x.columns, 0, y.columns, 0), selected, scaling
+        )
+        self._on(x.plan).record((weight, bias), words)
+
+    def _heads(self, x: Activation, y: Activation, weight: Weight, x_step: int, y_step: int) -> None:
+        """y's part of each head = the same of x times the head's own matrix; ``weight`` is [heads, out, in]."""
+        heads, out, into = weight.shape
+        if weight.packed and out % PANEL != 0:
+            raise _misuse("latent", f"packed {list(weight.shape)}, of which no head begins a panel")
+        sizes = (into, out, heads, x.columns, x_step, y.columns, y_step)
+        self._on(x.plan).record(weight, _product(x, y, weight, NOTHING, sizes, False, None))
 
     def append(
         self, qkv: Activation, cache: Cache, plan: Plan, args: AttentionArgs, rope: Rotation | None
     ) -> Activation:
         width = (args.heads + 2 * args.kv_heads) * args.head_dim
-        if qkv.rows != plan.count_tokens or qkv.columns != width:
-            raise _misuse("append", f"qkv {_show(qkv)}, expected [{plan.count_tokens}, {width}]")
-        _check_cache("append", cache, plan, args)
-        angles, half = (0, 0) if rope is None else (self._angles(plan, rope).at, len(rope.frequencies))
-        if 2 * half > args.head_dim:
-            raise _misuse("append", f"{2 * half} rotated dims in a head of {args.head_dim}")
-        q = self._new(plan.count_tokens, args.heads * args.head_dim)
-        sizes = (plan.count_tokens, args.heads)
-        self._record((plan, cache), (_APPEND, qkv.at, q.at, angles, half, *plan.words, *sizes, *cache.words))
+        if qkv.rows != plan.tokens or qkv.columns != width:
+            raise _misuse("append", f"qkv {_show(qkv)}, expected {[plan.tokens, width]}")
+        _check_heads("append", cache, args.heads, args.kv_heads, args.head_dim)
+        tape = self._reaching("append", cache, plan)
+        rotation = self._rotation("append", plan, rope, args.head_dim)
+        q = self._new(plan, plan.tokens, args.heads * args.head_dim, self._factor)
+        qk = args.qk_norm
+        norms: tuple[int, ...] = (*_NO_NORM, *_NO_NORM)
+        if qk is not None:
+            norms = (*_norm_words("append", qk.query, args.head_dim), *_norm_words("append", qk.key, args.head_dim))
+        flags = (qk is not None, qk is not None and qk.after_rope)
+        hot = args.temperature
+        temperature = (0, 0, 0) if hot is None else (_TEMPERATURES[hot.kind], hot.base, _bits(hot.scale))
+        where = (qkv.register, q.register, q.kind, args.heads)
+        tape.record((cache, qk), (_APPEND, *where, *rotation, *flags, *norms, *temperature, *cache.words))
         return q
 
     def attend(self, q: Activation, cache: Cache, plan: Plan, args: AttentionArgs) -> Activation:
         width = args.heads * args.head_dim
-        if q.rows != plan.count_tokens or q.columns != width:
-            raise _misuse("attend", f"q {_show(q)}, expected [{plan.count_tokens}, {width}]")
-        window = 0 if args.window is None else args.window
-        if window < 0 or args.window == 0:
-            raise _misuse("attend", f"window {args.window}")
-        _check_cache("attend", cache, plan, args)
-        y = self._new(plan.count_tokens, width)
-        tiles = plan.data[4]
-        sizes = (_at(tiles), len(tiles) // 2, args.heads, window, _bits(args.scale))
-        self._record((plan, cache), (_ATTEND, q.at, y.at, *plan.words, *sizes, *cache.words))
+        if q.rows != plan.tokens or q.columns != width:
+            raise _misuse("attend", f"q {_show(q)}, expected {[plan.tokens, width]}")
+        for name, size in (("window", args.window), ("chunk", args.chunk)):
+            if size is not None and size <= 0:
+                raise _misuse("attend", f"{name} {size}")
+        _check_heads("attend", cache, args.heads, args.kv_heads, args.head_dim)
+        slopes, sinks = (None if args.alibi is None else args.alibi.slopes), args.sinks
+        for vector in (slopes, sinks):
+            if vector is not None and vector.shape != (args.heads,):
+                raise _misuse("attend", f"{list(vector.shape)} slopes or sinks for {args.heads} heads")
+        if slopes is not None and slopes.kind != F32:
+            raise _misuse("attend", "slopes must be float32")
+        y = self._new(plan, plan.tokens, width, self._factor)
+        self._attend(q, cache, plan, y, args)
         return y
 
-    def activate(self, x: Activation, kind: str, gated: bool) -> Activation:
-        how = _ACTIVATIONS.get(kind)
-        if how is None:
-            raise _misuse("activate", f"kind {kind}; native has {', '.join(_ACTIVATIONS)}")
-        if gated and x.columns % 2 != 0:
-            raise _misuse("activate", f"gated x {_show(x)} has an odd width")
-        inner = x.columns // 2 if gated else x.columns
-        y = self._new(x.rows, inner)
-        self._record(None, (_ACTIVATE, how, x.at, y.at, x.rows, inner, gated))
+    def _attend(self, q: Activation, cache: Cache, plan: Plan, y: Activation, args: AttentionArgs) -> None:
+        alibi, sinks = args.alibi, args.sinks or NOTHING
+        bias = (0, 0, 0) if alibi is None else (alibi.slopes.at, _bits(alibi.scale), alibi.bfloat16)
+        mask = (args.window or 0, args.chunk or 0, _bits(args.scale), _bits(args.softcap or 0.0))
+        where = (q.register, q.kind, y.register, y.kind, args.heads)
+        tape = self._reaching("attend", cache, plan)
+        tape.record((cache, alibi, sinks), (_ATTEND, *where, *mask, *bias, *sinks.vector, *cache.words))
+
+    def latent_append(
+        self, q: Activation, latent: Activation, cache: Cache, plan: Plan, args: LatentArgs, rope: Rotation | None
+    ) -> Activation:
+        head, wide = args.nope_dim + args.rope_dim, args.kv_rank + args.rope_dim
+        if q.rows != plan.tokens or q.columns != args.heads * head:
+            raise _misuse("latent_append", f"q {_show(q)}, expected {[plan.tokens, args.heads * head]}")
+        if latent.rows != plan.tokens or latent.columns != wide:
+            raise _misuse("latent_append", f"latent {_show(latent)}, expected {[plan.tokens, wide]}")
+        _check_latent("latent_append", cache, args)
+        tape = self._reaching("latent_append", cache, plan)
+        rotation = self._rotation("latent_append", plan, rope, args.rope_dim)
+        rule = _norm_words("latent_append", args.norm, args.kv_rank)
+        tape.record((cache, args), (_LATENT, latent.register, *rule, *rotation, *cache.words))
+        y = self._new(plan, plan.tokens, args.heads * wide, self._factor)
+        self._heads(q, y, args.up_keys, head, wide)
+        places = (q.columns, head, args.nope_dim, y.columns, wide, args.kv_rank, args.rope_dim)
+        self._on(plan).record(None, (_ROTATE, q.register, y.register, y.kind, args.heads, *places, *rotation))
         return y
+
+    def latent_attend(self, q: Activation, cache: Cache, plan: Plan, args: LatentArgs) -> Activation:
+        wide = args.kv_rank + args.rope_dim
+        if q.rows != plan.tokens or q.columns != args.heads * wide:
+            raise _misuse("latent_attend", f"q {_show(q)}, expected {[plan.tokens, args.heads * wide]}")
+        _check_latent("latent_attend", cache, args)
+        mixed = self._new(plan, plan.tokens, args.heads * args.kv_rank, self._factor)
+        self._attend(q, cache, plan, mixed, AttentionArgs(args.heads, 1, wide, args.scale))
+        y = self._new(plan, plan.tokens, args.heads * args.value_dim, self._factor)
+        self._heads(mixed, y, args.up_values, args.kv_rank, args.value_dim)
+        return y
+
+    def activate(self, x: Activation, args: ActivationArgs) -> Activation:
+        how = _ACTIVATIONS.get(args.kind)
+        if how is None or (args.kind == "clamped_swiglu" and not args.gated):
+            raise _misuse("activate", f"kind {args.kind}; native has {', '.join(_ACTIVATIONS)}, the last one gated")
+        if args.gated and x.columns % 2 != 0:
+            raise _misuse("activate", f"gated x {_show(x)} has an odd width")
+        inner = x.columns // 2 if args.gated else x.columns
+        y = self._new(x.plan, x.rows, inner, self._factor)
+        tape = self._on(x.plan)
+        if not self._activate_product(tape, x, y, how, args):
+            words = (x.register, y.register, y.kind, inner, args.gated, _bits(_cut(args)))
+            tape.record(None, (_ACTIVATE, how, *words))
+        return y
+
+    def gate(self, branch: Activation, x: Activation, weight: Weight) -> Activation:
+        if weight.shape != (1, x.columns) or branch.rows != x.rows or branch.kind != F32:
+            raise _misuse("gate", f"branch {_show(branch)}, x {_show(x)}, weight {list(weight.shape)}")
+        where = (branch.register, x.register, x.kind)
+        self._on(x.plan).record(weight, (_GATE, *where, *weight.matrix, x.columns, branch.columns))
+        return branch
+
+    def experts(self, x: Activation, router: RouterArgs, args: ExpertsArgs) -> Activation:
+        count, inner = _check_experts(x, router, args)
+        logits = self.linear(x, router.weight, router.bias)
+        tape, plan, bias = self._on(x.plan), x.plan, router.selection_bias or NOTHING
+        picks = self._new(plan, x.rows, 2 * router.top_k, F32)
+        rules = (router.score == "sigmoid", router.select_first, router.groups, router.kept_groups)
+        ranking = (router.group_rank == "top2_sum", router.renormalize, _bits(router.scale))
+        where = (logits.register, picks.register, count, router.top_k)
+        tape.record((router, bias), (_ROUTE, *where, *rules, *ranking, *bias.vector))
+        assigned = self._new(plan, x.rows, router.top_k, F32, extra=4 * (count + 1))
+        tape.record(None, (_ASSIGN, picks.register, assigned.register, count, router.top_k))
+        middle = self._new(plan, x.rows, router.top_k * _up(inner, 2), self._factor)
+        into, how = (picks.register, assigned.register), args.activation
+        up_bias, down_bias = args.gate_up_bias or NOTHING, args.down_bias or NOTHING
+        up = (count, router.top_k, x.columns, inner, how.gated, _ACTIVATIONS[how.kind], _bits(_cut(how)))
+        ends = (x.register, x.kind, middle.register, middle.kind)
+        gate_up = (*args.gate_up.matrix, *up_bias.vector)
+        tape.record((args, up_bias), (_EXPERT_UP, *ends, *into, *gate_up, *up, args.weigh_input))
+        y = self._new(plan, x.rows, x.columns, F32)
+        down = (*args.down.matrix, *down_bias.vector, count, router.top_k, inner, x.columns, args.weigh_input)
+        tape.record((args, down_bias), (_EXPERT_DOWN, middle.register, middle.kind, y.register, *into, *down))
+        return y
+
+    def all_reduce(self, x: Activation) -> Activation:
+        if self._ranks is None:
+            return x
+        if x.kind != F32:
+            x = self._wide(x)
+        self._on(x.plan).record(None, (_REDUCE, x.register, x.columns))
+        return x
+
+    def gather(self, logits: Activation, vocab_size: int) -> Activation:
+        ranks = 1 if self._ranks is None else self._ranks.size
+        if not 0 < vocab_size <= ranks * logits.columns:
+            raise _misuse("gather", f"{vocab_size} tokens of {ranks} times logits {_show(logits)}")
+        if ranks == 1 and logits.columns == vocab_size:
+            return logits
+        y = self._new(logits.plan, logits.rows, vocab_size, F32)
+        self._on(logits.plan).record(None, (_GATHER, logits.register, y.register, logits.columns, vocab_size))
+        return y
+
+    # neighbours that are merged
+
+    def _add_to_product(self, tape: Tape, x: Activation, branch: Activation, multiplier: float) -> bool:
+        """Let the product that ``branch`` is add itself to ``x``. Only when nothing was recorded since."""
+        words, at = tape.words, tape.last
+        if not words or words[at] != _LINEAR or words[at + _L_Y] != branch.register or branch.kind != F32:
+            return False
+        if words[at + _L_X] == x.register or words[at + _L_ACTIVATION] or words[at + _L_MULTIPLIER] != _ONE:
+            return False
+        words[at + _L_Y], words[at + _L_ACCUMULATE], words[at + _L_MULTIPLIER] = x.register, 1, _bits(multiplier)
+        return True
+
+    def _activate_product(self, tape: Tape, x: Activation, y: Activation, how: int, args: ActivationArgs) -> bool:
+        """Let the product that ``x`` is end in its activation. Only when nothing was recorded since."""
+        words, at = tape.words, tape.last
+        if not words or words[at] != _LINEAR or words[at + _L_Y] != x.register or x.kind != F32:
+            return False
+        if words[at + _L_X] == y.register or words[at + _L_ACCUMULATE] or words[at + _L_ACTIVATION]:
+            return False
+        if args.gated and words[at + _L_PACKED] and y.columns % PANEL != 0:
+            return False
+        words[at + _L_Y], words[at + _L_Y + 1] = y.register, y.kind
+        words[at + _L_OUT] = words[at + _L_PITCH] = y.columns
+        words[at + _L_ACTIVATION], words[at + _L_GATED], words[at + _L_CLAMP] = how, args.gated, _bits(_cut(args))
+        return True
 
     # results
+
+    def score(self, x: Activation, plan: Plan, head: HeadArgs, targets: Sequence[int], top: int) -> list[Sampled]:
+        if len(targets) != plan.rows or not all(0 <= target < head.vocab_size for target in targets):
+            raise _misuse("score", f"{len(targets)} targets for {plan.rows} rows of {head.vocab_size} tokens")
+        self._flush()
+        found: list[Sampled] = []
+        rows = plan.data[-1]
+        for first in range(0, plan.rows, SCORED):
+            logits = self.logits(x, plan.with_rows(rows[first : first + SCORED]), head)
+            wanted = targets[first : first + SCORED]
+            found += self._picked(logits, [Sampling(logprobs=top)] * len(wanted), wanted)
+        return found
 
     def sample(self, logits: Activation, how: Sequence[Sampling]) -> list[Sampled]:
         if len(how) != logits.rows:
             raise _misuse("sample", f"{len(how)} ways for logits {_show(logits)}")
         if not all(one.temperature >= 0 and one.top_k >= 0 for one in how):
             raise _misuse("sample", "a negative temperature or top_k")
+        return self._picked(logits, how, [-1] * len(how))
+
+    def _picked(self, logits: Activation, how: Sequence[Sampling], forced: Sequence[int]) -> list[Sampled]:
+        """A token a row: the forced one where there is one, else as ``how`` says."""
         self._flush()
         top = max((one.logprobs for one in how), default=0)
-        asked = b"".join(struct.pack("=dqddq", o.temperature, o.top_k, o.top_p, o.uniform, o.logprobs) for o in how)
+        asked = b"".join(
+            struct.pack("=dqddqq", o.temperature, o.top_k, o.top_p, o.uniform, o.logprobs, token)
+            for o, token in zip(how, forced, strict=True)
+        )
         picked = ctypes.create_string_buffer(24 * len(how) or 24)
         tokens = (ctypes.c_int64 * max(1, len(how) * top))()
         logprobs = (ctypes.c_double * max(1, len(how) * top))()
-        shape = (logits.at, logits.rows, logits.columns)
+        where = (self._address(logits), logits.rows, logits.columns)
         self._check(
-            self._library.fgsnap_sample(self._handle, *shape, asked, picked, max(0, top), tokens, logprobs), "sample"
+            self._library.fgsnap_sample(self._handle, *where, asked, picked, max(0, top), tokens, logprobs), "sample"
         )
         results = []
         for r, one in enumerate(how):
@@ -526,64 +744,201 @@ class Native:
     def top_two(self, logits: Activation) -> list[tuple[int, float]]:
         self._flush()
         picked = ctypes.create_string_buffer(24 * logits.rows or 24)
-        shape = (logits.at, logits.rows, logits.columns)
-        self._check(self._library.fgsnap_top_two(self._handle, *shape, picked), "top_two")
+        where = (self._address(logits), logits.rows, logits.columns)
+        self._check(self._library.fgsnap_top_two(self._handle, *where, picked), "top_two")
         return [struct.unpack_from("=qd", picked, 24 * r) for r in range(logits.rows)]
 
     def floats(self, x: Activation) -> memoryview[Any]:
+        if x.kind != F32:
+            x = self._wide(x)
         self._flush()
-        x.home = self._lent
-        memory = x.memory
-        view = memoryview(memory.data)[memory.offset : memory.offset + 4 * x.rows * x.columns]
-        return view.cast("f").toreadonly()
+        self._lent.append(self._pool.memories[x.register])
+        copy = bytes(self._pool.view(x.register, 4 * x.rows * x.columns))
+        return memoryview(copy).cast("f")
 
-    # the tape
+    # records
 
-    def _angles(self, plan: Plan, rope: Rotation) -> Activation:
-        """The rotation's cos and sin at the plan's positions, computed once a step."""
+    def _wide(self, x: Activation) -> Activation:
+        """The same numbers in float32."""
+        wide = self._new(x.plan, x.rows, x.columns, F32)
+        words = (x.register, x.kind, x.register, x.kind, wide.register, x.columns, _bits(0.0))
+        self._on(x.plan).record(None, (_ADD, *words))
+        return wide
+
+    def _on(self, plan: Plan) -> Tape:
+        """The tape, for records about ``plan``; those about another one are executed first."""
+        if self._plan is not plan:
+            self._flush()
+            self._plan = plan
+        return self._tape
+
+    def _reaching(self, op: str, cache: Cache, plan: Plan) -> Tape:
+        """The tape, after making sure that the plan's blocks are the cache's."""
+        if cache.block_size != plan.block_size:
+            raise _misuse(op, f"blocks of {plan.block_size} tokens, cache of {cache.blocks} of {cache.block_size}")
+        tape = self._on(plan)
+        tape.blocks = min(tape.blocks, cache.blocks)
+        _check_reach(op, tape, plan)
+        return tape
+
+    def _rotation(self, op: str, plan: Plan, rope: Rotation | None, width: int) -> tuple[int, int]:
+        """Where the rotation's cos and sin at the plan's positions are, computed once a step, and half its dims."""
+        if rope is None:
+            return -1, 0
+        half = len(rope.frequencies)
+        if 2 * half > width:
+            raise _misuse(op, f"{2 * half} rotated dims in a head of {width}")
         found = plan.angles.get(rope)
         if found is None:
-            half = len(rope.frequencies)
-            found = plan.angles[rope] = self._new(plan.count_tokens, 2 * half)
-            sizes = (plan.count_tokens, half, _bits(rope.factor))
-            self._record((plan, rope), (_ROPE, plan.words[0], _at(rope.frequencies), found.at, *sizes))
-        return found
+            # Of no plan: the plan holds it, and would never be let go if it held the plan.
+            found = plan.angles[rope] = self._new(_NO_PLAN, plan.tokens, 2 * half, F32)
+            words = (_ROPE, found.register, _at(rope.frequencies), half, _bits(rope.factor))
+            self._on(plan).record(rope, words)
+        return found.register, half
 
-    def _new(self, rows: int, columns: int) -> Activation:
-        count = rows * columns
-        home = self._homes.get(count)
-        if home is None:
-            home = self._homes[count] = self._free.setdefault(_size_class(count * 4), [])
-        if home:
-            return Activation(rows, columns, home.pop(), home)
-        size = _size_class(count * 4)
-        self._allocated += size
-        return Activation(rows, columns, _allocate(size), home)
+    def _new(self, plan: Plan, rows: int, columns: int, kind: int, extra: int = 0) -> Activation:
+        row_bytes = 4 * columns if kind == F32 else 2 * _up(columns, 2)
+        register, home = self._tape.registers.take(rows, row_bytes, extra)
+        return Activation(plan, rows, columns, kind, register, home)
 
-    def _record(self, held: object, words: tuple[int, ...]) -> None:
-        self._held.append(held)
-        self._tape.extend(words)
+    def _address(self, x: Activation) -> int:
+        return self._pool.addresses[x.register]
 
     def _flush(self) -> None:
         """Run what is on the tape."""
-        if not self._tape:
+        tape, plan = self._tape, self._plan
+        if not tape.words or plan is None:
             return
-        code = self._library.fgsnap_run(self._handle, _at(self._tape), len(self._tape))
-        del self._tape[:]
-        self._held.clear()
+        step = array("q", (*plan.step, _at(self._pool.addresses)))
+        code = self._library.fgsnap_run(self._handle, _at(tape.words), len(tape.words), _at(step))
+        tape.clear()
+        self._plan = None
         self._lent.clear()
-        if self._allocated > POOL_BYTES:
-            self._allocated = 0
-            self._homes.clear()
-            self._free.clear()
+        self._pool.trim()
         self._check(code, "run")
 
+    # tapes
+
+    def taped(self, forward: Callable[[Plan], Activation], block_size: int) -> Callable[[Batch], Activation]:
+        """Record ``forward`` when it is first needed, and replay it ever after."""
+        recorded: list[tuple[Tape, Arena, Activation]] = []
+
+        def run(batch: Batch) -> Activation:
+            if not recorded:
+                recorded.append(self._recorded(forward, block_size))
+            return self._replay(*recorded[0], self.plan(batch, block_size))
+
+        return run
+
+    def _recorded(self, forward: Callable[[Plan], Activation], block_size: int) -> tuple[Tape, Arena, Activation]:
+        self._flush()
+        arena, outer = Arena(), self._tape
+        tape = self._tape = Tape(arena)
+        try:
+            result = forward(Plan(TOKENS, ROWS, block_size))
+        finally:
+            self._tape, self._plan = outer, None
+        return tape, arena, result
+
+    def _replay(self, tape: Tape, arena: Arena, result: Activation, plan: Plan) -> Activation:
+        _check_reach("forward", tape, plan)
+        self._flush()
+        *offsets, size = arena.offsets(plan)
+        if size > len(self._arena):
+            self._arena = _memory(2 * size)
+        base = address(memoryview(self._arena))
+        registers = array("q", [base + offset for offset in offsets])
+        logits = self._new(plan, plan.rows, result.columns, F32)
+        registers[result.register] = self._address(logits)
+        step = array("q", (*plan.step, _at(registers)))
+        code = self._library.fgsnap_run(self._handle, _at(tape.words), len(tape.words), _at(step))
+        self._pool.trim()
+        self._check(code, "run")
+        return logits
+
     def _check(self, code: int, op: str) -> None:
-        assert code != 2, f"{op}: the tape and the library disagree"
+        assert code != 2, f"{op}: the records and the library disagree"
+        if code == 3:
+            raise HostError("A tensor parallel rank has ended.", "The others cannot go on without it.")
         if code != 0:
             raise HostError(
                 "The native backend ran out of memory.", f"In {op}.", "Lower --kv-memory or --max-batch-tokens."
             )
+
+
+def _memory(size: int, kind: int = mmap.MAP_PRIVATE) -> mmap.mmap:
+    try:
+        return mmap.mmap(-1, size, flags=kind | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise HostError(
+            f"{size} bytes for activations cannot be had.", str(error), "Lower --max-batch-tokens."
+        ) from error
+
+
+# --- words of records -------------------------------------------------------------------------------------------------
+
+# Where a record of a product has what _add_to_product and _activate_product change.
+_L_X, _L_Y, _L_PACKED, _L_OUT, _L_PITCH = 1, 3, 7, 11, 15
+_L_ACCUMULATE, _L_ACTIVATION, _L_GATED, _L_CLAMP, _L_MULTIPLIER = 18, 19, 20, 21, 22
+
+
+def _product(
+    x: Activation,
+    y: Activation,
+    weight: Weight,
+    bias: Weight,
+    sizes: tuple[int, ...],
+    selected: bool,
+    scaling: tuple[int, int] | None,
+) -> tuple[int, ...]:
+    """``sizes``: in, out, heads, and the pitch and step of x and of y, as csrc/program.h has them."""
+    where = (x.register, x.kind, y.register, y.kind)
+    plain = (selected, 0, 0, 0, 0)  # accumulate, activation, gated, clamp
+    return (_LINEAR, *where, *weight.matrix, *bias.vector, *sizes, *plain, *(scaling or (_ONE, 0)))
+
+
+def _norm_words(op: str, args: NormArgs, width: int) -> tuple[int, ...]:
+    how = _NORMS.get(args.kind)
+    weight, bias = args.weight or NOTHING, args.bias or NOTHING
+    if how is None:
+        raise _misuse(op, f"kind {args.kind}; native has {', '.join(_NORMS)}")
+    if weight.shape not in ((width,), ()) or bias.shape not in ((width,), ()):
+        raise _misuse(op, f"weight {list(weight.shape)}, bias {list(bias.shape)} for vectors of {width}")
+    return (how, *weight.vector, *bias.vector, args.unit_offset, _bits(args.eps))
+
+
+@functools.lru_cache(4096)
+def _bits(number: float) -> int:
+    """A double as the integer word that a record holds."""
+    return int.from_bytes(struct.pack("=d", number), sys.byteorder, signed=True)
+
+
+_ONE = _bits(1.0)
+_NO_NORM = (0,) * 7
+
+
+def _cut(args: ActivationArgs) -> float:
+    return math.inf if args.clamp is None else args.clamp
+
+
+def _at(numbers: array[Any]) -> int:
+    return numbers.buffer_info()[0]
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+# --- what is refused before C++ ---------------------------------------------------------------------------------------
+
+
+def _misuse(op: str, text: str) -> ValueError:
+    """A caller's mistake that must not reach C++, where it would read or write out of bounds."""
+    return ValueError(f"{op}: {text}")
+
+
+def _show(x: Activation) -> str:
+    return f"[{x.rows}, {x.columns}]"
 
 
 def _check_batch(batch: Batch, block_size: int) -> None:
@@ -603,12 +958,50 @@ def _check_batch(batch: Batch, block_size: int) -> None:
         raise _misuse("plan", f"rows {list(rows)} of {count} tokens")
 
 
-def _check_cache(op: str, cache: Cache, plan: Plan, args: AttentionArgs) -> None:
-    if cache.kv_heads != args.kv_heads or cache.head_dim != args.head_dim or args.heads % args.kv_heads != 0:
-        raise _misuse(op, f"cache of {cache.kv_heads} heads of {cache.head_dim}, {args}")
-    if cache.block_size != plan.block_size or plan.highest_block >= cache.blocks:
-        text = f"block {plan.highest_block} of {plan.block_size} tokens"
-        raise _misuse(op, f"{text}, cache of {cache.blocks} blocks of {cache.block_size}")
+def _check_heads(op: str, cache: Cache, heads: int, kv_heads: int, head_dim: int) -> None:
+    same = (cache.kv_heads, cache.head_dim, cache.value_dim) == (kv_heads, head_dim, head_dim)
+    if not same or heads % kv_heads != 0:
+        found = f"cache of {cache.kv_heads} heads of {cache.head_dim}"
+        raise _misuse(op, f"{found}, {heads} query and {kv_heads} key heads of {head_dim}")
+
+
+def _check_latent(op: str, cache: Cache, args: LatentArgs) -> None:
+    wide, heads = args.kv_rank + args.rope_dim, args.heads
+    if (cache.kv_heads, cache.head_dim, cache.value_dim) != (1, wide, args.kv_rank):
+        raise _misuse(op, f"cache of {cache.kv_heads} heads of {cache.head_dim}, expected one of {wide}")
+    ups = (args.up_keys.shape, args.up_values.shape)
+    if ups != ((heads, args.kv_rank, args.nope_dim), (heads, args.value_dim, args.kv_rank)):
+        raise _misuse(op, f"up_keys {list(ups[0])}, up_values {list(ups[1])} for {heads} heads")
+
+
+def _check_reach(op: str, tape: Tape, plan: Plan) -> None:
+    if plan.highest_block >= tape.blocks:
+        raise _misuse(op, f"block {plan.highest_block} of a cache of {tape.blocks} blocks")
+    if plan.highest_position >= tape.positions:
+        raise _misuse(op, f"position {plan.highest_position} of {tape.positions} learned ones")
+
+
+def _check_experts(x: Activation, router: RouterArgs, args: ExpertsArgs) -> tuple[int, int]:
+    """How many experts there are and how wide they are inside."""
+    count, rows, width = args.gate_up.shape
+    inner, how = args.down.shape[-1], args.activation
+    shapes = {"gate_up": (count, inner * (1 + how.gated), width), "down": (count, width, inner)}
+    found = {"gate_up": args.gate_up.shape, "down": args.down.shape}
+    biases = ((args.gate_up_bias, (count, rows)), (args.down_bias, (count, width)))
+    if found != shapes or x.columns != width or router.weight.shape != (count, width):
+        raise _misuse("experts", f"x {_show(x)}, router {list(router.weight.shape)}, {found}")
+    if any(bias is not None and bias.shape != shape for bias, shape in biases):
+        raise _misuse("experts", "a bias of another shape than its matrix")
+    if router.selection_bias is not None and router.selection_bias.shape != (count,):
+        raise _misuse("experts", f"selection bias {list(router.selection_bias.shape)} for {count} experts")
+    if how.kind not in _ACTIVATIONS or (how.kind == "clamped_swiglu" and not how.gated):
+        raise _misuse("experts", f"activation {how.kind}")
+    if (args.gate_up.packed and (inner % PANEL or rows % PANEL)) or (args.down.packed and width % PANEL):
+        raise _misuse("experts", "packed matrices of which no expert begins a panel")
+    eligible = count // router.groups * router.kept_groups
+    if count % router.groups or not 0 < router.kept_groups <= router.groups or not 0 < router.top_k <= eligible:
+        raise _misuse("experts", f"top {router.top_k} of {router.kept_groups} of {router.groups} groups of {count}")
+    return count, inner
 
 
 def _size_class(size: int) -> int:

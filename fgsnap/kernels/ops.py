@@ -1,13 +1,13 @@
 """The interface between the decoder and a kernel backend.
 
 Each backend has its own tensor type; outside ``kernels`` a tensor is opaque. Letters in shapes: T tokens of the step
-over all sequences, S sequences, H width, N query heads, K key-value heads, D head dim, V vocabulary rows, R rows of
-logits.
+over all sequences, S sequences, H width, N query heads, K key-value heads, D head dim, E value dim (D unless said
+otherwise), V vocabulary rows, R rows of logits, X experts, I inner width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 Tensor = Any  # a backend's own tensor; only that backend looks inside
@@ -44,14 +44,131 @@ class NormArgs(NamedTuple):
     float32_weight: bool = False
 
 
+class QkNormArgs(NamedTuple):
+    """Norms of every query head and every key head, [D] weights each; before the rotation or after it."""
+
+    query: NormArgs
+    key: NormArgs
+    after_rope: bool = False
+
+
+class AlibiArgs(NamedTuple):
+    """Biases of Press et al. (arXiv:2108.12409): slope x key position, added to the scaled scores.
+
+    The bias is ``scale`` times the product. With ``bfloat16`` the position, and then the product, is first rounded to
+    it: so did some authors. Slopes are multiplied as they are given.
+    """
+
+    slopes: Tensor  # [N] float32
+    scale: float = 1.0
+    bfloat16: bool = False
+
+
+class TemperatureArgs(NamedTuple):
+    """What multiplies a query by its position p; see spec.QueryTemperature."""
+
+    kind: Literal["logn", "step"]
+    base: int
+    scale: float = 0.0
+
+
 class AttentionArgs(NamedTuple):
-    """The shape and mask of one layer's attention. ``scale`` multiplies q.k. ``window`` None: all earlier keys."""
+    """The shape and mask of one layer's attention.
+
+    Query head n reads key head n * K // N. A score is scale * q.k; then softcap * tanh(score / softcap); then the ALiBi
+    bias is added. ``window`` w: a query at position p sees the keys from p - w + 1 on. ``chunk`` c: those of p's own
+    multiple of c. None: all earlier ones. ``sinks``: a logit a head that joins the softmax's denominator, without a
+    value.
+    """
 
     heads: int
     kv_heads: int
     head_dim: int
     scale: float
     window: int | None = None
+    chunk: int | None = None
+    softcap: float | None = None
+    alibi: AlibiArgs | None = None
+    sinks: Tensor | None = None  # [N]
+    qk_norm: QkNormArgs | None = None
+    temperature: TemperatureArgs | None = None
+
+
+class LatentArgs(NamedTuple):
+    """Multi-head latent attention (arXiv:2405.04434) of N heads, in the absorbed form.
+
+    The cache holds, for each token and once for all heads, its normed latent [kv_rank] and one rotated key [rope_dim].
+    A query head is q_nope [nope_dim] and q_rope [rope_dim]; its score with a key is scale times
+    (up_keys[n] q_nope) . latent + q_rope . key; its output is up_values[n] times the softmax's mean of the latents.
+    """
+
+    heads: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    kv_rank: int
+    scale: float
+    norm: NormArgs
+    up_keys: Tensor  # [N, kv_rank, nope_dim]
+    up_values: Tensor  # [N, value_dim, kv_rank]
+
+
+class HeadArgs(NamedTuple):
+    """How hidden states become logits: softcap * tanh(multiplier * (x @ weight^T + bias) / softcap).
+
+    Rows of the weight [V, H] and the bias [V] from ``vocab_size`` on are padding and left out.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    vocab_size: int
+    multiplier: float = 1.0
+    softcap: float | None = None
+
+
+class RouterArgs(NamedTuple):
+    """How a token picks ``top_k`` of X experts, and what their outputs are multiplied by.
+
+    scores = softmax or sigmoid of the logits x @ weight^T + bias, in float32. Without ``select_first`` the k experts
+    of the largest score + selection_bias are taken (ties: lowest id) and weigh their scores; with it, those of the
+    largest logits, and the score function is applied to those k logits alone. ``groups`` splits the experts into equal
+    neighbours, of which the ``kept_groups`` best are eligible: best by their largest, or by the sum of their two
+    largest, score + selection_bias. ``renormalize`` divides the k weights by their sum; ``scale`` multiplies them.
+    """
+
+    weight: Tensor  # [X, H]
+    bias: Tensor | None  # [X]
+    selection_bias: Tensor | None  # [X]
+    score: Literal["softmax", "sigmoid"]
+    top_k: int
+    select_first: bool = False
+    groups: int = 1
+    kept_groups: int = 1
+    group_rank: Literal["max", "top2_sum"] = "max"
+    renormalize: bool = False
+    scale: float = 1.0
+
+
+class ActivationArgs(NamedTuple):
+    """An activation; kind and clamp as in spec.Mlp. Gated: act(x[:, :I]) * x[:, I:], else act(x)."""
+
+    kind: str
+    gated: bool = True
+    clamp: float | None = None
+
+
+class ExpertsArgs(NamedTuple):
+    """X equal MLPs: down[e] @ act(gate_up[e] @ x + gate_up_bias[e]) + down_bias[e].
+
+    ``weigh_input`` multiplies an expert's input by its weight instead of its output.
+    """
+
+    gate_up: Tensor  # [X, 2I or I, H]
+    gate_up_bias: Tensor | None  # [X, 2I or I]
+    down: Tensor  # [X, H, I]
+    down_bias: Tensor | None  # [X, H]
+    activation: ActivationArgs
+    weigh_input: bool = False
 
 
 class Sampling(NamedTuple):
@@ -80,17 +197,26 @@ class Sampled(NamedTuple):
 
 
 class Ops(Protocol):
-    """What a backend implements. Unless said otherwise results are new tensors in the backend's activation dtype."""
+    """What a backend implements.
+
+    Unless said otherwise results are new tensors of the backend's choice of dtype. A tensor that is given to ``add``,
+    ``activate``, ``gate`` or ``norm_heads`` is given up: the backend may write the result into its memory.
+
+    Under tensor parallelism every rank has its own backend; only ``all_reduce``, ``gather`` and ``norm_heads`` talk to
+    the others, and every rank must come to them in the same order.
+    """
 
     name: str
     device: str
     supports: frozenset[str]
     """Names of the spec features (spec.features) that this backend computes."""
 
-    def weight(self, data: memoryview, dtype: str, shape: Sequence[int]) -> Tensor:
+    def weight(self, data: memoryview, dtype: str, shape: Sequence[int], layout: str = "row") -> Tensor:
         """A read-only tensor over mapped bytes: no copy on CPU, one upload elsewhere. Keeps ``data`` alive.
 
-        dtype is "float32", "bfloat16" or "float16". ``len(data)`` must be exactly the shape's bytes.
+        dtype is "float32", "bfloat16" or "float16". ``len(data)`` must be exactly the bytes that the shape takes in
+        the layout: "row" is row-major; "words32" cuts a matrix into panels of 32 rows, the last one filled up with
+        zeros, and each row into words of 4 bytes, and stores panel after panel, word after word the panel's 32 rows.
         """
         ...
 
@@ -98,28 +224,61 @@ class Ops(Protocol):
         """A rotation table: angle = float32(position) * float32(inverse frequency); cos and sin times ``factor``."""
         ...
 
-    def kv_cache(self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int) -> Sequence[Tensor]:
-        """One cache a layer, uninitialised memory of ``blocks`` x ``block_size`` tokens of K and V."""
+    def kv_cache(self, blocks: int, block_size: int, kv_heads: int, head_dim: int) -> Tensor:
+        """One layer's cache, uninitialised memory of ``blocks`` x ``block_size`` tokens of K and V."""
         ...
 
-    def kv_token_bytes(self, kv_heads: int, head_dim: int) -> int:
-        """Bytes that one token takes in one layer's cache, padding included."""
+    def kv_block_bytes(self, block_size: int, kv_heads: int, head_dim: int) -> int:
+        """Bytes that one KV block takes in one layer's cache, padding included."""
+        ...
+
+    def latent_cache(self, blocks: int, block_size: int, args: LatentArgs) -> Tensor:
+        """One layer's cache for latent attention."""
+        ...
+
+    def latent_block_bytes(self, block_size: int, args: LatentArgs) -> int:
+        """Bytes that one KV block takes in one layer's latent cache, padding included."""
         ...
 
     def plan(self, batch: Batch, block_size: int) -> Tensor:
         """Everything the ops of one step need to know of ``batch``, uploaded once."""
         ...
 
-    def embed(self, plan: Tensor, table: Tensor, scale: float) -> Tensor:
-        """Rows of ``table`` [V, H] for the batch's tokens, times ``scale``: [T, H]."""
+    def taped(self, forward: Callable[[Tensor], Tensor], block_size: int) -> Callable[[Batch], Tensor]:
+        """``forward(plan)``, which ends in ``logits``, as a function of a batch.
+
+        A backend may call it once, record the ops that it calls and replay them for every batch after: so it must do
+        nothing but call ops, the same ones whatever the plan.
+        """
+        ...
+
+    def embed(
+        self,
+        plan: Tensor,
+        table: Tensor,
+        scale: float,
+        positions: Tensor | None = None,
+        offset: int = 0,
+        first: int = 0,
+    ) -> Tensor:
+        """Rows of ``table`` [V, H] for the batch's tokens, times ``scale``, plus row position + ``offset`` of
+        ``positions`` [P, H]: [T, H].
+
+        ``first`` is the token id of the table's first row. A token outside the table gives a row of zeros, without its
+        position's row too, for all_reduce to sum.
+        """
         ...
 
     def norm(self, x: Tensor, args: NormArgs) -> Tensor:
         """Normalise the last axis of x [T, H] in float32."""
         ...
 
+    def norm_heads(self, qkv: Tensor, args: AttentionArgs, query: NormArgs, key: NormArgs) -> Tensor:
+        """Normalise all queries [N D] and all keys [K D] of qkv [T, (N + 2K) D], each as one vector over all ranks."""
+        ...
+
     def add(self, x: Tensor, branch: Tensor, multiplier: float = 1.0) -> Tensor:
-        """x + multiplier * branch, both [T, H]. May reuse x's memory: the caller gives x up."""
+        """x + multiplier * branch, both [T, H]."""
         ...
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -127,7 +286,7 @@ class Ops(Protocol):
         ...
 
     def append(self, qkv: Tensor, cache: Tensor, plan: Tensor, args: AttentionArgs, rope: Tensor | None) -> Tensor:
-        """Rotate q and k of qkv [T, (N + 2K) D] at their positions, write k and v into the cache: q [T, N D].
+        """Norm and rotate q and k of qkv [T, (N + 2K) D] as ``args`` says, write k and v into the cache: q [T, N D].
 
         The rotation pairs dimension i with i + dims / 2 among the first dims = 2 * len(frequencies) of each head.
         """
@@ -136,25 +295,54 @@ class Ops(Protocol):
     def attend(self, q: Tensor, cache: Tensor, plan: Tensor, args: AttentionArgs) -> Tensor:
         """Causal attention of q [T, N D] over the cached keys of each token's own sequence: [T, N D].
 
-        Prompt chunks and decodes in one call; softmax in float32; query head n reads key head n * K / N.
+        Prompt chunks and decodes in one call; softmax in float32.
         """
         ...
 
-    def activate(self, x: Tensor, kind: str, gated: bool) -> Tensor:
-        """act(x[:, :I]) * x[:, I:] for gated x [T, 2I], else act(x): [T, I]. kind as in spec.Activation."""
+    def latent_append(
+        self, q: Tensor, latent: Tensor, cache: Tensor, plan: Tensor, args: LatentArgs, rope: Tensor | None
+    ) -> Tensor:
+        """Norm the latents and rotate the keys of ``latent`` [T, kv_rank + rope_dim] into the cache.
+
+        Returns the queries, q [T, N (nope_dim + rope_dim)] multiplied by up_keys and rotated:
+        [T, N (kv_rank + rope_dim)].
+        """
         ...
 
-    def logits(
-        self,
-        x: Tensor,
-        plan: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        vocab_size: int,
-        multiplier: float,
-        softcap: float | None,
-    ) -> Tensor:
-        """float32 logits of the plan's rows of x [T, H]: [R, V]; weight rows from ``vocab_size`` on are left out."""
+    def latent_attend(self, q: Tensor, cache: Tensor, plan: Tensor, args: LatentArgs) -> Tensor:
+        """Causal attention of latent_append's queries over the cached latents: [T, N value_dim]."""
+        ...
+
+    def activate(self, x: Tensor, args: ActivationArgs) -> Tensor:
+        """The activation of x [T, 2I] if gated, else of x [T, I]: [T, I]."""
+        ...
+
+    def gate(self, branch: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """branch [T, H] times sigmoid(x [T, H] @ weight [1, H]^T)."""
+        ...
+
+    def experts(self, x: Tensor, router: RouterArgs, args: ExpertsArgs) -> Tensor:
+        """What each token's experts make of x [T, H], weighed and summed: [T, H]."""
+        ...
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum over all ranks, in rank order, the same bits on every rank."""
+        ...
+
+    def gather(self, logits: Tensor, vocab_size: int) -> Tensor:
+        """The ranks' logits [R, V / ranks] side by side: [R, vocab_size]."""
+        ...
+
+    def logits(self, x: Tensor, plan: Tensor, head: HeadArgs) -> Tensor:
+        """float32 logits of the plan's rows of x [T, H]: [R, V]."""
+        ...
+
+    def score(self, x: Tensor, plan: Tensor, head: HeadArgs, targets: Sequence[int], top: int) -> list[Sampled]:
+        """For each of the plan's rows the logprob of its target token and of the ``top`` most likely.
+
+        Never holds more than a bounded piece of the [R, V] logits: for the logprobs of long prompts. A row with NaN or
+        no finite logit gives token -1, as in ``sample``.
+        """
         ...
 
     def sample(self, logits: Tensor, how: Sequence[Sampling]) -> list[Sampled]:

@@ -1,34 +1,56 @@
 """The reference backend: every op in plain torch, on any device torch has. The truth other backends are compared with.
 
 It reads plainly before it runs fast, with two exceptions: memory stays bounded (a weight of another dtype than the
-activations is upcast a few rows at a time, attention gathers keys in groups of bounded size), and on an accelerator a
-step uploads its plan and then never waits for the device until tokens are sampled.
+activations is upcast a few rows at a time; attention gathers keys, and holds scores, in pieces of bounded size), and on
+an accelerator a step uploads its plan and then waits for the device only where tokens pick experts and at the end.
+
+    reference_plan          a batch on the device, and which keys its queries see
+    reference_attention     the arithmetic of heads and scores
+    reference_experts       which experts a token picks
+    reference_sampling      tokens and logprobs from logits
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch.nn import functional
 
 from fgsnap.errors import HostError
-from fgsnap.kernels.ops import AttentionArgs, Batch, NormArgs, Sampled, Sampling
+from fgsnap.kernels.ops import (
+    ActivationArgs,
+    AttentionArgs,
+    Batch,
+    ExpertsArgs,
+    HeadArgs,
+    LatentArgs,
+    NormArgs,
+    RouterArgs,
+    Sampled,
+    Sampling,
+)
+from fgsnap.kernels.reference_attention import attention, normalized, rotated, tempered
+from fgsnap.kernels.reference_experts import route, turned_round
+from fgsnap.kernels.reference_plan import Plan, Reach, RopeTable
+from fgsnap.kernels.reference_sampling import picked, scored
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+# What the decoder can ask for today; the ops below compute more.
 FEATURES = """
-attention.rope attention.window attention.qkv_bias attention.out_bias
+attention.rope attention.window attention.chunk attention.softcap attention.query_temperature
+attention.qkv_bias attention.out_bias
+query_temperature.logn query_temperature.step query_temperature.scale
 layer.attn_in layer.attn_out layer.mlp_in layer.mlp_out layer.sequential layer.parallel layer.post
 layer.residual_multiplier
-mlp.silu mlp.gelu mlp.gelu_tanh mlp.relu mlp.gated mlp.bias mlp.down_bias
+mlp.silu mlp.gelu mlp.gelu_tanh mlp.relu mlp.clamped_swiglu mlp.clamp mlp.gated mlp.bias mlp.down_bias
 norm.rms norm.ln norm.l2 norm.weight norm.bias norm.unit_offset norm.float32_weight
 embedding.scale embedding.round_scale head.tied head.bias head.multiplier head.softcap
 rope.linear rope.dynamic rope.llama3 rope.yarn rope.longrope rope.proportional_head_dim
@@ -37,13 +59,10 @@ yarn.beta_fast yarn.beta_slow yarn.truncate
 
 # Rows of a weight that is upcast at once: a chunk that stays in a core's cache costs one read of the weight, not three.
 UPCAST_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
-# Queries of one prompt chunk that attend together: later ones see more keys, so shorter runs waste fewer of them.
-QUERY_RUN = 256
-# Keys and values that one attention call may gather.
-GATHER_BYTES = 64 << 20
-# The first guess at how many tokens make up top_p; it grows until they do.
-FIRST_NUCLEUS = 64
-
+# Logits that ``score`` may hold.
+SCORED_BYTES = 16 << 20
+# Rows of a matrix that the layout "words32" stores side by side.
+PANEL = 32
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -54,128 +73,8 @@ def inference(op: Callable[P, R]) -> Callable[P, R]:
     return cast("Callable[P, R]", torch.inference_mode()(op))
 
 
-class RopeTable:
-    """Inverse frequencies on the device and the factor on cos and sin."""
-
-    def __init__(self, frequencies: torch.Tensor, factor: float) -> None:
-        self.frequencies = frequencies
-        self.factor = factor
-
-
-class Run(NamedTuple):
-    """Up to QUERY_RUN neighbouring queries of one sequence and the keys they can see, as host numbers."""
-
-    sequence: int
-    first_row: int
-    first_position: int
-    queries: int
-    first_key: int
-    last_key: int
-
-
-class Gather(NamedTuple):
-    """Runs of equal length that attend in one call: G runs, n queries each, L keys at most."""
-
-    rows: torch.Tensor  # [G * n] indices into the step's tokens
-    slots: torch.Tensor  # [G * L] cache slots; beyond a run's own keys its first key again, which the mask hides
-    mask: torch.Tensor  # [G, 1, n, L]
-    shape: tuple[int, int, int]
-
-
-class Plan:
-    """A batch on the device, with what several layers share: rotation tables, and key gathers for each window."""
-
-    def __init__(self, batch: Batch, block_size: int, device: torch.device) -> None:
-        check_batch(batch, block_size)
-        self.batch = batch
-        self.block_size = block_size
-        self.device = device
-        widest = max((len(table) for table in batch.block_tables), default=1)
-        tables = [[*table, *[0] * (widest - len(table))] for table in batch.block_tables]
-        sequences = [s for s in range(len(tables)) for _ in range(batch.starts[s], batch.starts[s + 1])]
-        packed = upload([batch.tokens, batch.positions, sequences, batch.rows, *tables], device)
-        self.tokens, self.positions, self.sequences, self.rows = packed[:4]
-        self.tables = torch.stack(packed[4:]) if tables else torch.zeros(0, widest, dtype=torch.int64, device=device)
-        self.slots = self._slots(self.sequences, self.positions)
-        self._rotations: dict[RopeTable, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._gathers: dict[tuple[int | None, int], list[Gather]] = {}
-
-    def rotation(self, rope: RopeTable) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotation of the batch's positions: cos and sin [T, 1, dims / 2]."""
-        if rope not in self._rotations:
-            angles = self.positions.float()[:, None, None] * rope.frequencies
-            self._rotations[rope] = (angles.cos() * rope.factor, angles.sin() * rope.factor)
-        return self._rotations[rope]
-
-    def gathers(self, window: int | None, key_bytes: int) -> list[Gather]:
-        """All attention of one layer as a few calls, none of which gathers more than GATHER_BYTES if it can help it."""
-        keys = (window, max(1, GATHER_BYTES // key_bytes))
-        if keys not in self._gathers:
-            groups = grouped(runs(self.batch, window), keys[1])
-            self._gathers[keys] = [self._gather(group, window) for group in groups]
-        return self._gathers[keys]
-
-    def _slots(self, sequences: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        blocks = self.tables[sequences, positions // self.block_size]
-        return blocks * self.block_size + positions % self.block_size
-
-    def _gather(self, group: list[Run], window: int | None) -> Gather:
-        queries = group[0].queries
-        keys = max(run.last_key - run.first_key for run in group) + 1
-        columns = upload([list(column) for column in zip(*group, strict=True)], self.device)
-        sequences, first_row, first_position, _, first_key, last_key = (column[:, None] for column in columns)
-        query = torch.arange(queries, device=self.device)
-        key = first_key + torch.arange(keys, device=self.device)
-        slots = self._slots(sequences.expand_as(key), torch.where(key <= last_key, key, first_key))
-        age = (first_position + query)[:, None, :, None] - key[:, None, None, :]
-        mask = age >= 0 if window is None else (age >= 0) & (age < window)
-        return Gather((first_row + query).flatten(), slots.flatten(), mask, (len(group), queries, keys))
-
-
-def check_batch(batch: Batch, block_size: int) -> None:
-    """What every scheduler owes every backend; a violation would read or write another sequence's keys."""
-    assert batch.starts[0] == 0 and batch.starts[-1] == len(batch.tokens) == len(batch.positions)
-    assert len(batch.starts) - 1 == len(batch.lengths) == len(batch.block_tables)
-    for s, (length, table) in enumerate(zip(batch.lengths, batch.block_tables, strict=True)):
-        start, stop = batch.starts[s], batch.starts[s + 1]
-        assert start < stop and batch.positions[stop - 1] == length - 1 == batch.positions[start] + stop - start - 1
-        assert length <= len(table) * block_size
-
-
-def upload(columns: Sequence[Sequence[int]], device: torch.device) -> list[torch.Tensor]:
-    """Host integers as device tensors, in one transfer."""
-    flat = torch.tensor([value for column in columns for value in column], dtype=torch.int64).to(device)
-    return list(flat.split([len(column) for column in columns]))
-
-
-def runs(batch: Batch, window: int | None) -> list[Run]:
-    """The batch's tokens as runs of queries, each with the range of keys that any of its queries sees."""
-    found = []
-    for s in range(len(batch.lengths)):
-        for row in range(batch.starts[s], batch.starts[s + 1], QUERY_RUN):
-            queries = min(QUERY_RUN, batch.starts[s + 1] - row)
-            position = batch.positions[row]
-            first_key = 0 if window is None else max(0, position - window + 1)
-            found.append(Run(s, row, position, queries, first_key, position + queries - 1))
-    return found
-
-
-def grouped(all_runs: list[Run], most_keys: int) -> list[list[Run]]:
-    """Runs of equal length together, similar key counts side by side, at most ``most_keys`` padded keys a group."""
-    by_queries: dict[int, list[Run]] = defaultdict(list)
-    for run in sorted(all_runs, key=lambda run: run.last_key - run.first_key, reverse=True):
-        by_queries[run.queries].append(run)
-    groups = []
-    for equal in by_queries.values():
-        while equal:
-            size = max(1, most_keys // (equal[0].last_key - equal[0].first_key + 1))
-            groups.append(equal[:size])
-            equal = equal[size:]
-    return groups
-
-
 class Reference:
-    """Implements ops.Ops with torch.
+    """Implements ops.Ops with torch, for one rank: what would be summed or gathered over ranks is complete.
 
     Args:
         device: a torch device, such as "cpu", "cuda" or "cuda:1".
@@ -202,56 +101,85 @@ class Reference:
         self._upcast_bytes = UPCAST_BYTES.get(self._device.type, UPCAST_BYTES["cpu"])
         self._scratch = torch.empty(0, device=self._device)
 
-    def weight(self, data: memoryview, dtype: str, shape: Sequence[int]) -> torch.Tensor:
-        """Map bytes as a tensor; on CPU the tensor is a view of ``data``."""
+    # tensors
+
+    def weight(self, data: memoryview, dtype: str, shape: Sequence[int], layout: str = "row") -> torch.Tensor:
+        """Map bytes as a tensor; on CPU one of layout "row" is a view of ``data``, and others are copied into rows."""
         kind = DTYPES[dtype]
-        assert data.nbytes == math.prod(shape) * kind.itemsize and data.nbytes > 0
+        assert data.nbytes == stored_bytes(kind, shape, layout) > 0
         with warnings.catch_warnings():
             # The snapshot is mapped read-only on purpose, and no op here writes to a weight.
             warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
-            flat = torch.frombuffer(data, dtype=kind)
+            flat = torch.frombuffer(data, dtype=kind if layout == "row" else torch.int32)
+        if layout == "words32":
+            flat = as_rows(flat, kind, shape)
         return flat.view(tuple(shape)).to(self._device)
 
     def rope(self, inverse_frequencies: Sequence[float], factor: float) -> RopeTable:
         """Keep the frequencies in float32 on the device."""
         return RopeTable(torch.tensor(inverse_frequencies, dtype=torch.float32, device=self._device), factor)
 
-    def kv_cache(
-        self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int
-    ) -> Sequence[torch.Tensor]:
-        """One [2, slots, K, D] tensor a layer; untouched pages of it cost no memory on CPU."""
-        shape = (2, blocks * block_size, kv_heads, head_dim)
-        return [torch.empty(shape, dtype=self._activation, device=self._device) for _ in range(layers)]
+    def kv_cache(self, blocks: int, block_size: int, kv_heads: int, head_dim: int) -> torch.Tensor:
+        """[2, slots, K, D]; pages of it that nothing touches cost no memory on CPU."""
+        return self._cache(2, blocks * block_size, kv_heads, head_dim)
 
-    def kv_token_bytes(self, kv_heads: int, head_dim: int) -> int:
+    def kv_block_bytes(self, block_size: int, kv_heads: int, head_dim: int) -> int:
         """K and V of every head, without padding."""
-        return 2 * kv_heads * head_dim * int(self._activation.itemsize)
+        return 2 * block_size * kv_heads * head_dim * int(self._activation.itemsize)
+
+    def latent_cache(self, blocks: int, block_size: int, args: LatentArgs) -> torch.Tensor:
+        """[slots, kv_rank + rope_dim]."""
+        return self._cache(blocks * block_size, args.kv_rank + args.rope_dim)
+
+    def latent_block_bytes(self, block_size: int, args: LatentArgs) -> int:
+        """The latent and the rotated key, without padding."""
+        return block_size * (args.kv_rank + args.rope_dim) * int(self._activation.itemsize)
+
+    def _cache(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=self._activation, device=self._device)
 
     @inference
     def plan(self, batch: Batch, block_size: int) -> Plan:
         """Upload the batch."""
         return Plan(batch, block_size, self._device)
 
+    def taped(self, forward: Callable[[Plan], torch.Tensor], block_size: int) -> Callable[[Batch], torch.Tensor]:
+        """Record nothing: call ``forward`` each time."""
+        return lambda batch: forward(self.plan(batch, block_size))
+
+    # ops
+
     @inference
-    def embed(self, plan: Plan, table: torch.Tensor, scale: float) -> torch.Tensor:
-        """Look rows up; a scale multiplies in float32."""
-        rows = functional.embedding(plan.tokens, table)
-        return (rows if scale == 1.0 else rows.float() * scale).to(self._activation)
+    def embed(
+        self,
+        plan: Plan,
+        table: torch.Tensor,
+        scale: float,
+        positions: torch.Tensor | None = None,
+        offset: int = 0,
+        first: int = 0,
+    ) -> torch.Tensor:
+        """Look rows up, scale and add in float32, round once."""
+        ids = plan.tokens - first
+        outside = (ids < 0) | (ids >= len(table))
+        x = functional.embedding(ids.masked_fill(outside, 0), table)
+        if scale != 1.0 or positions is not None:
+            x = x.float() * scale
+        if positions is not None:
+            x = x + functional.embedding(plan.positions + offset, positions).float()
+        return x.to(self._activation).masked_fill_(outside[:, None], 0.0)
 
     @inference
     def norm(self, x: torch.Tensor, args: NormArgs) -> torch.Tensor:
-        """Normalise in float32; the weight multiplies after rounding to the activation dtype unless float32_weight."""
-        wide = x.float()
-        if args.kind == "ln":
-            wide = wide - wide.mean(-1, keepdim=True)
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + args.eps)
-        if not args.float32_weight:
-            wide = wide.to(x.dtype).float()
-        if args.weight is not None:
-            wide = wide * (args.weight.float() + 1.0 if args.unit_offset else args.weight.float())
-        if args.bias is not None:
-            wide = wide + args.bias.float()
-        return wide.to(x.dtype)
+        """As reference_attention.normalized says."""
+        return normalized(x, args)
+
+    @inference
+    def norm_heads(self, qkv: torch.Tensor, args: AttentionArgs, query: NormArgs, key: NormArgs) -> torch.Tensor:
+        """Normalise the two vectors of each row, and leave the values as they are."""
+        kv_width = args.kv_heads * args.head_dim
+        queries, keys, values = qkv.split([args.heads * args.head_dim, kv_width, kv_width], dim=-1)
+        return torch.cat((normalized(queries, query), normalized(keys, key), values), dim=-1)
 
     @inference
     def add(self, x: torch.Tensor, branch: torch.Tensor, multiplier: float = 1.0) -> torch.Tensor:
@@ -271,15 +199,21 @@ class Reference:
     def append(
         self, qkv: torch.Tensor, cache: torch.Tensor, plan: Plan, args: AttentionArgs, rope: RopeTable | None
     ) -> torch.Tensor:
-        """Rotate in float32, round once, scatter k and v to their slots."""
-        heads, kv_heads = args.heads, args.kv_heads
-        parts = qkv.view(len(qkv), heads + 2 * kv_heads, args.head_dim)
-        turned = parts[:, : heads + kv_heads]
+        """Norm, rotate and temper in float32, round once, scatter k and v to their slots."""
+        heads = qkv.view(len(qkv), -1, args.head_dim)
+        q, k, v = heads.float().split([args.heads, args.kv_heads, args.kv_heads], dim=1)
+        norms = args.qk_norm
+        if norms is not None and not norms.after_rope:
+            q, k = normalized(q, norms.query), normalized(k, norms.key)
         if rope is not None:
-            turned = rotated(turned, *plan.rotation(rope))
-        cache[0].index_copy_(0, plan.slots, turned[:, heads:].to(cache.dtype))
-        cache[1].index_copy_(0, plan.slots, parts[:, heads + kv_heads :].to(cache.dtype))
-        return turned[:, :heads].reshape(len(qkv), -1)
+            q, k = rotated(q, *plan.rotation(rope)), rotated(k, *plan.rotation(rope))
+        if norms is not None and norms.after_rope:
+            q, k = normalized(q, norms.query), normalized(k, norms.key)
+        if args.temperature is not None:
+            q = tempered(q, plan.positions, args.temperature)
+        cache[0].index_copy_(0, plan.slots, k.to(cache.dtype))
+        cache[1].index_copy_(0, plan.slots, v.to(cache.dtype))
+        return q.to(qkv.dtype).reshape(len(qkv), -1)
 
     @inference
     def attend(self, q: torch.Tensor, cache: torch.Tensor, plan: Plan, args: AttentionArgs) -> torch.Tensor:
@@ -287,52 +221,121 @@ class Reference:
         queries = q.view(len(q), args.heads, args.head_dim)
         out = torch.empty_like(queries)
         key_bytes = 2 * args.kv_heads * args.head_dim * cache.element_size()
-        for group in plan.gathers(args.window, key_bytes):
-            out.index_copy_(0, group.rows, attention(queries.index_select(0, group.rows), cache, group, args))
+        for group in plan.gathers(Reach(args.window, args.chunk), key_bytes):
+            shape = (*group.keys.shape, args.kv_heads, args.head_dim)
+            k, v = (part.index_select(0, group.slots).view(shape) for part in cache)
+            out.index_copy_(0, group.rows, attention(queries.index_select(0, group.rows), k, v, group, args))
         return out.view(len(q), -1)
 
     @inference
-    def activate(self, x: torch.Tensor, kind: str, gated: bool) -> torch.Tensor:
-        """The activation function, times the second half of x when gated."""
-        if not gated:
-            return activation(x, kind)
-        gate, up = x.chunk(2, dim=-1)
-        return activation(gate, kind).mul_(up)
+    def latent_append(
+        self,
+        q: torch.Tensor,
+        latent: torch.Tensor,
+        cache: torch.Tensor,
+        plan: Plan,
+        args: LatentArgs,
+        rope: RopeTable | None,
+    ) -> torch.Tensor:
+        """Multiply every head's query by its up_keys, which so need not multiply every key."""
+        heads = q.view(len(q), args.heads, args.nope_dim + args.rope_dim)
+        nope, turned = heads.split([args.nope_dim, args.rope_dim], dim=-1)
+        normed, key = latent.float()[:, None].split([args.kv_rank, args.rope_dim], dim=-1)
+        normed = normalized(normed, args.norm)
+        if rope is not None:
+            turned, key = rotated(turned, *plan.rotation(rope)), rotated(key, *plan.rotation(rope))
+        cache.index_copy_(0, plan.slots, torch.cat((normed, key), dim=-1)[:, 0].to(cache.dtype))
+        return torch.cat((by_head(nope, args.up_keys), turned), dim=-1).reshape(len(q), -1)
 
     @inference
-    def logits(
-        self,
-        x: torch.Tensor,
-        plan: Plan,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        vocab_size: int,
-        multiplier: float,
-        softcap: float | None,
-    ) -> torch.Tensor:
+    def latent_attend(self, q: torch.Tensor, cache: torch.Tensor, plan: Plan, args: LatentArgs) -> torch.Tensor:
+        """One key head, whose values are the latents within its keys, serves all query heads."""
+        width = args.kv_rank + args.rope_dim
+        queries = q.view(len(q), args.heads, width)
+        mean = torch.empty_like(queries[..., : args.kv_rank])
+        shared = AttentionArgs(args.heads, 1, width, args.scale)
+        for group in plan.gathers(Reach(), width * cache.element_size()):
+            keys = cache.index_select(0, group.slots).view(*group.keys.shape, 1, width)
+            values = keys[..., : args.kv_rank]
+            mean.index_copy_(0, group.rows, attention(queries[group.rows], keys, values, group, shared))
+        return by_head(mean, args.up_values).reshape(len(q), -1)
+
+    @inference
+    def activate(self, x: torch.Tensor, args: ActivationArgs) -> torch.Tensor:
+        """The activation function, times the second half of x when gated."""
+        if not args.gated:
+            return activation(x, args.kind)
+        gate, up = x.chunk(2, dim=-1)
+        if args.kind == "clamped_swiglu":
+            return clamped_swiglu(gate, up, args.clamp)
+        return activation(gate, args.kind).mul_(up)
+
+    @inference
+    def gate(self, branch: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The sigmoid in float32."""
+        return (branch.float() * self._upcast_linear(x.float(), weight).sigmoid()).to(branch.dtype)
+
+    @inference
+    def experts(self, x: torch.Tensor, router: RouterArgs, args: ExpertsArgs) -> torch.Tensor:
+        """One expert after another takes the rows that picked it; their outputs are summed in float32."""
+        logits = self._upcast_linear(x.float(), router.weight)
+        experts, weights = route(logits if router.bias is None else logits + router.bias.float(), router)
+        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        for expert, picks in turned_round(experts, len(router.weight)):
+            rows = picks // router.top_k
+            out.index_add_(0, rows, self._expert(x[rows], weights.flatten()[picks, None], expert, args))
+        return out.to(x.dtype)
+
+    def _expert(self, x: torch.Tensor, weights: torch.Tensor, expert: int, args: ExpertsArgs) -> torch.Tensor:
+        """One expert's weighed output [n, H] in float32 for its rows x [n, H] of weights [n, 1]."""
+        if args.weigh_input:
+            x = (x.float() * weights).to(x.dtype)
+        up_bias = None if args.gate_up_bias is None else args.gate_up_bias[expert]
+        down_bias = None if args.down_bias is None else args.down_bias[expert]
+        inner = self.activate(self.linear(x, args.gate_up[expert], up_bias), args.activation)
+        out = self.linear(inner, args.down[expert], down_bias).float()
+        return out if args.weigh_input else out * weights
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """One rank's sum is complete."""
+        return x
+
+    def gather(self, logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
+        """One rank's logits are complete, but for padding."""
+        return logits[:, :vocab_size]
+
+    # results
+
+    @inference
+    def logits(self, x: torch.Tensor, plan: Plan, head: HeadArgs) -> torch.Tensor:
         """Float32 products, so that close candidates are not rounded into ties."""
-        found = self._upcast_linear(x.index_select(0, plan.rows).float(), weight[:vocab_size])
-        if bias is not None:
-            found += bias[:vocab_size]
-        if multiplier != 1.0:
-            found *= multiplier
-        return found if softcap is None else (found / softcap).tanh_().mul_(softcap)
+        return self._logits(x.index_select(0, plan.rows).float(), head)
+
+    @inference
+    def score(self, x: torch.Tensor, plan: Plan, head: HeadArgs, targets: Sequence[int], top: int) -> list[Sampled]:
+        """Some rows' logits at a time."""
+        assert len(targets) == len(plan.rows)
+        rows = x.index_select(0, plan.rows).float()
+        step = max(1, SCORED_BYTES // (4 * head.vocab_size))
+        found: list[Sampled] = []
+        for start in range(0, len(targets), step):
+            stop = start + step
+            found += scored(self._logits(rows[start:stop], head), targets[start:stop], top)
+        return found
+
+    def _logits(self, x: torch.Tensor, head: HeadArgs) -> torch.Tensor:
+        found = self._upcast_linear(x, head.weight[: head.vocab_size])
+        if head.bias is not None:
+            found += head.bias[: head.vocab_size]
+        if head.multiplier != 1.0:
+            found *= head.multiplier
+        return found if head.softcap is None else (found / head.softcap).tanh_().mul_(head.softcap)
 
     @inference
     def sample(self, logits: torch.Tensor, how: Sequence[Sampling]) -> list[Sampled]:
-        """All rows' health and greedy tokens at once, then each row that needs more by itself."""
+        """As reference_sampling.picked says."""
         assert len(how) == len(logits)
-        sound = (~logits.isnan().any(-1) & logits.isfinite().any(-1)).tolist()
-        tokens = logits.argmax(-1).tolist() if len(how) else []
-        for row, rule in enumerate(how):
-            if not sound[row]:
-                tokens[row] = -1
-            elif rule.temperature > 0:
-                tokens[row] = drawn(logits[row], rule)
-        return [
-            Sampled(token) if rule.logprobs < 0 or token < 0 else with_logprobs(logits[row], token, rule.logprobs)
-            for row, (token, rule) in enumerate(zip(tokens, how, strict=True))
-        ]
+        return picked(logits, how)
 
     @inference
     def top_two(self, logits: torch.Tensor) -> list[tuple[int, float]]:
@@ -367,28 +370,25 @@ class Reference:
         return self._scratch[: part.numel()].view(part.shape).copy_(part)
 
 
-def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the first dims of every head of x [T, heads, D]: computed in float32, rounded once."""
-    half = cos.shape[-1]
-    first, second = x[..., :half].float(), x[..., half : 2 * half].float()
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-    return turned if 2 * half == x.shape[-1] else torch.cat((turned, x[..., 2 * half :]), dim=-1)
+def stored_bytes(kind: torch.dtype, shape: Sequence[int], layout: str) -> int:
+    """What a tensor takes in the layout."""
+    if layout == "row":
+        return math.prod(shape) * int(kind.itemsize)
+    assert layout == "words32" and len(shape) == 2 and shape[1] * kind.itemsize % 4 == 0
+    return -(-shape[0] // PANEL) * PANEL * shape[1] * int(kind.itemsize)
 
 
-def attention(q: torch.Tensor, cache: torch.Tensor, group: Gather, args: AttentionArgs) -> torch.Tensor:
-    """Scaled dot product attention of q [G * n, N, D] over the group's gathered keys: [G * n, N, D]."""
-    count, queries, keys = group.shape
-    heads, kv_heads, dim = args.heads, args.kv_heads, args.head_dim
-    k, v = (part.index_select(0, group.slots).view(count, keys, kv_heads, dim).transpose(1, 2) for part in cache)
-    if queries == 1:
-        # The query heads of one key head stand in for several queries: no key is repeated.
-        folded = q.view(count, kv_heads, heads // kv_heads, dim)
-        mask = group.mask.expand(count, 1, heads // kv_heads, keys)
-        out = functional.scaled_dot_product_attention(folded, k, v, mask, scale=args.scale)
-        return out.reshape(count, heads, dim)
-    q = q.view(count, queries, heads, dim).transpose(1, 2)
-    out = functional.scaled_dot_product_attention(q, k, v, group.mask, scale=args.scale, enable_gqa=heads != kv_heads)
-    return out.transpose(1, 2).reshape(count * queries, heads, dim)
+def as_rows(words: torch.Tensor, kind: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+    """The rows of a matrix from its words in the layout "words32"."""
+    panels = words.view(-1, shape[1] * kind.itemsize // 4, PANEL)
+    rows = torch.empty(len(panels), PANEL, panels.shape[1], dtype=words.dtype).copy_(panels.transpose(1, 2))
+    return rows.flatten().view(kind)[: math.prod(shape)]
+
+
+def by_head(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+    """x [T, N, I] times each head's own matrix [N, O, I], in their common dtype: [T, N, O] of x's."""
+    common = torch.promote_types(x.dtype, matrices.dtype)
+    return torch.einsum("tni,noi->tno", x.to(common), matrices.to(common)).to(x.dtype)
 
 
 def activation(x: torch.Tensor, kind: str) -> torch.Tensor:
@@ -399,46 +399,8 @@ def activation(x: torch.Tensor, kind: str) -> torch.Tensor:
     return functions[kind](x)
 
 
-def drawn(row: torch.Tensor, how: Sampling) -> int:
-    """A random token of one sound row of logits; ops.Sampling defines it."""
-    top_k = how.top_k if 0 < how.top_k < len(row) else len(row)
-    kept = largest(row, top_k)
-    values = row[kept].double()
-    weights = ((values - values.max()) / how.temperature).nan_to_num(nan=0.0).exp()
-    if how.top_p < 1.0:
-        nucleus = largest(values, nucleus_size(weights, how.top_p))
-        kept, weights = kept[nucleus], weights[nucleus]
-    running = weights.cumsum(0)
-    index = int(torch.searchsorted(running, how.uniform * running[-1], right=True))
-    # Rounding can leave the sum at the target: the first token at which it is complete is then the last with a share.
-    return int(kept[min(index, int(torch.searchsorted(running, running[-1])))])
-
-
-def largest(values: torch.Tensor, count: int) -> torch.Tensor:
-    """Indices, ascending, of the ``count`` largest values; of equal ones the lowest indices."""
-    if count >= len(values):
-        return torch.arange(len(values), device=values.device)
-    threshold = values.topk(count).values[-1]
-    above = (values > threshold).nonzero()[:, 0]
-    equal = (values == threshold).nonzero()[: count - len(above), 0]
-    return torch.cat((above, equal)).sort().values
-
-
-def nucleus_size(weights: torch.Tensor, top_p: float) -> int:
-    """How many of the largest weights reach ``top_p`` of their sum. Looks at few of them when few suffice."""
-    target = top_p * weights.sum()
-    count = min(FIRST_NUCLEUS, len(weights))
-    while True:
-        running = weights.topk(count).values.cumsum(0)
-        if count == len(weights) or running[-1] >= target:
-            return min(int(torch.searchsorted(running, target)) + 1, count)
-        count = min(8 * count, len(weights))
-
-
-def with_logprobs(row: torch.Tensor, token: int, count: int) -> Sampled:
-    """The token with its logprob, and the ``count`` most likely (ties: lowest id first) with theirs."""
-    values = row.double()
-    logprobs = values - values.logsumexp(0)
-    ids = largest(row, min(count, len(row))).tolist() if count else []
-    top = sorted(((i, float(logprobs[i])) for i in ids), key=lambda pair: (-pair[1], pair[0]))
-    return Sampled(token, float(logprobs[token]), tuple(top))
+def clamped_swiglu(gate: torch.Tensor, up: torch.Tensor, clamp: float | None) -> torch.Tensor:
+    """(up + 1) gate sigmoid(1.702 gate) with gate at most ``clamp`` and up within it, as the gpt-oss models have it."""
+    most = math.inf if clamp is None else clamp
+    wide, other = gate.float().clamp(max=most), up.float().clamp(-most, most)
+    return ((other + 1.0) * wide * (1.702 * wide).sigmoid()).to(gate.dtype)

@@ -9,7 +9,6 @@ backend must agree.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +19,11 @@ import msgspec
 from fgsnap.errors import FgsnapError, UsageError
 from fgsnap.kernels.choose import choose
 from fgsnap.kernels.ops import Batch, Ops, Sampling
+from fgsnap.layout import Shape
 from fgsnap.runtime.decoder import Decoder
 from fgsnap.runtime.weights import Weights, load_by_layer
-from fgsnap.snapshot import Snapshot, open_snapshot
-from fgsnap.spec import DTYPE_BYTES, DecoderSpec, features, rope_frequencies
+from fgsnap.snapshot import Layout, Snapshot, open_snapshot, packed_bytes
+from fgsnap.spec import DecoderSpec, DType, features, rope_frequencies
 
 SENTENCE = "The capital of France is Paris, and the capital of Germany is"
 MOST_TOKENS = 16
@@ -87,8 +87,8 @@ class _Counting:
     def __init__(self) -> None:
         self.tensors = 0
 
-    def weight(self, data: memoryview, dtype: str, shape: Sequence[int]) -> None:
-        assert data.nbytes == math.prod(shape) * DTYPE_BYTES[dtype], "the binder checks this"
+    def weight(self, data: memoryview, dtype: DType, shape: Shape, layout: Layout) -> None:
+        assert data.nbytes == packed_bytes(layout, shape, dtype), "the binder checks this"
         self.tensors += 1
 
 

@@ -10,12 +10,23 @@ from collections.abc import Sequence
 
 from fgsnap.errors import HostError, UsageError
 from fgsnap.kernels.choose import Choice, choose, settled_device
-from fgsnap.kernels.ops import AttentionArgs, Batch, NormArgs, Ops, Sampled, Sampling, Tensor
+from fgsnap.kernels.ops import (
+    ActivationArgs,
+    AttentionArgs,
+    Batch,
+    HeadArgs,
+    NormArgs,
+    Ops,
+    Sampled,
+    Sampling,
+    TemperatureArgs,
+    Tensor,
+)
 from fgsnap.runtime import memory
 from fgsnap.runtime.options import EngineOptions
 from fgsnap.runtime.weights import LayerWeights, Weights, load
 from fgsnap.snapshot import Snapshot
-from fgsnap.spec import DTYPE_BYTES, DecoderSpec, Layer, features, rope_frequencies
+from fgsnap.spec import DTYPE_BYTES, DecoderSpec, Layer, QueryTemperature, features, rope_frequencies
 
 DEFAULT_BLOCK_SIZE = 16
 DEFAULT_KV_MEMORY = 2 << 30  # or half of what is available where that is less
@@ -59,24 +70,26 @@ class Decoder:
         self._layers = [spec.layer(index) for index in range(spec.depth)]
         self._attention = [_attention_args(layer) for layer in self._layers]
         self._ropes = [ops.rope(*rope_frequencies(rope, max_length)) for rope in spec.ropes]
-        self._caches = [
-            ops.kv_cache(1, blocks, block_size, args.kv_heads, args.head_dim)[0] for args in self._attention
-        ]
+        self._caches = [ops.kv_cache(blocks, block_size, args.kv_heads, args.head_dim) for args in self._attention]
         self._scale = _rounded(spec.embedding.scale, weights.embed_dtype if spec.embedding.round_scale else "float32")
+        self._head = HeadArgs(weights.head, weights.head_bias, spec.vocab_size, spec.head.multiplier, spec.head.softcap)
+        self._forward = ops.taped(self._compute, block_size)
 
     def forward(self, batch: Batch) -> Tensor:
         """Run one ragged batch, write its keys and values into the cache, and return the logits of ``batch.rows``."""
-        ops, weights, head = self.ops, self.weights, self.spec.head
-        plan = ops.plan(batch, self.block_size)
-        x = ops.embed(plan, weights.embed, self._scale)
-        for index, layer_weights in enumerate(weights.layers):
-            x = self._layer(x, index, layer_weights, plan)
-        x = self._norm(x, weights.final_norm)
-        return ops.logits(x, plan, weights.head, weights.head_bias, self.vocab_size, head.multiplier, head.softcap)
+        return self._forward(batch)
 
     def sample(self, logits: Tensor, how: Sequence[Sampling]) -> list[Sampled]:
         """Pick one token a row of ``logits``."""
         return self.ops.sample(logits, how)
+
+    def _compute(self, plan: Tensor) -> Tensor:
+        """The ops of one forward: nothing here may depend on the batch but by ``plan``, see Ops.taped."""
+        ops, weights = self.ops, self.weights
+        x = ops.embed(plan, weights.embed, self._scale)
+        for index, layer_weights in enumerate(weights.layers):
+            x = self._layer(x, index, layer_weights, plan)
+        return ops.logits(self._norm(x, weights.final_norm), plan, self._head)
 
     def _layer(self, x: Tensor, index: int, weights: LayerWeights, plan: Tensor) -> Tensor:
         ops, layer = self.ops, self._layers[index]
@@ -109,13 +122,26 @@ class Decoder:
     def _mlp(self, x: Tensor, layer: Layer, weights: LayerWeights) -> Tensor:
         assert layer.mlp is not None, "layout refuses layers without an MLP"
         inner = self.ops.linear(x, weights.gate_up, weights.gate_up_bias)
-        inner = self.ops.activate(inner, layer.mlp.activation, layer.mlp.gated)
+        inner = self.ops.activate(inner, ActivationArgs(layer.mlp.activation, layer.mlp.gated, layer.mlp.clamp))
         return self.ops.linear(inner, weights.down, weights.down_bias)
 
 
 def _attention_args(layer: Layer) -> AttentionArgs:
     attention = layer.attention
-    return AttentionArgs(attention.heads, attention.kv_heads, attention.head_dim, attention.scale, attention.window)
+    return AttentionArgs(
+        attention.heads,
+        attention.kv_heads,
+        attention.head_dim,
+        attention.scale,
+        window=attention.window,
+        chunk=attention.chunk,
+        softcap=attention.softcap,
+        temperature=_temperature_args(attention.query_temperature),
+    )
+
+
+def _temperature_args(temperature: QueryTemperature | None) -> TemperatureArgs | None:
+    return None if temperature is None else TemperatureArgs(temperature.kind, temperature.base, temperature.scale)
 
 
 def _rounded(value: float, dtype: str) -> float:
@@ -156,10 +182,10 @@ def load_decoder(
     device = settled_device(backend, device)
     settled = _settled_dtype(snapshot, dtype, device)
     ops, choices = choose(backend, device, features(spec), settled, threads)
-    token_bytes = _token_bytes(spec, ops)
+    block_bytes = _block_bytes(spec, ops, block_size)
     if blocks is None:
-        blocks = _settled_memory(kv_memory, ops.device) // (token_bytes * block_size)
-    length = _settled_length(spec, max_length, blocks * block_size, token_bytes)
+        blocks = _settled_memory(kv_memory, ops.device) // block_bytes
+    length = _settled_length(spec, max_length, blocks, block_size, block_bytes)
     weights = load(snapshot, ops)
     return Decoder(
         spec,
@@ -196,10 +222,10 @@ def _settled_dtype(snapshot: Snapshot, dtype: str, device: str) -> str:
     return dtype
 
 
-def _token_bytes(spec: DecoderSpec, ops: Ops) -> int:
-    """What one token takes in the caches of all layers."""
-    kinds = [_attention_args(spec.layer(index)) for index in range(spec.depth)]
-    return sum(ops.kv_token_bytes(args.kv_heads, args.head_dim) for args in kinds)
+def _block_bytes(spec: DecoderSpec, ops: Ops, block_size: int) -> int:
+    """What one KV block takes in the caches of all layers."""
+    layers = [spec.layer(index).attention for index in range(spec.depth)]
+    return sum(ops.kv_block_bytes(block_size, attention.kv_heads, attention.head_dim) for attention in layers)
 
 
 def _settled_memory(asked: int | None, device: str) -> int:
@@ -215,7 +241,7 @@ def _settled_memory(asked: int | None, device: str) -> int:
     return asked
 
 
-def _settled_length(spec: DecoderSpec, asked: int | None, cached: int, token_bytes: int) -> int:
+def _settled_length(spec: DecoderSpec, asked: int | None, blocks: int, block_size: int, block_bytes: int) -> int:
     # Dynamic NTK is there to go beyond the trained length; no other rotation stretches with the deployment.
     stretches = any(rope.dynamic is not None for rope in spec.ropes)
     if asked is not None and asked > spec.max_length and not stretches:
@@ -224,11 +250,12 @@ def _settled_length(spec: DecoderSpec, asked: int | None, cached: int, token_byt
             f"Its positions end at {spec.max_length}.",
             f"Use --max-model-len {spec.max_length} or less.",
         )
-    wanted = spec.max_length if asked is None else asked
+    wanted, cached = spec.max_length if asked is None else asked, blocks * block_size
     if cached < (1 if asked is None else wanted):
+        needed = -(-wanted // block_size)
         raise HostError(
             f"The KV cache holds {cached} tokens, fewer than one sequence of {wanted} needs.",
-            f"One token takes {token_bytes} bytes of KV cache, {wanted} tokens {wanted * token_bytes}.",
+            f"A block of {block_size} tokens takes {block_bytes} bytes; {needed} blocks take {needed * block_bytes}.",
             "Give more with --kv-memory, or ask for less with --max-model-len.",
         )
     return min(wanted, cached)

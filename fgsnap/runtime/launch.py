@@ -8,6 +8,7 @@ the engine is ready. This module imports nothing that the worker has no use for.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -39,6 +40,7 @@ def serve(options: ServeOptions) -> int:
 def _serve(options: ServeOptions) -> int:
     clock = startup.Clock(startup.process_start())
     clock.mark("interpreter")
+    gc.disable()  # until there is anything but what stays, in this process and the worker
     keys = _read_keys(options.api_key_file)
     _check_report(options.startup_report)
     snapshot = open_snapshot(Path(options.snapshot))

@@ -5,7 +5,7 @@ unknown are ignored, as clients send many; fields that are known and would chang
 not offer are refused by name.
 """
 
-from __future__ import annotations
+# Annotations are not postponed here: msgspec would have to compile each one from its text at every start.
 
 import re
 from collections.abc import Mapping, Sequence

@@ -1,6 +1,6 @@
 """The values that pass between a front door and the engine."""
 
-from __future__ import annotations
+# Annotations are not postponed here: msgspec would have to compile each one from its text at every start.
 
 from typing import Literal
 

@@ -111,7 +111,7 @@ class Service:
         self._url = _url(listener)
         self._warn_if_open(listener)
         signals = _signals()
-        http = HttpServer(self._app, lambda: self._clock.mark("serve http"))
+        http = HttpServer(self._app, self._note_serving)
         serving = asyncio.create_task(http.serve(sockets=[listener]))
         engine = asyncio.create_task(self._link.supervise(worker))
         stopping = asyncio.create_task(signals.get())
@@ -177,6 +177,10 @@ class Service:
             "canary": engine.canary if engine else None,
         }
         return startup.report(self._clock.phases, self._worker_phases, facts)
+
+    def _note_serving(self) -> None:
+        self._clock.mark("serve http")
+        startup.collect_garbage()
 
     def _note_phase(self, phase: wire.Phase) -> None:
         if not self._started:  # a worker that replaces another has phases of its own, which are not the service's

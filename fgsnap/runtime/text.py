@@ -8,19 +8,15 @@ a stop string. A template is data of strangers: it runs in minijinja, which has 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Protocol
 
-# One prompt is tokenized at a time, on one thread; the library's pool would only compete with the engine for cores.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 from minijinja import Environment, TemplateError
-from tokenizers import Tokenizer
 
+from fgsnap import tokenizer
 from fgsnap.errors import RequestError, SnapshotRefused
 from fgsnap.snapshot import Manifest
 
@@ -55,8 +51,7 @@ class Text:
 
     def __init__(self, snapshot: TextSource) -> None:
         section = snapshot.manifest.text
-        self.tokenizer = _tokenizer(snapshot.read_text("tokenizer.json"))
-        self._byte_level = b'"ByteLevel"' in bytes(self.tokenizer.decoder.__getstate__())
+        self.tokenizer = tokenizer.load(snapshot.read_text, snapshot.manifest.files)
         self.eos_token_ids: tuple[int, ...] = tuple(section.eos_token_ids)
         self._bos = [section.bos_token_id] if section.add_bos and section.bos_token_id is not None else []
         self._template: ChatTemplate | None = None
@@ -74,7 +69,7 @@ class Text:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, special tokens skipped."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        return self.tokenizer.decode(ids)
 
     def render_chat(
         self,
@@ -114,19 +109,19 @@ class Text:
         piece = self.tokenizer.id_to_token(token)
         if piece is None:
             return b""
-        if self._byte_level and all(character in BYTE_OF for character in piece):
+        byte_level = self.tokenizer.byte_level
+        if byte_level and all(character in BYTE_OF for character in piece):
             return bytes(BYTE_OF[character] for character in piece)
         if match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece):
             return bytes([int(match[1], 16)])
-        return str(piece if self._byte_level else piece.replace("▁", " ")).encode()
+        return (piece if byte_level else piece.replace("▁", " ")).encode()
 
     def stream(self, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> TextStream:
         """A TextStream for one answer; ``prompt`` decides whether its first word begins with a space."""
         return TextStream(self, tuple(stop), prompt)
 
     def _ids(self, text: str) -> list[int]:
-        # As a batch of one: only batches let other threads run meanwhile, and a long prompt takes seconds.
-        return list(self.tokenizer.encode_batch_fast([_unicode(text)], add_special_tokens=False)[0].ids)
+        return self.tokenizer.encode(_unicode(text))
 
     def _special_tokens(self, snapshot: TextSource) -> dict[str, str]:
         """The variables such as bos_token that a template may use."""
@@ -273,19 +268,6 @@ def _unicode(text: str) -> str:
             "Send it as UTF-8, or with both halves of the escape.",
         ) from None
     return text
-
-
-def _tokenizer(data: bytes) -> Tokenizer:
-    try:
-        tokenizer = Tokenizer.from_buffer(data)
-    except Exception as error:  # the library raises plain Exception and ValueError alike
-        raise SnapshotRefused(
-            "tokenizer.json cannot be read.", str(error), "Convert again with a tokenizers library of the same age."
-        ) from error
-    # A file saved in the middle of training would otherwise cut or pad every prompt.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def _named_tokens(data: bytes) -> dict[str, str]:

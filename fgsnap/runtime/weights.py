@@ -15,7 +15,7 @@ from fgsnap import layout
 from fgsnap.errors import SnapshotRefused
 from fgsnap.kernels.ops import NormArgs, Ops, Tensor
 from fgsnap.layout import StoredTensor
-from fgsnap.snapshot import Snapshot, opened_at_tp1, read_logical
+from fgsnap.snapshot import Snapshot, TensorBytes, opened_at_tp1, packed_bytes, read_logical
 from fgsnap.spec import DTYPE_BYTES, DecoderSpec, Norm
 
 
@@ -47,15 +47,7 @@ class Weights(NamedTuple):
     head_bias: Tensor | None
 
 
-class Stored(NamedTuple):
-    """One tensor's bytes as a snapshot holds them."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    data: memoryview
-
-
-Find = Callable[[StoredTensor], Stored]
+Find = Callable[[StoredTensor], TensorBytes]
 
 
 def load(snapshot: Snapshot, ops: Ops) -> Weights:
@@ -149,17 +141,17 @@ class _Binder:
         expected = self._expected[name]
         found = self._find(expected)
         _check(expected, found)
-        return self._ops.weight(found.data, found.dtype, found.shape)
+        return self._ops.weight(found.data, found.dtype, found.shape, found.layout)
 
 
-def _check(expected: StoredTensor, found: Stored) -> None:
-    name, size = expected.name, DTYPE_BYTES.get(found.dtype)
-    if size is None:
+def _check(expected: StoredTensor, found: TensorBytes) -> None:
+    name = expected.name
+    if found.dtype not in DTYPE_BYTES:
         raise _refused(name, f"its dtype is {found.dtype}", f"one of {', '.join(DTYPE_BYTES)}")
     if tuple(found.shape) != expected.shape:
         raise _refused(name, f"its shape is {list(found.shape)}", str(list(expected.shape)))
-    if found.data.nbytes != math.prod(expected.shape) * size:
-        raise _refused(name, f"it has {found.data.nbytes} bytes", str(math.prod(expected.shape) * size))
+    if found.data.nbytes != (size := packed_bytes(found.layout, expected.shape, found.dtype)):
+        raise _refused(name, f"it has {found.data.nbytes} bytes", str(size))
 
 
 def _refused(name: str, found: str, wanted: str) -> SnapshotRefused:
@@ -176,10 +168,10 @@ def _mapped(snapshot: Snapshot) -> Find:
     if superfluous:
         raise _refused(superfluous[0], "it exists", "no tensor of that name")
 
-    def find(expected: StoredTensor) -> Stored:
+    def find(expected: StoredTensor) -> TensorBytes:
         if expected.name not in table:
             raise _refused(expected.name, "it does not exist", f"one of shape {list(expected.shape)}")
-        return Stored(*table[expected.name])
+        return table[expected.name]
 
     return find
 
@@ -188,7 +180,7 @@ def _assembled(snapshot: Snapshot) -> Find:
     """Each tensor put together from the ranks' parts when it is asked for; its memory lives as long as it does."""
     dtypes = {part.tensor: entry.dtype for entry in snapshot.manifest.tensors for part in entry.segments}
 
-    def find(expected: StoredTensor) -> Stored:
+    def find(expected: StoredTensor) -> TensorBytes:
         dtype = dtypes[expected.segments[0].tensor]
         row_bytes = math.prod(expected.shape[1:]) * DTYPE_BYTES[dtype]
         data = memoryview(mmap.mmap(-1, expected.shape[0] * row_bytes))
@@ -199,6 +191,6 @@ def _assembled(snapshot: Snapshot) -> Find:
                 data[segment.offset * row_bytes : (segment.offset + rows) * row_bytes] if segment.axis == 0 else data
             )
             read_logical(snapshot, segment.tensor, 0, rows, target)
-        return Stored(dtype, expected.shape, data)
+        return TensorBytes(dtype, expected.shape, data)
 
     return find

@@ -4,7 +4,7 @@ A frame is a 4-byte little-endian length and a msgpack-encoded message. Both end
 length is capped all the same, so that a broken peer cannot ask for unbounded memory.
 """
 
-from __future__ import annotations
+# Annotations are not postponed here: msgspec would have to compile each one from its text at every start.
 
 from collections.abc import Iterator
 

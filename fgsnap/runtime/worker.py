@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from fgsnap.errors import FgsnapError, RequestError, SnapshotRefused
-from fgsnap.runtime import wire
+from fgsnap.runtime import startup, wire
 from fgsnap.runtime.options import EngineOptions
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def run(pipe: Pipe, begin: Callable[[Callable[[str], None]], tuple[Engine, wire.
     """
     try:
         engine, ready = begin(_phases(pipe, started))
+        startup.collect_garbage()
         pipe.send(ready)
         _serve(pipe, engine)
     except ParentGone:

@@ -6,6 +6,7 @@ and the digests of every other covered file. Nothing read from disk is believed 
 hostile snapshot raises SnapshotRefused.
 
     format      the stored values, the names, and where tensors lie in a rank file
+    packing     how a tensor's values lie in its bytes
     writing     SnapshotWriter
     checks      whether a manifest is one that its own spec implies
     reading     open_snapshot, Snapshot
@@ -35,7 +36,8 @@ from fgsnap.snapshot.format import (
     rank_file,
     rank_header,
 )
-from fgsnap.snapshot.gathering import opened_at_tp1, read_logical
+from fgsnap.snapshot.gathering import TensorBytes, opened_at_tp1, read_logical
+from fgsnap.snapshot.packing import PANEL_ROWS, Layout, packed_bytes, panel_bytes
 from fgsnap.snapshot.reading import Snapshot, open_snapshot
 from fgsnap.snapshot.verifying import Report, verify
 from fgsnap.snapshot.writing import RankWriter, SnapshotWriter
@@ -47,9 +49,11 @@ __all__ = [
     "FORMAT",
     "LAYER_ALIGNMENT",
     "MANIFEST",
+    "PANEL_ROWS",
     "TENSOR_ALIGNMENT",
     "Canary",
     "FileEntry",
+    "Layout",
     "Manifest",
     "PlannedTensor",
     "Provenance",
@@ -58,12 +62,15 @@ __all__ = [
     "Report",
     "Snapshot",
     "SnapshotWriter",
+    "TensorBytes",
     "TensorEntry",
     "TextSection",
     "canonical",
     "chunks_file",
     "open_snapshot",
     "opened_at_tp1",
+    "packed_bytes",
+    "panel_bytes",
     "plan_rank",
     "rank_file",
     "rank_header",

@@ -6,7 +6,6 @@ refused. Each function returns what is wrong, or "".
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -23,8 +22,10 @@ from fgsnap.snapshot.format import (
     chunks_file,
     rank_file,
     rank_header,
+    required_features,
 )
-from fgsnap.spec import DTYPE_BYTES, DecoderSpec, Part
+from fgsnap.snapshot.packing import fits, packed_bytes
+from fgsnap.spec import DecoderSpec, Part
 
 _LARGEST_NUMBER = 1 << 48
 
@@ -123,8 +124,11 @@ def _text_fault(manifest: Manifest) -> str:
 
 
 def _tables_fault(manifest: Manifest) -> str:
+    unnamed = sorted(set(required_features(manifest.tensors)) - set(manifest.requires))
+    if unnamed:
+        return f"The table needs a reader that knows {unnamed[0]!r}, but requires does not name it."
     at = 0
-    dtypes: dict[str, str] = {}
+    forms: dict[str, tuple[str, str]] = {}
     for rank in range(manifest.tp):
         name = rank_file(rank, manifest.tp)
         try:
@@ -137,8 +141,9 @@ def _tables_fault(manifest: Manifest) -> str:
         if fault:
             return fault
         for entry in entries:
-            if dtypes.setdefault(entry.name, entry.dtype) != entry.dtype:
-                return f"{entry.name} is {dtypes[entry.name]} in one rank and {entry.dtype} in another."
+            form = (entry.dtype, entry.layout)
+            if (first := forms.setdefault(entry.name, form)) != form:
+                return f"{entry.name} is {' '.join(first)} in one rank and {' '.join(form)} in another."
     if at != len(manifest.tensors):
         return f"The table has {len(manifest.tensors)} tensors; its spec has {at}."
     return ""
@@ -157,7 +162,9 @@ def _table_fault(file: str, entries: Sequence[TensorEntry], stored: Sequence[Sto
             return f"{entry.name} of {file} has shape {list(entry.shape)}; its spec says {list(tensor.shape)}."
         if entry.segments != tensor.segments:
             return f"{entry.name} of {file} has segments that its spec does not imply."
-        if entry.bytes != math.prod(entry.shape) * DTYPE_BYTES[entry.dtype]:
+        if not fits(entry.layout, entry.shape, entry.dtype):
+            return f"{entry.name} of {file} has layout {entry.layout}, which shape {list(entry.shape)} does not fit."
+        if entry.bytes != packed_bytes(entry.layout, entry.shape, entry.dtype):
             return f"{entry.name} of {file} has {entry.bytes} bytes for shape {list(entry.shape)} of {entry.dtype}."
         alignment = LAYER_ALIGNMENT if tensor.starts_layer else TENSOR_ALIGNMENT
         if entry.offset < end or entry.offset - end >= LAYER_ALIGNMENT or entry.offset % alignment:

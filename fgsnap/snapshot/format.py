@@ -3,21 +3,21 @@
 ``docs/format.md`` tells the same in prose, for a second implementer.
 """
 
-from __future__ import annotations
+# Annotations are not postponed here: msgspec would have to compile each one from its text at every start.
 
-import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import msgspec
 
 from fgsnap.layout import Segment, Shape, StoredTensor
-from fgsnap.spec import DTYPE_BYTES, DecoderSpec, DType
+from fgsnap.snapshot.packing import Layout, file_shape, fits, packed_bytes
+from fgsnap.spec import DecoderSpec, DType
 
 FORMAT = 1
-KNOWN_FEATURES: frozenset[str] = frozenset()
-"""Names that may stand in ``requires`` and that this reader understands. Format 1 has none yet."""
+KNOWN_FEATURES = frozenset(("layout.words32",))
+"""Names that may stand in ``requires`` and that this reader understands."""
 
 COMMIT, MANIFEST, CANARY = "snapshot.json", "manifest.json", "canary.json"
 CHUNK = 4 << 20
@@ -38,7 +38,7 @@ class FileEntry(msgspec.Struct, frozen=True):
 
 
 class TensorEntry(msgspec.Struct, frozen=True):
-    """One tensor of a rank file: ``bytes`` at ``offset`` from the start of ``file``, row-major."""
+    """One tensor of a rank file: ``bytes`` at ``offset`` from the start of ``file``, which lie as ``layout`` says."""
 
     name: str
     file: str
@@ -47,7 +47,7 @@ class TensorEntry(msgspec.Struct, frozen=True):
     dtype: DType
     shape: Shape
     segments: tuple[Segment, ...]
-    layout: Literal["row"] = "row"
+    layout: Layout = "row"
 
 
 class TextSection(msgspec.Struct, frozen=True):
@@ -145,6 +145,7 @@ class PlannedTensor(msgspec.Struct, frozen=True):
     starts_layer: bool
     offset: int
     bytes: int
+    layout: Layout
 
 
 class RankLayout(msgspec.Struct, frozen=True):
@@ -155,18 +156,29 @@ class RankLayout(msgspec.Struct, frozen=True):
     size: int
 
 
-def plan_rank(tensors: Sequence[tuple[StoredTensor, DType]]) -> RankLayout:
-    """Place the tensors of one rank file in order: layers on pages, tensors on 256 bytes. Pure arithmetic."""
+def required_features(tensors: Iterable[TensorEntry]) -> tuple[str, ...]:
+    """What ``requires`` must name for a reader to understand the table."""
+    return tuple(sorted({f"layout.{entry.layout}" for entry in tensors if entry.layout != "row"}))
+
+
+def plan_rank(tensors: Sequence[tuple[StoredTensor, DType]], layout: Layout = "row") -> RankLayout:
+    """Place the tensors of one rank file in order: layers on pages, tensors on 256 bytes. Pure arithmetic.
+
+    Args:
+        tensors: what to place, and the dtype of each.
+        layout: that of the tensors it fits; the others are "row".
+    """
     placed, end = [], 0
     for tensor, dtype in tensors:
+        lies: Layout = layout if fits(layout, tensor.shape, dtype) else "row"
         start = _align(end, LAYER_ALIGNMENT if tensor.starts_layer else TENSOR_ALIGNMENT)
-        end = start + math.prod(tensor.shape) * DTYPE_BYTES[dtype]
-        placed.append((tensor, dtype, start, end))
+        end = start + packed_bytes(lies, tensor.shape, dtype)
+        placed.append((tensor, dtype, lies, start, end))
 
     def planned(data_start: int) -> tuple[PlannedTensor, ...]:
         return tuple(
-            PlannedTensor(t.name, dtype, t.shape, t.segments, t.starts_layer, data_start + start, stop - start)
-            for t, dtype, start, stop in placed
+            PlannedTensor(t.name, dtype, t.shape, t.segments, t.starts_layer, data_start + start, stop - start, lies)
+            for t, dtype, lies, start, stop in placed
         )
 
     data_start = len(rank_header(rank_file(0, 1), planned(0), 0))
@@ -177,6 +189,7 @@ def rank_header(file: str, tensors: Sequence[PlannedTensor | TensorEntry], data_
     """The safetensors header of ``file``: a function of the table, so that opening can compare it byte by byte.
 
     Gaps between tensors become ``U8`` tensors, since safetensors allows no holes. Spaces fill the header up to a page.
+    A packed tensor has the shape of its bytes as they lie, so that nobody takes it for a row-major matrix.
     The file's own name is in it, so that two ranks which hold equal shapes cannot be taken for one another.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "fgsnap", "fgsnap_format": str(FORMAT), "file": file}}
@@ -189,7 +202,7 @@ def rank_header(file: str, tensors: Sequence[PlannedTensor | TensorEntry], data_
         end = start + tensor.bytes
         header[tensor.name] = {
             "dtype": SAFETENSORS_DTYPES[tensor.dtype],
-            "shape": tensor.shape,
+            "shape": file_shape(tensor.layout, tensor.shape, tensor.dtype),
             "data_offsets": (start, end),
         }
     text = msgspec.json.encode(header)

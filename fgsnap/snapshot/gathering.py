@@ -1,12 +1,17 @@
-"""Reading a snapshot at another tensor parallel degree, or by logical tensor: each needed byte is copied once."""
+"""Reading a snapshot at another tensor parallel degree, or by logical tensor: each needed byte is copied once.
+
+Bytes that are packed are copied twice: their panels are unpacked one at a time, and what is put together is row-major.
+"""
 
 from __future__ import annotations
 
 import math
 import mmap
+from typing import NamedTuple
 
 from fgsnap.layout import Segment, Shape, copy_box, logical_shapes, stored_tensors
 from fgsnap.snapshot.format import plan_rank
+from fgsnap.snapshot.packing import PANEL_ROWS, Layout, unpacked
 from fgsnap.snapshot.reading import Snapshot
 from fgsnap.spec import DTYPE_BYTES, DType
 
@@ -14,26 +19,38 @@ Box = tuple[tuple[int, int], ...]
 """Start and stop on each axis of a logical tensor."""
 
 
-def opened_at_tp1(snapshot: Snapshot) -> dict[str, tuple[DType, Shape, memoryview]]:
-    """Every stored tensor of a single rank: dtype, shape and read-only bytes by name.
+class TensorBytes(NamedTuple):
+    """One stored tensor of a single rank; the values lie in ``data`` as ``layout`` says."""
+
+    dtype: DType
+    shape: Shape
+    data: memoryview
+    layout: Layout = "row"
+
+
+def opened_at_tp1(snapshot: Snapshot) -> dict[str, TensorBytes]:
+    """Every stored tensor of a single rank by name.
 
     A TP 1 snapshot gives views of its mapped file. Any other degree is put together in one anonymous mapping.
     """
     manifest = snapshot.manifest
     if manifest.tp == 1:
-        return {entry.name: (entry.dtype, entry.shape, snapshot.tensor(entry)) for entry in manifest.tensors}
+        return {
+            entry.name: TensorBytes(entry.dtype, entry.shape, snapshot.tensor(entry), entry.layout)
+            for entry in manifest.tensors
+        }
     dtypes: dict[str, DType] = {entry.name: entry.dtype for entry in manifest.tensors}
     layout = plan_rank([(tensor, dtypes[tensor.name]) for tensor in stored_tensors(manifest.spec, 1, 0)])
     shapes = logical_shapes(manifest.spec)
     memory = memoryview(mmap.mmap(-1, layout.size))
-    joined: dict[str, tuple[DType, Shape, memoryview]] = {}
+    joined: dict[str, TensorBytes] = {}
     for tensor in layout.tensors:
         target = memory[tensor.offset : tensor.offset + tensor.bytes]
         for segment in tensor.segments:
             assert segment.tensor is not None, "a single rank has no padding"
             box = _held(segment, _whole(shapes[segment.tensor]))
             _gather(snapshot, segment.tensor, box, target, tensor.shape, _place(segment, [low for low, _ in box]))
-        joined[tensor.name] = (tensor.dtype, tensor.shape, target.toreadonly())
+        joined[tensor.name] = TensorBytes(tensor.dtype, tensor.shape, target.toreadonly())
     return joined
 
 
@@ -55,11 +72,35 @@ def _gather(snapshot: Snapshot, name: str, box: Box, target: memoryview, target_
             continue
         starts = [start for start, _ in part]
         target_start = tuple(p + start - low for p, start, (low, _) in zip(place, starts, box, strict=True))
+        copy = copy_box if entry.layout == "row" else _copy_packed
         item = DTYPE_BYTES[entry.dtype]
-        source_start = _place(segment, starts)
-        source = snapshot.tensor(entry)
-        copied += copy_box(source, entry.shape, source_start, target, target_shape, target_start, extent, item) // item
+        source, source_start = snapshot.tensor(entry), _place(segment, starts)
+        copied += copy(source, entry.shape, source_start, target, target_shape, target_start, extent, item) // item
     assert copied == math.prod(stop - start for start, stop in box), f"{name}: {copied} values in {box}"
+
+
+def _copy_packed(
+    source: memoryview,
+    source_shape: Shape,
+    source_start: Shape,
+    target: memoryview,
+    target_shape: Shape,
+    target_start: Shape,
+    extent: Shape,
+    item: int,
+) -> int:
+    """As copy_box, from a matrix that lies in words32 panels to a row-major one."""
+    step = PANEL_ROWS["words32"]
+    size = step * source_shape[1] * item
+    begin, end = source_start[0], source_start[0] + extent[0]
+    copied = 0
+    for top in range(begin // step * step, end, step):
+        low, high = max(begin, top), min(end, top + step)
+        rows = unpacked(source[top // step * size :][:size], low - top, high - top)
+        held, place = (high - low, source_shape[1]), (target_start[0] + low - begin, target_start[1])
+        part = (high - low, extent[1])
+        copied += copy_box(memoryview(rows), held, (0, source_start[1]), target, target_shape, place, part, item)
+    return copied
 
 
 def _whole(shape: Shape) -> Box:

@@ -31,6 +31,7 @@ from fgsnap.snapshot.format import (
     chunks_file,
     rank_file,
     rank_header,
+    required_features,
 )
 from fgsnap.spec import DecoderSpec
 
@@ -76,6 +77,11 @@ class SnapshotWriter:
         """The table of all ranks written so far, in rank order, for the manifest."""
         return tuple(entry for rank in sorted(self._tables) for entry in self._tables[rank])
 
+    @property
+    def requires(self) -> tuple[str, ...]:
+        """What a reader has to know, for the manifest."""
+        return required_features(self.tensors)
+
     def check_space(self, needed: int) -> None:
         """Raise HostError when the disk has visibly less than ``needed`` bytes left."""
         self._partial.check_space(needed)
@@ -86,7 +92,7 @@ class SnapshotWriter:
         self.check_space(layout.size)
         name = rank_file(rank, self.tp)
         self._tables[rank] = tuple(
-            TensorEntry(t.name, name, t.offset, t.bytes, t.dtype, t.shape, t.segments) for t in layout.tensors
+            TensorEntry(t.name, name, t.offset, t.bytes, t.dtype, t.shape, t.segments, t.layout) for t in layout.tensors
         )
         return RankWriter(self.directory / name, layout, self._entries)
 
@@ -99,6 +105,7 @@ class SnapshotWriter:
     def write_manifest(self, manifest: Manifest) -> str:
         """Write ``manifest.json`` and return the snapshot's id."""
         assert manifest.tp == self.tp and manifest.files == self._entries and manifest.tensors == self.tensors
+        assert manifest.requires == self.requires
         assert not manifest.provenance.source.startswith("/"), "a snapshot does not say where it was made"
         # Through the decoder once, so that 1 and 1.0 in a float field give one text and one id.
         self._manifest = msgspec.json.decode(canonical(manifest), type=Manifest)

@@ -84,4 +84,4 @@ def same_bits(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]
 def at_tp1(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     """What a server at TP 1 would see: dtype, shape and bytes by stored name."""
     with open_snapshot(path) as snapshot:
-        return {name: (dtype, shape, bytes(view)) for name, (dtype, shape, view) in opened_at_tp1(snapshot).items()}
+        return {name: (found.dtype, found.shape, bytes(found.data)) for name, found in opened_at_tp1(snapshot).items()}

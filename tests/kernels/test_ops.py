@@ -1,99 +1,49 @@
-"""Every op of every backend against plain float64 arithmetic.
-
-Inputs are exact in bfloat16 and reach a backend through its own ops, so one test serves backends of any tensor type and
-activation dtype, and what differs from float64 is the op alone.
-"""
+"""The ops of every backend against plain float64 arithmetic; attention, experts and sampling have their own files."""
 
 from __future__ import annotations
 
 import mmap
-import random
-from typing import NamedTuple
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fgsnap.kernels import native
-from fgsnap.kernels.ops import AttentionArgs, Batch, NormArgs, Ops, Sampling
+from fgsnap.kernels.ops import (
+    ActivationArgs,
+    AttentionArgs,
+    Batch,
+    ExpertsArgs,
+    HeadArgs,
+    LatentArgs,
+    NormArgs,
+    QkNormArgs,
+    RouterArgs,
+)
 from fgsnap.kernels.reference import Reference
+from tests.kernels.backends import (
+    EPSILON,
+    FREQUENCIES,
+    KINDS_OF_BACKEND,
+    TORCH,
+    Norm,
+    assert_close,
+    exact,
+    exact_one,
+    raw,
+    tensor,
+    values_of,
+    weight,
+    whole,
+)
 
-TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-EPSILON = {"float32": 2e-6, "bfloat16": 2**-8, "float16": 2**-11}
-NATIVE_PRESENT, _ = native.available()
-
-
-class Backend(NamedTuple):
-    """A backend and how exact it is: of activations, and of what passes the KV cache."""
-
-    ops: Ops
-    activation: float
-    cached: float
-
-
-def _backends():
-    for dtype in ("float32", "bfloat16", "float16"):
-        yield pytest.param(("reference", dtype), id=f"reference-{dtype}")
-    if NATIVE_PRESENT:
-        for dtype in ("float32", "bfloat16"):
-            yield pytest.param(("native", dtype), id=f"native-{dtype}")
-
-
-@pytest.fixture(scope="module", params=_backends())
-def backend(request):
-    kind, dtype = request.param
-    if kind == "reference":
-        return Backend(Reference("cpu", dtype), EPSILON[dtype], EPSILON[dtype])
-    return Backend(native.Native(dtype=dtype), EPSILON["float32"], EPSILON[dtype])
-
-
-def exact(*shape, seed=0, scale=1.0):
-    """Random normal numbers that bfloat16 and float16 both hold exactly, as float64."""
-    drawn = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
-    return drawn.to(torch.bfloat16).to(torch.float16).to(torch.bfloat16).double()
-
-
-def raw(values, dtype):
-    return memoryview(bytes(values.to(TORCH[dtype]).flatten().contiguous().view(torch.uint8).numpy()))
-
-
-def weight(ops, values, dtype="float32"):
-    return ops.weight(raw(values, dtype), dtype, tuple(values.shape))
-
-
-def whole(rows, *, wanted=None):
-    """One sequence of ``rows`` tokens 0, 1, ..., in one block."""
-    return Batch(range(rows), range(rows), (0, rows), (rows,), ((0,),), range(rows) if wanted is None else wanted)
-
-
-def tensor(ops, values):
-    """``values`` as the backend's activations: rows of an embedding table."""
-    return ops.embed(ops.plan(whole(len(values)), len(values)), weight(ops, values), 1.0)
-
-
-def values_of(ops, result, *shape):
-    return torch.tensor(ops.floats(result).tolist(), dtype=torch.float64).view(*shape)
-
-
-def assert_close(actual, expected, epsilon, roundings=2):
-    """Every element within ``roundings`` of its own size plus a little of the whole; the mean within half of that."""
-    assert actual.shape == expected.shape
-    difference = (actual - expected).abs()
-    size = expected.abs()
-    spread = size.max().item() if size.numel() else 0.0
-    allowed = roundings * epsilon * (size + 0.25 * spread) + 1e-30
-    worst, mean = (difference / allowed).max().item(), difference.mean().item()
-    report = f"max {difference.max().item():.3g}, mean {mean:.3g}, {worst:.2f} of what is allowed"
-    assert not actual.isnan().any(), report
-    assert worst <= 1.0, report
-    assert mean <= 0.5 * roundings * epsilon * (size.mean().item() + 0.25 * spread), report
+DTYPES = ["float32", "bfloat16", "float16"]
 
 
 # weights
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_weight_reads_every_dtype_from_read_only_memory(backend, dtype):
     values = exact(7, 5)
     memory = mmap.mmap(-1, 4096)
@@ -119,11 +69,69 @@ def test_weight_refuses_bytes_that_are_not_the_shape(backend, shape):
         backend.ops.weight(memoryview(bytes(28)), "float32", shape)
 
 
-# embed, norm, add, linear, activate
+def words32(values, dtype):
+    """The layout as ops.Ops.weight words it: panels of 32 rows, in them word after word of 4 bytes all rows' words."""
+    rows = [bytes(raw(row, dtype)) for row in values]
+    rows += [bytes(len(rows[0]))] * (-len(rows) % 32)
+    words = range(0, len(rows[0]), 4)
+    panels = [rows[top : top + 32] for top in range(0, len(rows), 32)]
+    return memoryview(b"".join(row[at : at + 4] for panel in panels for at in words for row in panel))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, columns", [(1, 2), (31, 6), (32, 64), (33, 10), (97, 576)])
+def test_linear_with_a_packed_weight(backend, rows, columns, dtype):
+    ops, x, w, b = backend.ops, exact(5, columns), exact(rows, columns, seed=1), exact(rows, seed=2)
+    packed = ops.weight(words32(w, dtype), dtype, (rows, columns), "words32")
+    found = values_of(ops, ops.linear(tensor(ops, x), packed, weight(ops, b)), 5, rows)
+    assert_close(found, x @ w.T + b, backend.activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_packed_table_embeds_and_makes_logits(backend, dtype):
+    """As of a model whose head is tied to its embedding."""
+    ops, table = backend.ops, exact(45, 18)
+    packed = ops.weight(words32(table, dtype), dtype, (45, 18), "words32")
+    tokens = [44, 0, 31, 32, 7, 33]
+    plan = ops.plan(Batch(tokens, range(6), (0, 6), (6,), ((0,),), range(6)), 8)
+    x = ops.embed(plan, packed, 1.0)
+    assert torch.equal(values_of(ops, x, 6, 18), table[tokens])
+    found = values_of(ops, ops.logits(x, plan, HeadArgs(packed, None, 43)), 6, 43)
+    assert_close(found, table[tokens] @ table[:43].T, EPSILON["float32"], 4)
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_BACKEND)
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 100), words=st.integers(1, 40), dtype=st.sampled_from(DTYPES))
+def test_packed_weights_of_any_size(kind, rows, words, dtype):
+    columns = words * 4 // TORCH[dtype].itemsize
+    x, w = exact(2, columns), exact(rows, columns, seed=1)
+    ops = exact_one(kind)
+    packed = ops.weight(words32(w, dtype), dtype, (rows, columns), "words32")
+    assert_close(values_of(ops, ops.linear(tensor(ops, x), packed), 2, rows), x @ w.T, 2e-6, 4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "size"),
+    [
+        ("float32", (33, 2), 33 * 8),
+        ("float32", (33, 2), 96 * 8),
+        ("bfloat16", (32, 3), 32 * 6),
+        ("bfloat16", (32,), 64),
+        ("float32", (2, 32, 2), 512),
+    ],
+    ids=["only its own rows", "a panel too many", "half a word", "a vector", "a stack"],
+)
+def test_a_packed_weight_of_another_size_is_refused(backend, dtype, shape, size):
+    with pytest.raises((AssertionError, ValueError)):
+        backend.ops.weight(memoryview(bytes(size)), dtype, shape, "words32")
+
+
+# embed, norm, add, linear, activate, gate
 
 
 @pytest.mark.parametrize("scale", [1.0, 23.9])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_embed(backend, dtype, scale):
     ops, table = backend.ops, exact(11, 33)
     tokens = [10, 0, 3, 3, 7]
@@ -132,43 +140,60 @@ def test_embed(backend, dtype, scale):
     assert_close(found, table[tokens] * scale, backend.activation, 1)
 
 
-def float64_norm(x, kind, eps, unit_offset):
-    if kind == "ln":
-        x = x - x.mean(-1, keepdim=True)
-    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_embed_with_learned_positions(backend, dtype, scale):
+    """Prompt chunks and decodes; a position's row lies ``offset`` rows further down."""
+    ops, table, learned = backend.ops, exact(11, 33), exact(25, 33, seed=1)
+    tokens, positions = [10, 0, 3, 3, 7], [7, 8, 9, 0, 22]
+    batch = Batch(tokens, positions, (0, 3, 4, 5), (10, 1, 23), ((0, 1), (2,), (3, 4, 5)), ())
+    found = ops.embed(ops.plan(batch, 8), weight(ops, table, dtype), scale, weight(ops, learned, dtype), 2)
+    expected = table[tokens] * scale + learned[[p + 2 for p in positions]]
+    assert_close(values_of(ops, found, 5, 33), expected, backend.activation, 1)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_embed_of_shards_sums_to_the_whole(backend, learned):
+    """Each token is in one shard; the others give zeros, and no position's row, so that a sum is the whole."""
+    ops, table, rows = backend.ops, exact(11, 16), exact(9, 16, seed=1)
+    tokens = [10, 0, 3, 4, 7, 8]
+    plan = ops.plan(Batch(tokens, range(6), (0, 6), (6,), ((0,),), ()), 8)
+    positions = weight(ops, rows) if learned else None
+    total = torch.zeros(6, 16, dtype=torch.float64)
+    for first, stop in ((0, 4), (4, 8), (8, 11)):
+        shard = weight(ops, table[first:stop].contiguous())
+        part = values_of(ops, ops.embed(plan, shard, 3.0, positions, 1, first), 6, 16)
+        outside = torch.tensor([not first <= token < stop for token in tokens])
+        assert torch.equal(part[outside], torch.zeros(int(outside.sum()), 16).double())
+        total += part
+    expected = table[tokens] * 3.0 + (rows[1:7] if learned else 0.0)
+    assert_close(total, expected, backend.activation, 1)
 
 
 @pytest.mark.parametrize("float32_weight", [False, True])
 @pytest.mark.parametrize("unit_offset", [False, True])
 @pytest.mark.parametrize("kind, has_bias", [("rms", False), ("ln", False), ("ln", True), ("l2", None)])
-@pytest.mark.parametrize("rows, width", [(1, 576), (3, 8), (37, 100)])
+@pytest.mark.parametrize("rows, width", [(1, 576), (3, 8), (37, 100), (2, 1)])
 def test_norm(backend, kind, has_bias, unit_offset, float32_weight, rows, width):
-    ops, x, eps = backend.ops, exact(rows, width, scale=3.0) + 1.0, 1e-5
+    ops, x = backend.ops, exact(rows, width, scale=3.0) + 1.0
     x = x.to(torch.bfloat16).double()
-    w = exact(width, seed=1) if has_bias is not None else None
-    b = exact(width, seed=2) if has_bias else None
-    expected = float64_norm(x, kind, eps, unit_offset)
-    if w is not None:
-        expected = expected * (1 + w if unit_offset else w)
-    if b is not None:
-        expected = expected + b
-    args = NormArgs(
+    norm = Norm(
         kind,
-        eps,
-        None if w is None else weight(ops, w, "bfloat16"),
-        None if b is None else weight(ops, b, "bfloat16"),
+        1e-5,
+        exact(width, seed=1) if has_bias is not None else None,
+        exact(width, seed=2) if has_bias else None,
         unit_offset,
         float32_weight,
     )
-    found = values_of(ops, ops.norm(tensor(ops, x), args), rows, width)
-    assert_close(found, expected, backend.activation)
+    found = values_of(ops, ops.norm(tensor(ops, x), norm.args(ops)), rows, width)
+    assert_close(found, norm(x), backend.activation)
 
 
 def test_norm_of_large_and_tiny_numbers(backend):
     x = torch.stack([torch.full((64,), 3.0e4), torch.full((64,), 2.0**-14)]).double()
     args = NormArgs("rms", 1e-6, None, None)
     found = values_of(backend.ops, backend.ops.norm(tensor(backend.ops, x), args), 2, 64)
-    assert_close(found, float64_norm(x.to(torch.bfloat16).double(), "rms", 1e-6, False), 2**-8)
+    assert_close(found, Norm("rms", 1e-6)(x.to(torch.bfloat16).double()), 2**-8)
 
 
 @pytest.mark.parametrize("multiplier", [1.0, 0.22])
@@ -179,7 +204,7 @@ def test_add(backend, multiplier):
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows, into, out", [(1, 576, 960), (2, 7, 3), (5, 64, 1), (33, 100, 65), (130, 192, 577)])
 def test_linear(backend, rows, into, out, dtype, has_bias):
     ops, x, w = backend.ops, exact(rows, into), exact(out, into, seed=1)
@@ -197,357 +222,152 @@ def test_linear_upcasts_in_several_chunks():
     assert ops._scratch.numel() * 4 <= 2 << 20, "a float32 pass over bfloat16 weights must stay small"
 
 
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("kind", ["silu", "gelu", "gelu_tanh", "relu"])
-def test_activate(backend, kind, gated):
-    x = exact(7, 2 * 45, scale=3.0)
-    functions = {
-        "silu": lambda v: v / (1 + (-v).exp()),
-        "gelu": lambda v: 0.5 * v * (1 + torch.erf(v / 2**0.5)),
-        "gelu_tanh": lambda v: 0.5 * v * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (v + 0.044715 * v**3))),
-        "relu": lambda v: v.clamp(min=0),
-    }
-    expected = functions[kind](x[:, :45]) * x[:, 45:] if gated else functions[kind](x)
-    found = backend.ops.activate(tensor(backend.ops, x), kind, gated)
-    assert_close(values_of(backend.ops, found, *expected.shape), expected, backend.activation)
-
-
-# rotation, cache, attention
-
-
-def float64_rotate(x, positions, frequencies, factor):
-    """x [T, heads, D]: pairs (i, i + half) of the first dims."""
-    half = len(frequencies)
-    angles = positions.double()[:, None, None] * torch.tensor(frequencies, dtype=torch.float64)
-    cos, sin = angles.cos() * factor, angles.sin() * factor
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
-
-
-def float64_attention(q, k, v, first_position, args):
-    """q [n, N, D] at first_position..., over k, v [L, K, D]: [n, N D]."""
-    repeat = args.heads // args.kv_heads
-    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-    scores = torch.einsum("qhd,khd->hqk", q, k) * args.scale
-    age = first_position + torch.arange(len(q))[:, None] - torch.arange(len(k))
-    seen = (age >= 0) & (age < (args.window or 1 << 30))
-    probabilities = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-    return torch.einsum("hqk,khd->qhd", probabilities, v).flatten(1)
-
-
-FREQUENCIES = [1.0, 0.3, 0.01, 0.0004]
-
-
-@pytest.mark.parametrize("factor", [1.0, 1.2])
-@pytest.mark.parametrize("head_dim", [8, 20])
-def test_append_rotates_queries(backend, head_dim, factor):
-    ops, args = backend.ops, AttentionArgs(3, 1, head_dim, 1.0)
-    qkv = exact(6, 5 * head_dim)
-    positions = [0, 1, 2, 900, 901, 902]
-    batch = Batch([0] * 6, positions, (0, 3, 6), (3, 903), ([0], range(1, 101)), ())
-    cache = ops.kv_cache(1, 101, 10, 1, head_dim)[0]
-    plan = ops.plan(batch, 10)
-    q = ops.append(tensor(ops, qkv), cache, plan, args, ops.rope(FREQUENCIES, factor))
-    expected = float64_rotate(qkv.view(6, 5, head_dim), torch.tensor(positions), FREQUENCIES, factor)[:, :3]
-    # Angles are float32 numbers, so at position 900 a sine is off by up to 900 * 2^-24.
-    assert_close(values_of(ops, q, 6, 3 * head_dim), expected.flatten(1), max(backend.activation, 3e-5))
-
-
-def test_append_without_rope_leaves_queries_alone(backend):
-    ops, qkv, args = backend.ops, exact(4, 32), AttentionArgs(2, 1, 8, 1.0)
-    cache = ops.kv_cache(1, 1, 4, 1, 8)[0]
-    q = ops.append(tensor(ops, qkv), cache, ops.plan(whole(4), 4), args, None)
-    assert torch.equal(values_of(ops, q, 4, 16), qkv[:, :16])
-
-
-class Paged(NamedTuple):
-    """Sequences in a paged cache: blocks handed out in a random order, with a step as (tokens before, tokens now)."""
-
-    lengths: tuple[int, ...]
-    tables: tuple[tuple[int, ...], ...]
-    blocks: int
-
-    @staticmethod
-    def make(lengths, block_size, seed=0):
-        need = [-(-length // block_size) for length in lengths]
-        order = list(range(sum(need) + 2))
-        random.Random(seed).shuffle(order)
-        tables = tuple(tuple(order[sum(need[:s]) : sum(need[: s + 1])]) for s in range(len(need)))
-        return Paged(tuple(lengths), tables, len(order))
-
-    def batch(self, done, now):
-        """The next ``now[s]`` tokens of each sequence that has any; token ids index the concatenated sequences."""
-        bases = [sum(self.lengths[:s]) for s in range(len(self.lengths))]
-        at = [s for s, count in enumerate(now) if count]
-        spans = [range(done[s], done[s] + now[s]) for s in at]
-        tokens = [bases[s] + p for s, span in zip(at, spans, strict=True) for p in span]
-        starts = [0]
-        for span in spans:
-            starts.append(starts[-1] + len(span))
-        positions = [p for span in spans for p in span]
-        return Batch(tokens, positions, starts, [s.stop for s in spans], [self.tables[s] for s in at], ())
-
-
-def run_steps(ops, qkv, paged, steps, block_size, args, rope):
-    """Feed qkv [all tokens, ...] through append and attend in ``steps``; the outputs in the order of qkv's rows."""
-    table = weight(ops, qkv)
-    cache = ops.kv_cache(1, paged.blocks, block_size, args.kv_heads, args.head_dim)[0]
-    out = torch.empty(len(qkv), args.heads * args.head_dim, dtype=torch.float64)
-    done = [0] * len(paged.lengths)
-    for now in steps:
-        batch = paged.batch(done, now)
-        plan = ops.plan(batch, block_size)
-        q = ops.append(ops.embed(plan, table, 1.0), cache, plan, args, rope)
-        out[list(batch.tokens)] = values_of(ops, ops.attend(q, cache, plan, args), len(batch.tokens), -1)
-        done = [d + n for d, n in zip(done, now, strict=True)]
-    assert done == list(paged.lengths)
-    return out
-
-
-def expected_attention(qkv, lengths, args, frequencies):
-    parts = qkv.view(len(qkv), args.heads + 2 * args.kv_heads, args.head_dim)
-    out, base = [], 0
-    for length in lengths:
-        own = parts[base : base + length]
-        turned = float64_rotate(own, torch.arange(length), frequencies, 1.0) if frequencies else own
-        q, k = turned[:, : args.heads], turned[:, args.heads : args.heads + args.kv_heads]
-        out.append(float64_attention(q, k, own[:, args.heads + args.kv_heads :], 0, args))
-        base += length
-    return torch.cat(out)
-
-
-STEPS = {
-    "whole": [(37, 5, 1)],
-    "decodes": [(30, 3, 0), *[(1, 1, 0), (1, 1, 1)], *[(1, 0, 0)] * 5],
-    "chunks": [(16, 0, 1), (7, 5, 0), (14, 0, 0)],
+ACTIVATIONS = {
+    "silu": lambda v: v / (1 + (-v).exp()),
+    "gelu": lambda v: 0.5 * v * (1 + torch.erf(v / 2**0.5)),
+    "gelu_tanh": lambda v: 0.5 * v * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (v + 0.044715 * v**3))),
+    "relu": lambda v: v.clamp(min=0),
 }
 
 
-@pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS.keys())
-@pytest.mark.parametrize("window", [None, 1, 6, 100])
-@pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 4, 8), (9, 3, 64), (8, 1, 20)])
-def test_attend_over_ragged_paged_batches(backend, heads, kv_heads, head_dim, window, steps):
-    ops, block_size = backend.ops, 7
-    args = AttentionArgs(heads, kv_heads, head_dim, head_dim**-0.5, window)
-    paged = Paged.make((37, 5, 1), block_size)
-    qkv = exact(43, (heads + 2 * kv_heads) * head_dim)
-    found = run_steps(ops, qkv, paged, steps, block_size, args, ops.rope(FREQUENCIES, 1.0))
-    expected = expected_attention(qkv, paged.lengths, args, FREQUENCIES)
-    assert_close(found, expected, max(backend.activation, backend.cached, 4e-6), 3)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_activate(backend, kind, gated):
+    x = exact(7, 2 * 45, scale=3.0)
+    act = ACTIVATIONS[kind]
+    expected = act(x[:, :45]) * x[:, 45:] if gated else act(x)
+    found = backend.ops.activate(tensor(backend.ops, x), ActivationArgs(kind, gated))
+    assert_close(values_of(backend.ops, found, *expected.shape), expected, backend.activation)
 
 
-def test_attend_to_long_prompts_in_several_runs(backend):
-    ops, args = backend.ops, AttentionArgs(2, 1, 16, 0.25, 300)
-    paged = Paged.make((700, 530), 16)
-    qkv = exact(1230, 64)
-    found = run_steps(ops, qkv, paged, [(700, 0), (0, 529), (0, 1)], 16, args, None)
-    expected = expected_attention(qkv, paged.lengths, args, [])
-    assert_close(found, expected, max(backend.activation, backend.cached, 4e-6), 3)
+@pytest.mark.parametrize("clamp", [None, 7.0, 1.5])
+def test_activate_with_a_clamp(backend, clamp):
+    """Gates are cut above alone, ups on both sides."""
+    x = exact(9, 2 * 31, scale=5.0)
+    gate, up = x[:, :31], x[:, 31:]
+    if clamp is not None:
+        gate, up = gate.clamp(max=clamp), up.clamp(-clamp, clamp)
+    expected = (up + 1) * gate / (1 + (-1.702 * gate).exp())
+    found = backend.ops.activate(tensor(backend.ops, x), ActivationArgs("clamped_swiglu", True, clamp))
+    assert_close(values_of(backend.ops, found, 9, 31), expected, backend.activation)
 
 
-def test_attend_ignores_what_other_blocks_hold(backend):
-    """NaN and infinity everywhere in the cache but in the sequence's own slots change nothing."""
-    ops, args = backend.ops, AttentionArgs(2, 2, 8, 1.0)
-    qkv = exact(5, 48)
-    poison = torch.full((12, 48), torch.nan).double()
-    cache = ops.kv_cache(1, 3, 4, 2, 8)[0]
-    everything = ops.plan(Batch(range(12), range(12), (0, 12), (12,), ((0, 1, 2),), ()), 4)
-    ops.append(ops.embed(everything, weight(ops, poison), 1.0), cache, everything, args, None)
-    plan = ops.plan(Batch(range(5), (0, 1, 2, 3, 0), (0, 4, 5), (4, 1), ((2,), (0,)), ()), 4)
-    q = ops.append(ops.embed(plan, weight(ops, qkv), 1.0), cache, plan, args, None)
-    found = values_of(ops, ops.attend(q, cache, plan, args), 5, 16)
-    assert_close(found, expected_attention(qkv, (4, 1), args, []), max(backend.activation, backend.cached, 4e-6), 3)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gate(backend, dtype):
+    ops, branch, x, w = backend.ops, exact(6, 40), exact(6, 40, seed=1), exact(1, 40, seed=2, scale=0.3)
+    found = ops.gate(tensor(ops, branch), tensor(ops, x), weight(ops, w, dtype))
+    assert_close(values_of(ops, found, 6, 40), branch / (1 + (-x @ w.T).exp()), backend.activation)
 
 
-def test_attend_groups_bounded_gathers(monkeypatch):
-    """Splitting the gather into many small calls changes nothing."""
-    args = AttentionArgs(2, 1, 8, 0.5)
-    qkv, paged = exact(60, 32), Paged.make((20, 3, 9, 28), 4)
-    steps = [(19, 2, 8, 27), (1, 1, 1, 1)]
-    found = []
-    for gather_bytes in (1 << 20, 1):
-        monkeypatch.setattr("fgsnap.kernels.reference.GATHER_BYTES", gather_bytes)
-        found.append(run_steps(Reference("cpu", "float32"), qkv, paged, steps, 4, args, None))
-    assert_close(found[0], found[1], EPSILON["float32"])
+# one rank
 
 
-# logits and sampling
+def test_one_rank_has_nothing_to_sum(backend):
+    x = exact(3, 8)
+    assert torch.equal(values_of(backend.ops, backend.ops.all_reduce(tensor(backend.ops, x)), 3, 8), x)
+
+
+def test_one_rank_gathers_its_own_logits_without_padding(backend):
+    ops, x = backend.ops, exact(3, 8)
+    head = HeadArgs(weight(ops, exact(11, 8, seed=1)), None, 11)
+    found = ops.gather(ops.logits(tensor(ops, x), ops.plan(whole(3), 3), head), 9)
+    assert_close(values_of(ops, found, 3, 9), x @ exact(11, 8, seed=1)[:9].T, EPSILON["float32"], 4)
+    assert [token for token, _ in ops.top_two(found)] == (x @ exact(11, 8, seed=1)[:9].T).argmax(-1).tolist()
+
+
+# logits
 
 
 def test_logits_of_wanted_rows_without_padded_vocabulary(backend):
     ops, x, w, b = backend.ops, exact(6, 24), exact(50, 24, seed=1), exact(50, seed=2)
     plan = ops.plan(whole(6, wanted=(1, 2, 5)), 6)
-    found = ops.logits(tensor(ops, x), plan, weight(ops, w, "bfloat16"), weight(ops, b, "bfloat16"), 47, 0.5, 3.0)
+    head = HeadArgs(weight(ops, w, "bfloat16"), weight(ops, b, "bfloat16"), 47, 0.5, 3.0)
     plain = 0.5 * (x[[1, 2, 5]] @ w[:47].T + b[:47])
-    assert_close(values_of(ops, found, 3, 47), 3.0 * torch.tanh(plain / 3.0), EPSILON["float32"], 4)
+    found = values_of(ops, ops.logits(tensor(ops, x), plan, head), 3, 47)
+    assert_close(found, 3.0 * torch.tanh(plain / 3.0), EPSILON["float32"], 4)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_logits_are_float32_whatever_the_activations(backend, dtype):
     ops, x, w = backend.ops, exact(2, 576), exact(1030, 576, seed=1)
-    found = ops.logits(tensor(ops, x), ops.plan(whole(2), 2), weight(ops, w, dtype), None, 1030, 1.0, None)
+    found = ops.logits(tensor(ops, x), ops.plan(whole(2), 2), HeadArgs(weight(ops, w, dtype), None, 1030))
     assert_close(values_of(ops, found, 2, 1030), x @ w.T, EPSILON["float32"], 4)
 
 
 def test_no_wanted_rows(backend):
     ops = backend.ops
     plan = ops.plan(whole(3, wanted=()), 3)
-    found = ops.logits(tensor(ops, exact(3, 8)), plan, weight(ops, exact(5, 8)), None, 5, 1.0, None)
+    found = ops.logits(tensor(ops, exact(3, 8)), plan, HeadArgs(weight(ops, exact(5, 8)), None, 5))
     assert ops.sample(found, []) == []
     assert ops.top_two(found) == []
 
 
-def logits(ops, values):
-    """``values`` [R, V] as the backend's logits, exactly: one-hot rows pick columns of a head."""
-    rows = len(values)
-    eye = tensor(ops, torch.eye(rows, dtype=torch.float64))
-    head = weight(ops, values.T.contiguous())
-    return ops.logits(eye, ops.plan(whole(rows), rows), head, None, values.shape[1], 1.0, None)
+# the tape
 
 
-def one_row(ops, values):
-    """One row of logits that may hold infinities and NaN: a bias on zeros."""
-    zero = tensor(ops, torch.zeros(1, 4, dtype=torch.float64))
-    head = weight(ops, torch.zeros(len(values), 4))
-    return ops.logits(zero, ops.plan(whole(1), 1), head, weight(ops, torch.tensor(values)), len(values), 1.0, None)
+class Everything:
+    """A forward that calls every op which a tape may hold, over two caches."""
+
+    width, heads, dim, vocabulary = 24, 3, 8, 37
+
+    def __init__(self, ops):
+        def w(*shape, scale=None):
+            self.drawn += 1
+            return weight(ops, exact(*shape, seed=self.drawn, scale=scale or shape[-1] ** -0.5))
+
+        self.ops, self.drawn = ops, 0
+        self.embed, self.positions = w(self.vocabulary, self.width), w(64, self.width)
+        self.norm = NormArgs("rms", 1e-5, w(self.width), None)
+        self.head_norm = NormArgs("rms", 1e-5, w(self.dim), None)
+        self.query_norm, self.key_norm = (NormArgs("rms", 1e-5, w(n * self.dim), None) for n in (3, 1))
+        self.attention = AttentionArgs(
+            self.heads, 1, self.dim, 0.3, window=9, sinks=w(3), qk_norm=QkNormArgs(self.head_norm, self.head_norm)
+        )
+        self.qkv, self.out = w(5 * self.dim, self.width), w(self.width, 3 * self.dim)
+        self.rope = ops.rope(FREQUENCIES, 1.0)
+        self.latent = LatentArgs(2, 8, 8, 6, 12, 0.25, NormArgs("rms", 1e-5, w(12), None), w(2, 12, 8), w(2, 6, 12))
+        self.latent_q, self.latent_kv, self.latent_out = w(32, self.width), w(20, self.width), w(self.width, 12)
+        self.router = RouterArgs(w(5, self.width), None, None, "softmax", 2)
+        act = ActivationArgs("silu")
+        self.experts = ExpertsArgs(w(5, 20, self.width), None, w(5, self.width, 10), None, act)
+        self.gate, self.up, self.down = w(1, self.width), w(26, self.width), w(self.width, 13)
+        self.act = act
+        self.caches = ops.kv_cache(9, 5, 1, self.dim), ops.latent_cache(9, 5, self.latent)
+
+    def __call__(self, plan):
+        ops = self.ops
+        x = ops.embed(plan, self.embed, 1.5, self.positions, 2)
+        qkv = ops.linear(ops.norm(x, self.norm), self.qkv)
+        qkv = ops.norm_heads(qkv, self.attention, self.query_norm, self.key_norm)
+        q = ops.append(qkv, self.caches[0], plan, self.attention, self.rope)
+        x = ops.add(x, ops.all_reduce(ops.linear(ops.attend(q, self.caches[0], plan, self.attention), self.out)))
+        normed = ops.norm(x, self.norm)
+        q, latent = ops.linear(normed, self.latent_q), ops.linear(normed, self.latent_kv)
+        q = ops.latent_append(q, latent, self.caches[1], plan, self.latent, self.rope)
+        x = ops.add(x, ops.linear(ops.latent_attend(q, self.caches[1], plan, self.latent), self.latent_out), 0.5)
+        normed = ops.norm(x, self.norm)
+        shared = ops.linear(ops.activate(ops.linear(normed, self.up), self.act), self.down)
+        x = ops.add(ops.add(x, ops.gate(shared, normed, self.gate)), ops.experts(normed, self.router, self.experts))
+        logits = ops.logits(ops.norm(x, self.norm), plan, HeadArgs(self.embed, None, self.vocabulary, 0.5, 4.0))
+        return ops.gather(logits, self.vocabulary)
 
 
-def picked_by_definition(row, how):
-    """ops.Sampling read word by word, over float64 lists."""
-    if how.temperature == 0:
-        return max(range(len(row)), key=lambda i: (row[i], -i))
-    order = sorted(range(len(row)), key=lambda i: (-row[i], i))
-    if how.top_k:
-        order = order[: how.top_k]
-    top = row[order[0]]
-    share = {i: torch.tensor((row[i] - top) / how.temperature, dtype=torch.float64).exp().item() for i in order}
-    if how.top_p < 1:
-        total, reached, kept = sum(share[i] for i in order), 0.0, []
-        for i in order:
-            kept.append(i)
-            reached += share[i]
-            if reached >= how.top_p * total:
-                break
-        order = kept
-    order = sorted(order)
-    total, running = sum(share[i] for i in order), 0.0
-    for i in order:
-        running += share[i]
-        if running > how.uniform * total:
-            return i
-    return order[-1]
-
-
-SAMPLINGS = [
-    Sampling(),
-    Sampling(temperature=1.0, uniform=0.37),
-    Sampling(temperature=0.3, uniform=0.91),
-    Sampling(temperature=1.0, top_k=1, uniform=0.99),
-    Sampling(temperature=2.0, top_k=40, uniform=0.5),
-    Sampling(temperature=1.0, top_p=0.9, uniform=0.8),
-    Sampling(temperature=5.0, top_p=0.95, uniform=0.6),
-    Sampling(temperature=0.7, top_k=50, top_p=0.8, uniform=0.2),
-    Sampling(temperature=1.0, top_p=0.0, uniform=0.999),
-    Sampling(temperature=1.0, top_k=100000, uniform=0.0),
-    Sampling(temperature=1e-6, uniform=0.5),
-    Sampling(temperature=50.0, top_p=0.999, uniform=1 - 2**-53),
+BATCHES = [
+    Batch([1, 2, 3], (0, 1, 2), (0, 3), (3,), ((4,),), (2,)),
+    Batch(range(23), [*range(17), *range(3, 9)], (0, 17, 23), (17, 9), ((0, 1, 2, 3), (4, 5)), (0, 16, 22)),
+    Batch([7, 8], (17, 9), (0, 1, 2), (18, 10), ((0, 1, 2, 3), (4, 5)), (0, 1)),
+    Batch([5], (0,), (0, 1), (1,), ((8,),), ()),
+    Batch([9, 10], (18, 10), (0, 1, 2), (19, 11), ((0, 1, 2, 3), (4, 5, 7)), (1,)),
 ]
 
 
-@pytest.mark.parametrize("vocabulary", [3, 97, 5000])
-def test_sample_follows_its_definition(backend, vocabulary):
-    values = exact(len(SAMPLINGS), vocabulary, scale=3.0)
-    found = backend.ops.sample(logits(backend.ops, values), SAMPLINGS)
-    expected = [picked_by_definition(row.tolist(), how) for row, how in zip(values, SAMPLINGS, strict=True)]
-    assert [sampled.token for sampled in found] == expected
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    row=st.lists(st.integers(-6, 6), min_size=1, max_size=12),
-    temperature=st.sampled_from([0.0, 0.5, 1.0, 4.0]),
-    top_k=st.integers(0, 13),
-    top_p=st.sampled_from([0.0, 0.1, 0.5, 0.77, 0.95, 1.0]),
-    uniform=st.floats(0, 1, exclude_max=True, width=32),
-)
-def test_sample_with_many_ties(row, temperature, top_k, top_p, uniform):
-    """All backends keep the same tokens among equals; halves make most logits tie."""
-    values = torch.tensor([row], dtype=torch.float64) / 2
-    how = Sampling(temperature, top_k, top_p, uniform)
-    expected = picked_by_definition(values[0].tolist(), how)
-    backends = [Reference("cpu", "float32"), *([native.Native(dtype="float32")] if NATIVE_PRESENT else [])]
-    for ops in backends:
-        assert ops.sample(logits(ops, values), [how])[0].token == expected, ops.name
-
-
-def test_sample_draws_the_distribution(backend):
-    """Evenly spaced uniforms give every token its share to within one draw."""
-    values = exact(1, 10, scale=1.5)
-    count = 500
-    hows = [Sampling(temperature=1.0, uniform=(i + 0.5) / count) for i in range(count)]
-    found = backend.ops.sample(logits(backend.ops, values.expand(count, 10).contiguous()), hows)
-    counts = torch.bincount(torch.tensor([sampled.token for sampled in found]), minlength=10)
-    assert (counts - count * values[0].softmax(-1)).abs().max() <= 1.0
-
-
-def test_greedy_takes_the_lowest_of_equals(backend):
-    values = torch.tensor([[1.0, 2.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0], [-3.0, -5.0, -3.0, -9.0]]).double()
-    found = backend.ops.sample(logits(backend.ops, values), [Sampling()] * 3)
-    assert [sampled.token for sampled in found] == [1, 0, 0]
-    assert backend.ops.top_two(logits(backend.ops, values)) == [(1, 0.0), (0, 0.0), (0, 0.0)]
-
-
-@pytest.mark.parametrize(
-    "how", [Sampling(), Sampling(1.0, 2, 0.9, 0.5), Sampling(logprobs=2), Sampling(1.0, logprobs=0)]
-)
-def test_a_broken_row_gives_no_token_and_spares_the_others(backend, how):
+def test_a_taped_forward_gives_what_its_ops_give(backend):
+    """Batches of other sizes than the first, other tables, other rows, and none: the tape knows nothing of them."""
     ops = backend.ops
-    for broken in ([1.0, float("nan"), 0.0], [float("-inf")] * 3, [float("nan")] * 3):
-        assert ops.sample(one_row(ops, broken), [how])[0].token == -1
-    values = torch.tensor([[0.0, 4.0, 1.0], [float("nan")] * 3]).double()
-    rows = tensor(ops, values)
-    head = weight(ops, torch.eye(3))
-    mixed = ops.logits(rows, ops.plan(whole(2), 2), head, None, 3, 1.0, None)
-    assert [sampled.token for sampled in ops.sample(mixed, [Sampling()] * 2)] == [1, -1]
-
-
-def test_masked_tokens_are_never_drawn(backend):
-    hidden = float("-inf")
-    row = one_row(backend.ops, [hidden, 0.5, hidden, 0.25, hidden])
-    for how in (Sampling(), Sampling(1.0, uniform=0.0), Sampling(9.0, 4, 1.0, 0.99), Sampling(9.0, 0, 0.99, 0.999999)):
-        assert backend.ops.sample(row, [how])[0].token in (1, 3), how
-
-
-def test_logprobs_are_of_the_unfiltered_logits(backend):
-    values = exact(4, 300, scale=2.0)
-    hows = [
-        Sampling(logprobs=0),
-        Sampling(0.5, 1, 1.0, 0.3, logprobs=3),
-        Sampling(2.0, 0, 0.5, 0.7, logprobs=5),
-        Sampling(1.0, uniform=0.2),
-    ]
-    found = backend.ops.sample(logits(backend.ops, values), hows)
-    expected = values.log_softmax(-1)
-    for row, (sampled, how) in enumerate(zip(found[:3], hows, strict=False)):
-        assert sampled.logprob == pytest.approx(expected[row, sampled.token].item(), abs=1e-9)
-        best = expected[row].sort(descending=True, stable=True)
-        assert [i for i, _ in sampled.top] == best.indices[: how.logprobs].tolist()
-        assert [p for _, p in sampled.top] == pytest.approx(best.values[: how.logprobs].tolist(), abs=1e-9)
-        assert all(p == sampled.logprob for i, p in sampled.top if i == sampled.token)
-    assert found[3].top == () and found[3].logprob == 0.0
-
-
-def test_top_logprobs_among_equals_are_the_lowest_ids(backend):
-    values = torch.tensor([[0.0, 1.0, 1.0, 1.0, 0.0, 1.0]]).double()
-    found = backend.ops.sample(logits(backend.ops, values), [Sampling(logprobs=3)])[0]
-    assert [i for i, _ in found.top] == [1, 2, 3]
-    everything = backend.ops.sample(logits(backend.ops, values), [Sampling(logprobs=50)])[0]
-    assert [i for i, _ in everything.top] == [1, 2, 3, 5, 0, 4]
-
-
-def test_top_two(backend):
-    values = exact(5, 1000)
-    best = values.topk(2).values
-    found = backend.ops.top_two(logits(backend.ops, values))
-    assert [token for token, _ in found] == values.argmax(-1).tolist()
-    assert [margin for _, margin in found] == pytest.approx((best[:, 0] - best[:, 1]).tolist(), abs=1e-6)
+    plain, taped = Everything(ops), Everything(ops)
+    run = ops.taped(taped, 5)
+    for batch in BATCHES:
+        expected = ops.floats(plain(ops.plan(batch, 5))).tolist()
+        assert ops.floats(run(batch)).tolist() == expected
+        assert len(expected) == len(batch.rows) * plain.vocabulary
+        assert len(set(expected)) >= 30 * len(batch.rows), "else there is little to compare"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import msgspec
@@ -19,7 +20,7 @@ from fgsnap.runtime import weights as weights_module
 from fgsnap.runtime.decoder import Decoder, load_decoder
 from fgsnap.runtime.weights import load, load_by_layer
 from fgsnap.snapshot import open_snapshot
-from fgsnap.spec import Attention, Embedding, Head, Norm, features, rope_frequencies
+from fgsnap.spec import Attention, Embedding, Head, Norm, QueryTemperature, features, rope_frequencies
 from tests.snapshots import make_snapshot, random_weights, tiny_spec
 
 BACKENDS = ["reference", *(["native"] if native.available()[0] else [])]
@@ -46,12 +47,19 @@ SPECS = {
     "tied, one kv head": tiny_spec(tied=True, kv_heads=1),
     "biases": tiny_spec(qkv_bias=True, mlp_bias=True),
     "window": tiny_spec(window=5),
+    "window and chunk": with_attention(tiny_spec(window=5), chunk=7),
+    "softcap": with_attention(tiny_spec(), softcap=0.4),
+    "query temperature, step": with_attention(
+        tiny_spec(), rope=None, query_temperature=QueryTemperature("step", base=3, scale=0.5)
+    ),
+    "query temperature, logn": with_attention(tiny_spec(), query_temperature=QueryTemperature("logn", base=5)),
     "wide heads": tiny_spec(head_dim=24),
     "partial rotation": msgspec.structs.replace(
         tiny_spec(), ropes=(msgspec.structs.replace(tiny_spec().ropes[0], dims=4),)
     ),
     "no rotation": with_attention(tiny_spec(), rope=None),
     "plain mlp": with_mlp(tiny_spec(mlp_bias=True), gated=False, activation="gelu_tanh"),
+    "clamped mlp": with_mlp(tiny_spec(mlp_bias=True), activation="clamped_swiglu", clamp=0.5),
     "parallel, shared norm": changed_layers(tiny_spec(), residual="parallel", attn_in=LN, mlp_in=None),
     "parallel, two norms": changed_layers(tiny_spec(), residual="parallel", mlp_in=LN),
     "post": changed_layers(tiny_spec(), residual="post", attn_in=None, mlp_in=None, attn_out=RMS, mlp_out=LN),
@@ -119,7 +127,11 @@ class Dense:
             "silu": torch.nn.functional.silu,
             "gelu_tanh": lambda v: torch.nn.functional.gelu(v, approximate="tanh"),
         }
-        act, up = functions[mlp.activation], self.linear(x, at + "up")
+        up = self.linear(x, at + "up")
+        if mlp.activation == "clamped_swiglu":
+            gate, up = self.linear(x, at + "gate").clamp(max=mlp.clamp), up.clamp(-mlp.clamp, mlp.clamp)
+            return self.linear((up + 1) * gate * torch.sigmoid(1.702 * gate), at + "down")
+        act = functions[mlp.activation]
         return self.linear(act(self.linear(x, at + "gate")) * up if mlp.gated else act(up), at + "down")
 
     def attention(self, x, attention: Attention, at):
@@ -127,12 +139,25 @@ class Dense:
             return self.linear(x, at + name).view(len(x), -1, attention.head_dim).transpose(0, 1)
 
         q, k, v = self.rotate(heads("q"), attention), self.rotate(heads("k"), attention), heads("v")
+        q = q * self.temperature(attention.query_temperature, len(x))[:, None]
         repeat = attention.heads // attention.kv_heads
         scores = q @ k.repeat_interleave(repeat, 0).transpose(1, 2) * attention.scale
-        age = torch.arange(len(x))[:, None] - torch.arange(len(x))
+        if attention.softcap is not None:
+            scores = attention.softcap * torch.tanh(scores / attention.softcap)
+        at_key, chunk = torch.arange(len(x)), attention.chunk or len(x)
+        age = at_key[:, None] - at_key
         hidden = (age < 0) | (age >= (attention.window or len(x)))
+        hidden |= at_key[:, None] // chunk != at_key // chunk
         mixed = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v.repeat_interleave(repeat, 0)
         return self.linear(mixed.transpose(0, 1).flatten(1), at + "out")
+
+    def temperature(self, how, length):
+        count = torch.arange(1, length + 1).double()
+        if how is None:
+            return torch.ones_like(count)
+        if how.kind == "logn":
+            return torch.where(count > how.base, count.log() / math.log(how.base), 1.0)
+        return 1 + how.scale * torch.log(1 + torch.floor(count / how.base))
 
     def rotate(self, x, attention):
         if attention.rope is None:
@@ -295,13 +320,11 @@ WRONG = {
 
 
 def reshape(table, name, shape):
-    dtype, _, data = table[name]
-    table[name] = (dtype, shape, data)
+    table[name] = table[name]._replace(shape=shape)
 
 
 def retype(table, name, dtype):
-    _, shape, data = table[name]
-    table[name] = (dtype, shape, data)
+    table[name] = table[name]._replace(dtype=dtype)
 
 
 @pytest.mark.parametrize("change, said", WRONG.values(), ids=WRONG.keys())

@@ -1,13 +1,15 @@
-// The C interface that fgsnap/kernels/native.py loads: threads, the tape, and sampling.
+// The C interface that fgsnap/kernels/library.py loads: threads, programs, and sampling.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <exception>
 #include <memory>
 #include <utility>
 #include <vector>
 
+#include "program.h"
+#include "ranks.h"
 #include "sample.h"
-#include "tape.h"
 #include "team.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -15,9 +17,8 @@
 namespace fgsnap {
 namespace {
 
-constexpr int64_t SMALL = 16384;        // an op on fewer numbers than this is not worth dividing
-constexpr int64_t CACHED = 256 * 1024;  // weight bytes a thread keeps near while all tokens pass over them
-constexpr int64_t SHARES = 4;           // grains a thread should find, so that all finish together
+constexpr int64_t SMALL = 16384;  // an op on fewer numbers than this is not worth dividing
+constexpr int64_t SHARES = 4;     // grains that a thread's range is worked off in, so that others can help
 
 // All kernels this machine can run, the best first.
 std::vector<const Kernels*> usable() {
@@ -25,9 +26,13 @@ std::vector<const Kernels*> usable() {
 #ifdef FGSNAP_X86_VARIANTS
     __builtin_cpu_init();
     const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-    if (v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        found.push_back(&kernels_v4);
+    const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                    __builtin_cpu_supports("avx512vl");
+#ifdef FGSNAP_AVX512BF16
+    if (v4 && __builtin_cpu_supports("avx512bf16")) found.push_back(&kernels_bf16);
+#endif
+    if (v4) found.push_back(&kernels_v4);
     if (v3) found.push_back(&kernels_v3);
 #endif
     found.push_back(&kernels_base);
@@ -37,6 +42,7 @@ std::vector<const Kernels*> usable() {
 struct Engine {
     Team team;
     const Kernels& kernels;
+    std::unique_ptr<Ranks> ranks;  // null: this is the only one
 };
 
 template <class T>
@@ -56,91 +62,152 @@ int64_t length(Kind kind) {
         case Kind::norm: return sizeof(Norm) / 8;
         case Kind::add: return sizeof(Add) / 8;
         case Kind::linear: return sizeof(Linear) / 8;
+        case Kind::select: return sizeof(Select) / 8;
         case Kind::rope: return sizeof(Rope) / 8;
         case Kind::append: return sizeof(Append) / 8;
         case Kind::attend: return sizeof(Attend) / 8;
         case Kind::activate: return sizeof(Activate) / 8;
+        case Kind::gate: return sizeof(Gate) / 8;
+        case Kind::latent: return sizeof(Latent) / 8;
+        case Kind::rotate: return sizeof(Rotate) / 8;
+        case Kind::route: return sizeof(Route) / 8;
+        case Kind::assign: return sizeof(Assign) / 8;
+        case Kind::expert_up: return sizeof(ExpertUp) / 8;
+        case Kind::expert_down: return sizeof(ExpertDown) / 8;
+        case Kind::reduce: return sizeof(Reduce) / 8;
+        case Kind::gather: return sizeof(Gather) / 8;
     }
     return 0;
 }
 
-// How an op divides into units, and units into grains, on a team of some threads.
+int64_t panels(int64_t rows) { return (rows + PANEL - 1) / PANEL; }
+
+// How an op of one step divides into units, and units into grains, on a team of some threads.
 class Divider {
    public:
-    Divider(const Kernels& kernels, int threads) : kernels_(kernels), threads_(threads) {}
+    Divider(const Step& step, int threads) : step_(step), threads_(threads) {}
 
     Job::Phase divide(const Record& record) const {
         switch (record.kind) {
-            case Kind::embed: return rows(as<Embed>(record.words), as<Embed>(record.words).width);
-            case Kind::norm: return rows(as<Norm>(record.words), as<Norm>(record.words).width);
-            case Kind::add: return rows(as<Add>(record.words), as<Add>(record.words).width);
-            case Kind::rope: return rows(as<Rope>(record.words), as<Rope>(record.words).half * 16);
-            case Kind::activate: return rows(as<Activate>(record.words), as<Activate>(record.words).inner * 8);
-            case Kind::append: return append(as<Append>(record.words));
+            case Kind::embed: return tokens(as<Embed>(record.words).width);
+            case Kind::norm: return tokens(as<Norm>(record.words).width);
+            case Kind::add: return tokens(as<Add>(record.words).width);
             case Kind::linear: return linear(as<Linear>(record.words));
+            case Kind::select: return phase(step_.rows, step_.rows * as<Select>(record.words).width);
+            case Kind::rope: return tokens(as<Rope>(record.words).half * 16);
+            case Kind::append: return append(as<Append>(record.words));
             case Kind::attend: return attend(as<Attend>(record.words));
+            case Kind::activate: return tokens(as<Activate>(record.words).inner * 8);
+            case Kind::gate: return tokens(as<Gate>(record.words).width);
+            case Kind::latent: return tokens(as<Latent>(record.words).cache.head_dim * 4);
+            case Kind::rotate: return tokens(as<Rotate>(record.words).heads * as<Rotate>(record.words).width);
+            case Kind::route: return tokens(as<Route>(record.words).experts * 16);
+            case Kind::assign: return {1, 1};
+            case Kind::expert_up: return expert_up(as<ExpertUp>(record.words));
+            case Kind::expert_down: return expert_down(as<ExpertDown>(record.words));
+            case Kind::reduce: return {1, 1};
+            case Kind::gather: return {1, 1};
         }
         return {0, 1};
     }
 
    private:
-    int64_t grain(int64_t units, int64_t numbers) const {
-        if (numbers < SMALL || threads_ == 1) return std::max<int64_t>(units, 1);
-        return std::max<int64_t>(1, units / (threads_ * SHARES));
+    // `numbers` is about how many multiplications the whole op takes.
+    Job::Phase phase(int64_t units, int64_t numbers) const {
+        if (numbers < SMALL || threads_ == 1) return {units, std::max<int64_t>(units, 1)};
+        return {units, std::max<int64_t>(1, units / (threads_ * SHARES))};
     }
 
-    template <class Op>
-    Job::Phase rows(const Op& op, int64_t width) const {
-        return {op.count, grain(op.count, op.count * width)};
-    }
+    Job::Phase tokens(int64_t width) const { return phase(step_.tokens, step_.tokens * width); }
 
     Job::Phase append(const Append& op) const {
-        return rows(op, (op.heads + 2 * op.cache.kv_heads) * op.cache.head_dim);
+        return tokens((op.heads + 2 * op.cache.kv_heads) * op.cache.head_dim * 2);
     }
 
-    // Few enough rows of weight to stay cached while the tokens pass, and whole panels.
     Job::Phase linear(const Linear& op) const {
-        const int64_t row_bytes = std::max<int64_t>(1, op.in * (op.weight_type == Type::f32 ? 4 : 2));
-        int64_t rows = grain(op.out, op.count * op.in * op.out);
-        if (op.count > 1) rows = std::min(rows, CACHED / row_bytes);
-        return {op.count == 0 ? 0 : op.out, std::max<int64_t>(1, rows / kernels_.panel) * kernels_.panel};
+        const int64_t count = op.selected ? step_.rows : step_.tokens;
+        if (count == 0) return {0, 1};
+        return phase(op.heads * panels(op.out), op.heads * count * op.in * op.out);
     }
 
     // Tiles of tokens times key heads; a few short sequences are not divided.
     Job::Phase attend(const Attend& op) const {
-        const int64_t units = op.tile_count * op.cache.kv_heads;
+        const int64_t units = step_.tile_count * op.cache.kv_heads;
         int64_t keys = 0;
-        for (int64_t i = 0; i < op.tile_count && keys < SMALL; ++i) keys += op.positions[op.tiles[2 * i]] + 1;
+        for (int64_t i = 0; i < step_.tile_count && keys < SMALL; ++i) keys += step_.positions[step_.tiles[2 * i]] + 1;
         const bool small = threads_ == 1 || keys * op.heads * op.cache.head_dim < 4 * SMALL;
-        return {units, small ? units : 1};
+        return {units, small ? std::max<int64_t>(units, 1) : 1};
     }
 
-    const Kernels& kernels_;
+    // Which experts have work is not known yet: an expert's panels are one grain, or a part of one.
+    Job::Phase expert_up(const ExpertUp& op) const {
+        const int64_t own = panels(op.inner);
+        return {op.experts * own, threads_ == 1 ? op.experts * own : std::min<int64_t>(own, 8)};
+    }
+
+    Job::Phase expert_down(const ExpertDown& op) const {
+        return phase(panels(op.out), step_.tokens * op.top_k * op.in * op.out);
+    }
+
+    const Step& step_;
     const int threads_;
 };
 
-class Step : public Job {
+class Forward : public Job {
    public:
-    Step(const Kernels& kernels, std::vector<Record> records, std::vector<Phase> phases)
-        : Job(std::move(phases)), kernels_(kernels), records_(std::move(records)) {}
+    Forward(Engine& engine, const Step& step, std::vector<Record> records, std::vector<Phase> phases)
+        : Job(std::move(phases), engine.team.threads()),
+          kernels_(engine.kernels),
+          ranks_(engine.ranks.get()),
+          step_(step),
+          records_(std::move(records)) {}
+
+    // Whether another rank has given up; to be asked when the job is done.
+    bool alone() const { return alone_.load(); }
 
    private:
-    void compute(size_t phase, int64_t begin, int64_t end, Scratch& scratch) override {
+    void compute(size_t phase, const Share& share) override {
         const void* words = records_[phase].words;
         switch (records_[phase].kind) {
-            case Kind::embed: return kernels_.embed(as<Embed>(words), begin, end);
-            case Kind::norm: return kernels_.norm(as<Norm>(words), begin, end);
-            case Kind::add: return kernels_.add(as<Add>(words), begin, end);
-            case Kind::linear: return kernels_.linear(as<Linear>(words), begin, end, scratch);
-            case Kind::rope: return kernels_.rope(as<Rope>(words), begin, end);
-            case Kind::append: return kernels_.append(as<Append>(words), begin, end, scratch);
-            case Kind::attend: return kernels_.attend(as<Attend>(words), begin, end, scratch);
-            case Kind::activate: return kernels_.activate(as<Activate>(words), begin, end);
+            case Kind::embed: return kernels_.embed(as<Embed>(words), step_, share);
+            case Kind::norm: return kernels_.norm(as<Norm>(words), step_, share);
+            case Kind::add: return kernels_.add(as<Add>(words), step_, share);
+            case Kind::linear: return kernels_.linear(as<Linear>(words), step_, share);
+            case Kind::select: return kernels_.select(as<Select>(words), step_, share);
+            case Kind::rope: return kernels_.rope(as<Rope>(words), step_, share);
+            case Kind::append: return kernels_.append(as<Append>(words), step_, share);
+            case Kind::attend: return kernels_.attend(as<Attend>(words), step_, share);
+            case Kind::activate: return kernels_.activate(as<Activate>(words), step_, share);
+            case Kind::gate: return kernels_.gate(as<Gate>(words), step_, share);
+            case Kind::latent: return kernels_.latent(as<Latent>(words), step_, share);
+            case Kind::rotate: return kernels_.rotate(as<Rotate>(words), step_, share);
+            case Kind::route: return kernels_.route(as<Route>(words), step_, share);
+            case Kind::assign: return kernels_.assign(as<Assign>(words), step_);
+            case Kind::expert_up: return kernels_.expert_up(as<ExpertUp>(words), step_, share);
+            case Kind::expert_down: return kernels_.expert_down(as<ExpertDown>(words), step_, share);
+            case Kind::reduce: return reduce(as<Reduce>(words));
+            case Kind::gather: return gather(as<Gather>(words));
+        }
+    }
+
+    void reduce(const Reduce& op) {
+        if (ranks_ != nullptr && !ranks_->reduce(step_.floats(op.x), step_.tokens * op.width)) alone_.store(true);
+    }
+
+    void gather(const Gather& op) {
+        if (ranks_ == nullptr) {
+            for (int64_t r = 0; r < step_.rows; ++r)
+                std::memcpy(step_.floats(op.y) + r * op.width, step_.floats(op.x) + r * op.part, size_t(op.width) * 4);
+        } else if (!ranks_->gather(step_.floats(op.x), step_.rows, op.part, step_.floats(op.y), op.width)) {
+            alone_.store(true);
         }
     }
 
     const Kernels& kernels_;
+    Ranks* const ranks_;
+    const Step step_;
     const std::vector<Record> records_;
+    std::atomic<bool> alone_{false};
 };
 
 struct Rows {
@@ -155,11 +222,11 @@ struct Rows {
 
 class PickRows : public Job {
    public:
-    explicit PickRows(const Rows& rows) : Job({{rows.rows, 1}}), rows_(rows) {}
+    PickRows(const Rows& rows, int threads) : Job({{rows.rows, 1}}, threads), rows_(rows) {}
 
    private:
-    void compute(size_t, int64_t begin, int64_t end, Scratch&) override {
-        for (int64_t r = begin; r < end; ++r) {
+    void compute(size_t, const Share& share) override {
+        for (int64_t r = share.begin; r < share.end; ++r) {
             const float* logits = rows_.logits + r * rows_.columns;
             rows_.picked[r] = rows_.how == nullptr
                                   ? lead(logits, rows_.columns)
@@ -171,21 +238,21 @@ class PickRows : public Job {
     const Rows rows_;
 };
 
-enum Outcome { DONE = 0, NO_MEMORY = 1, NO_TAPE = 2 };
+enum Outcome { DONE = 0, NO_MEMORY = 1, NO_PROGRAM = 2, NO_RANKS = 3 };
 
 Outcome run(Engine& engine, const std::shared_ptr<Job>& job) {
     engine.team.run(job);
     return job->failed() ? NO_MEMORY : DONE;
 }
 
-Outcome run_tape(Engine& engine, const int64_t* words, int64_t count) {
-    const Divider divider(engine.kernels, engine.team.threads());
+Outcome run_program(Engine& engine, const int64_t* words, int64_t count, const Step& step) {
+    const Divider divider(step, engine.team.threads());
     std::vector<Record> records;
     std::vector<Job::Phase> phases;
     for (int64_t at = 0; at < count;) {
         const Record record{words + at, Kind(words[at])};
         const int64_t own = length(record.kind);
-        if (own == 0 || own > count - at) return NO_TAPE;
+        if (own == 0 || own > count - at) return NO_PROGRAM;
         const Job::Phase phase = divider.divide(record);
         if (phase.units > 0) {
             records.push_back(record);
@@ -193,7 +260,13 @@ Outcome run_tape(Engine& engine, const int64_t* words, int64_t count) {
         }
         at += own;
     }
-    return run(engine, std::make_shared<Step>(engine.kernels, std::move(records), std::move(phases)));
+    const auto forward = std::make_shared<Forward>(engine, step, std::move(records), std::move(phases));
+    const Outcome outcome = run(engine, forward);
+    return forward->alone() ? NO_RANKS : outcome;
+}
+
+Outcome pick_rows(Engine& engine, const Rows& rows) {
+    return run(engine, std::make_shared<PickRows>(rows, engine.team.threads()));
 }
 
 template <class Function>
@@ -218,11 +291,18 @@ EXPORT const char* fgsnap_instructions(int64_t index) {
     return index >= 0 && index < int64_t(found.size()) ? found[size_t(index)]->name : nullptr;
 }
 
+// Whether the kernels of that name multiply bfloat16 rows as they are; -1: there are none of that name.
+EXPORT int64_t fgsnap_dots(const char* instructions) {
+    for (const Kernels* kernels : usable())
+        if (std::strcmp(kernels->name, instructions) == 0) return kernels->dots;
+    return -1;
+}
+
 // Null when the name is not among fgsnap_instructions or the threads cannot be started.
 EXPORT void* fgsnap_open(int64_t threads, const char* instructions) {
     try {
         for (const Kernels* kernels : usable())
-            if (std::strcmp(kernels->name, instructions) == 0) return new Engine{Team(int(threads)), *kernels};
+            if (std::strcmp(kernels->name, instructions) == 0) return new Engine{Team(int(threads)), *kernels, nullptr};
     } catch (const std::exception&) {
     }
     return nullptr;
@@ -230,19 +310,31 @@ EXPORT void* fgsnap_open(int64_t threads, const char* instructions) {
 
 EXPORT void fgsnap_close(void* handle) { delete static_cast<Engine*>(handle); }
 
-// Executes the records in words[0, count) in order. 0: done; 1: out of memory; 2: not a tape.
-EXPORT int fgsnap_run(void* handle, const int64_t* words, int64_t count) {
-    return guarded([&] { return run_tape(*static_cast<Engine*>(handle), words, count); });
+// Bytes of shared memory for `count` ranks that lay `floats` numbers each together at a time.
+EXPORT int64_t fgsnap_ranks_memory(int64_t count, int64_t floats) { return Ranks::memory_for(int(count), floats); }
+
+// Makes this one of `count` ranks over shared memory, which must outlive it.
+EXPORT void fgsnap_join(void* handle, char* memory, int64_t size, int64_t rank, int64_t count) {
+    static_cast<Engine*>(handle)->ranks = std::make_unique<Ranks>(memory, size, int(rank), int(count));
+}
+
+// Tells all ranks over this shared memory that one of them has ended.
+EXPORT void fgsnap_give_up(char* memory, int64_t size, int64_t count) { Ranks(memory, size, 0, int(count)).give_up(); }
+
+// Executes the records in words[0, count) in order. 0: done; 1: out of memory; 2: not a program; 3: another
+// rank has ended.
+EXPORT int fgsnap_run(void* handle, const int64_t* words, int64_t count, const Step* step) {
+    return guarded([&] { return run_program(*static_cast<Engine*>(handle), words, count, *step); });
 }
 
 // top_tokens and top_logprobs have `top` places a row.
 EXPORT int fgsnap_sample(void* handle, const float* logits, int64_t rows, int64_t columns, const Sampling* how,
                          Picked* picked, int64_t top, int64_t* top_tokens, double* top_logprobs) {
     const Rows work{logits, rows, columns, how, picked, top, top_tokens, top_logprobs};
-    return guarded([&] { return run(*static_cast<Engine*>(handle), std::make_shared<PickRows>(work)); });
+    return guarded([&] { return pick_rows(*static_cast<Engine*>(handle), work); });
 }
 
 EXPORT int fgsnap_top_two(void* handle, const float* logits, int64_t rows, int64_t columns, Picked* picked) {
     const Rows work{logits, rows, columns, nullptr, picked, 0, nullptr, nullptr};
-    return guarded([&] { return run(*static_cast<Engine*>(handle), std::make_shared<PickRows>(work)); });
+    return guarded([&] { return pick_rows(*static_cast<Engine*>(handle), work); });
 }

@@ -109,7 +109,10 @@ Picked pick(const float* logits, int64_t columns, const Sampling& how, int64_t* 
     const float most = largest(logits, columns);
     if (most != most || most == MINUS) return {-1, 0, 0};
     Picked picked{std::find(logits, logits + columns, most) - logits, 0, 0};
-    if (how.temperature > 0) picked.token = draw(logits, columns, most, how);
+    if (how.forced >= 0)
+        picked.token = how.forced;
+    else if (how.temperature > 0)
+        picked.token = draw(logits, columns, most, how);
     if (how.logprobs < 0) return picked;
     double total = 0;
     for (int64_t i = 0; i < columns; ++i) total += weight(logits[i], most, 1);

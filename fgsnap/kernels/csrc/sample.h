@@ -11,6 +11,7 @@ struct Sampling {
     double top_p;
     double uniform;
     int64_t logprobs;  // -1: none
+    int64_t forced;    // the token itself; -1: pick one
 };
 
 struct Picked {

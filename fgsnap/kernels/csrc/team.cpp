@@ -25,11 +25,11 @@ void relax() {
 
 Scratch::~Scratch() { std::free(data_); }
 
-float* Scratch::need(size_t floats) {
-    if (floats > size_) {
+char* Scratch::need(size_t bytes) {
+    if (bytes > size_) {
         std::free(data_);
-        size_ = (floats + floats / 2 + 1023) / 1024 * 1024;
-        data_ = static_cast<float*>(std::aligned_alloc(64, size_ * sizeof(float)));
+        size_ = (bytes + bytes / 2 + 4095) / 4096 * 4096;
+        data_ = static_cast<char*>(std::aligned_alloc(4096, size_));
         if (data_ == nullptr) {
             size_ = 0;
             throw std::bad_alloc();
@@ -38,11 +38,12 @@ float* Scratch::need(size_t floats) {
     return data_;
 }
 
-Job::Job(std::vector<Phase> phases) : phases_(std::move(phases)), progress_(new Progress[phases_.size()]) {}
+Job::Job(std::vector<Phase> phases, int threads)
+    : phases_(std::move(phases)), threads_(threads), counters_(new Counter[phases_.size() * size_t(threads + 1)]) {}
 
-Team::Team(int threads) {
+Team::Team(int threads) : threads_(threads < 1 ? 1 : threads) {
     try {
-        for (int i = 1; i < threads; ++i) workers_.emplace_back(&Team::work, this);
+        for (int i = 1; i < threads_; ++i) workers_.emplace_back(&Team::work, this, i);
     } catch (...) {
         stop();
         throw;
@@ -66,10 +67,10 @@ void Team::run(const std::shared_ptr<Job>& job) {
         }
         changed();
     }
-    take_part(*job, scratch_);
+    take_part(*job, 0, scratch_);
 }
 
-void Team::work() {
+void Team::work(int self) {
     Scratch scratch;
     for (uint64_t seen = 0;;) {
         wait(BETWEEN_JOBS_NS, [&] { return jobs_.load() != seen || ending_.load(); });
@@ -80,24 +81,32 @@ void Team::work() {
             job = job_;
             seen = jobs_.load();
         }
-        take_part(*job, scratch);
+        take_part(*job, self, scratch);
     }
 }
 
-void Team::take_part(Job& job, Scratch& scratch) {
+void Team::take_part(Job& job, int self, Scratch& scratch) {
     for (size_t i = 0; i < job.phases_.size(); ++i) {
-        const Job::Phase phase = job.phases_[i];
-        Job::Progress& progress = job.progress_[i];
-        for (int64_t begin; (begin = progress.taken.fetch_add(phase.grain)) < phase.units;) {
-            const int64_t end = begin + phase.grain < phase.units ? begin + phase.grain : phase.units;
-            try {
-                job.compute(i, begin, end, scratch);
-            } catch (const std::bad_alloc&) {
-                job.failed_.store(true);
-            }
-            if (progress.done.fetch_add(end - begin) + end - begin == phase.units) changed();
+        const int64_t ranges = job.ranges(job.phases_[i]);
+        for (int64_t k = 0; k < ranges; ++k) take_range(job, i, (self + k) % ranges, scratch);
+        wait(BETWEEN_PHASES_NS, [&] { return job.done(i).value.load() >= job.phases_[i].units; });
+    }
+}
+
+void Team::take_range(Job& job, size_t phase, int64_t range, Scratch& scratch) {
+    const auto [units, grain] = job.phases_[phase];
+    const int64_t ranges = job.ranges({units, grain});
+    const int64_t first = units * range / ranges, until = units * (range + 1) / ranges;
+    std::atomic<int64_t>& taken = job.taken(phase, range).value;
+    if (first + taken.load() >= until) return;
+    for (int64_t begin; (begin = first + taken.fetch_add(grain)) < until;) {
+        const int64_t end = begin + grain < until ? begin + grain : until;
+        try {
+            job.compute(phase, {begin, end, until, scratch});
+        } catch (const std::bad_alloc&) {
+            job.failed_.store(true);
         }
-        wait(BETWEEN_PHASES_NS, [&] { return progress.done.load() >= phase.units; });
+        if (job.done(phase).value.fetch_add(end - begin) + end - begin == units) changed();
     }
 }
 

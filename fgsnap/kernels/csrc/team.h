@@ -1,8 +1,9 @@
 // A team of threads that works off jobs together, and sleeps when there is none.
 //
-// A job is a list of phases; a phase is done when all its units are, whoever did them. Nobody waits for a thread as
-// such: one that the system has put aside holds up the others only while a grain is in its hands, and one that comes
-// late takes what is left. On a busy machine that is the difference between slower and standing still.
+// A job is a list of phases; a phase is done when all its units are, whoever did them. Each thread has a range of the
+// units that it begins with, so that it reads one stretch of memory, and then helps with what others have left. Nobody
+// waits for a thread as such: one that the system has put aside holds up the others only while a grain is in its hands,
+// and one that comes late takes what is left. On a busy machine that is the difference between slower and standing still.
 #pragma once
 
 #include <atomic>
@@ -13,7 +14,7 @@
 #include <thread>
 #include <vector>
 
-#include "tape.h"
+#include "program.h"
 
 namespace fgsnap {
 
@@ -24,7 +25,7 @@ class Job {
         int64_t grain;  // units taken at a time
     };
 
-    explicit Job(std::vector<Phase> phases);
+    Job(std::vector<Phase> phases, int threads);
     virtual ~Job() = default;
 
     // Whether memory ran out somewhere; to be asked when the job is done.
@@ -33,16 +34,20 @@ class Job {
    private:
     friend class Team;
 
-    // Does units [begin, end) of a phase whose predecessors are done.
-    virtual void compute(size_t phase, int64_t begin, int64_t end, Scratch& scratch) = 0;
+    // Does a share of a phase whose predecessors are done.
+    virtual void compute(size_t phase, const Share& share) = 0;
 
-    struct alignas(64) Progress {
-        std::atomic<int64_t> taken{0};
-        std::atomic<int64_t> done{0};
+    struct alignas(64) Counter {
+        std::atomic<int64_t> value{0};
     };
 
-    std::vector<Phase> phases_;
-    std::unique_ptr<Progress[]> progress_;
+    int64_t ranges(const Phase& phase) const { return phase.grain < phase.units ? threads_ : 1; }
+    Counter& taken(size_t phase, int64_t range) { return counters_[phase * size_t(threads_ + 1) + 1 + size_t(range)]; }
+    Counter& done(size_t phase) { return counters_[phase * size_t(threads_ + 1)]; }
+
+    const std::vector<Phase> phases_;
+    const int threads_;
+    const std::unique_ptr<Counter[]> counters_;
     std::atomic<bool> failed_{false};
 };
 
@@ -55,16 +60,18 @@ class Team {
     // Returns when the job is done. One caller at a time. A late thread may still look at the job, not at its data.
     void run(const std::shared_ptr<Job>& job);
 
-    int threads() const { return int(workers_.size()) + 1; }
+    int threads() const { return threads_; }
 
    private:
-    void work();
+    void work(int self);
     void stop();
-    void take_part(Job& job, Scratch& scratch);
+    void take_part(Job& job, int self, Scratch& scratch);
+    void take_range(Job& job, size_t phase, int64_t range, Scratch& scratch);
     void changed();
     template <class Condition>
     void wait(int64_t patience_ns, const Condition& condition);
 
+    const int threads_;
     Scratch scratch_;
     std::vector<std::thread> workers_;
     std::mutex mutex_;

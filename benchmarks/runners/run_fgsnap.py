@@ -1,0 +1,48 @@
+"""fgsnap's engine without HTTP, by way of ``fgsnap bench``'s own code: SNAPSHOT CONTEXT KV_MEBIBYTES."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jobs
+
+TOLD = jobs.results_apart()
+
+from fgsnap.bench import local  # noqa: E402
+from fgsnap.runtime.decoder import load_as_chosen  # noqa: E402
+from fgsnap.runtime.engine import Engine  # noqa: E402
+from fgsnap.runtime.generate import generate  # noqa: E402
+from fgsnap.runtime.options import EngineOptions  # noqa: E402
+from fgsnap.runtime.request import SamplingParams  # noqa: E402
+from fgsnap.runtime.text import Text  # noqa: E402
+from fgsnap.runtime.worker import check_canary  # noqa: E402
+from fgsnap.snapshot import open_snapshot  # noqa: E402
+
+
+class Fgsnap:
+    def __init__(self, snapshot: Path, context: int, kv_mebibytes: int) -> None:
+        options = EngineOptions(max_model_len=context, kv_memory=kv_mebibytes << 20)
+        self._snapshot = open_snapshot(snapshot)
+        self._text = Text(self._snapshot)
+        decoder = load_as_chosen(self._snapshot, options)
+        check_canary(decoder, self._snapshot)
+        self._engine = Engine(decoder, eos_token_ids=self._text.eos_token_ids, token_budget=options.max_batch_tokens)
+
+    def answer(self, question: str, tokens: int) -> str:
+        prompt = self._text.encode_chat([{"role": "user", "content": question}])
+        params = SamplingParams(tokens, temperature=0.0)
+        return "".join(delta.text for delta in generate(self._engine, self._text, prompt, params))
+
+    def decode(self, prompts: Sequence[Sequence[int]], tokens: int) -> float:
+        run = local.run(self._engine, [tuple(prompt) for prompt in prompts], tokens)
+        rate = local.decode_rate(run.steps, len(prompts))
+        assert rate is not None
+        return rate
+
+    def prefill(self, prompt: Sequence[int]) -> float:
+        return jobs.timed(len(prompt), lambda: local.run(self._engine, [tuple(prompt)], 1))
+
+
+jobs.serve(Fgsnap(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])), TOLD)

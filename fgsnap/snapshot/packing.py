@@ -1,0 +1,57 @@
+"""How the values of a stored tensor lie in its bytes: row after row, or packed as a backend likes to read them.
+
+"row" is row-major. "words32" is for matrices whose rows are whole words of 4 bytes: one float32, or two bfloat16 or
+float16. The rows are cut into panels of 32, the last one filled up with zero rows, and a panel holds word after word,
+each of all its rows side by side. So a kernel that keeps one sum a row reads a matrix front to back, and never adds up
+a register's lanes. ``docs/format.md`` defines both for a second implementer.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from typing import Literal
+
+from fgsnap.layout import Shape
+from fgsnap.spec import DTYPE_BYTES, DType
+
+Layout = Literal["row", "words32"]
+
+WORD = 4
+PANEL_ROWS: dict[Layout, int] = {"row": 1, "words32": 32}
+"""Rows that lie together; a tensor's rows are filled up to a multiple of them."""
+
+
+def fits(layout: Layout, shape: Shape, dtype: DType) -> bool:
+    """Whether a tensor can lie in ``layout``."""
+    return layout == "row" or (len(shape) == 2 and shape[1] * DTYPE_BYTES[dtype] % WORD == 0)
+
+
+def packed_bytes(layout: Layout, shape: Shape, dtype: DType) -> int:
+    """The bytes that a tensor takes, rows that fill up its last panel included."""
+    return _panels(shape[0], layout) * panel_bytes(layout, shape, dtype)
+
+
+def panel_bytes(layout: Layout, shape: Shape, dtype: DType) -> int:
+    """The bytes of one panel; of one row where the layout has no panels."""
+    return PANEL_ROWS[layout] * math.prod(shape[1:]) * DTYPE_BYTES[dtype]
+
+
+def file_shape(layout: Layout, shape: Shape, dtype: DType) -> Shape:
+    """The row-major shape of the bytes as they lie: for words32 [panels, words, 32 rows, values a word]."""
+    if layout == "row":
+        return shape
+    item = DTYPE_BYTES[dtype]
+    return (_panels(shape[0], layout), shape[1] * item // WORD, PANEL_ROWS[layout], WORD // item)
+
+
+def unpacked(panel: memoryview, start: int, stop: int) -> bytes:
+    """Rows ``start:stop`` of one words32 panel, row-major. An array's stride is the quickest way without numpy."""
+    words = array("I")
+    words.frombytes(panel)
+    step = PANEL_ROWS["words32"]
+    return b"".join([words[row::step] for row in range(start, stop)])
+
+
+def _panels(rows: int, layout: Layout) -> int:
+    return -(-rows // PANEL_ROWS[layout])
