@@ -59,7 +59,10 @@ def engine_options(command: Command) -> Command:
                 "--dtype", type=click.Choice(("auto", *DTYPES)), default="auto",
                 help="Precision of activations and KV cache; auto is that of the weights.",
             ),
-            option("--tp", type=click.IntRange(min=1), default=1, help="Tensor parallel degree to serve at."),
+            option(
+                "--tp", type=click.IntRange(min=1),
+                help="Tensor parallel degree; default: the snapshot's, or 1 if there are fewer CPUs.",
+            ),
             option("--max-model-len", type=click.IntRange(min=1), help="Longest context; default: the model's."),
             option("--max-batch-tokens", type=click.IntRange(min=1), default=512, help="Token budget of one forward."),
             option("--kv-memory", type=ByteSize(), help="KV cache; default: 2GiB, or half of what is free if less."),
@@ -446,12 +449,6 @@ def engine_of(settings: dict[str, Any]) -> EngineOptions:
     """What ``engine_options`` added to the settings, taken out of them."""
     from fgsnap.runtime.options import EngineOptions
 
-    if (tp := settings.pop("tp")) != 1:
-        raise UsageError(
-            f"This version serves at tensor parallel degree 1, not {tp}.",
-            "Every snapshot opens at degree 1, whatever degree it was converted at.",
-            "Leave --tp out.",
-        )
     return EngineOptions(**{name: settings.pop(name) for name in EngineOptions.__struct_fields__})
 
 

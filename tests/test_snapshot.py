@@ -38,7 +38,7 @@ from fgsnap.snapshot import (
     SnapshotWriter,
     TextSection,
     open_snapshot,
-    opened_at_tp1,
+    opened_at,
     plan_rank,
     rank_file,
     read_logical,
@@ -287,7 +287,7 @@ def test_any_snapshot_opens_at_tp1(
     shutil.rmtree(tmp_path / "s", ignore_errors=True)
     make_snapshot(tmp_path / "s", spec, tp, dtype, weights=weights, layout=layout)
     with open_snapshot(tmp_path / "s") as snapshot:
-        opened = opened_at_tp1(snapshot)
+        opened = opened_at(snapshot, 1, 0)
         expected = stored_tensors(spec, 1, 0)
         assert list(opened) == [tensor.name for tensor in expected]
         for tensor in expected:
@@ -311,7 +311,7 @@ def test_tp1_of_tp1_copies_nothing(tmp_path: Path, layout: str) -> None:
     make_snapshot(tmp_path / "s", tiny_spec(), layout=layout)
     with open_snapshot(tmp_path / "s") as snapshot:
         mapped = snapshot.tensor(snapshot.manifest.tensors[0])
-        opened = opened_at_tp1(snapshot)["embed.weight"].data
+        opened = opened_at(snapshot, 1, 0)["embed.weight"].data
         assert np.frombuffer(opened, np.uint8).ctypes.data == np.frombuffer(mapped, np.uint8).ctypes.data
 
 
@@ -325,7 +325,7 @@ def test_each_needed_byte_is_copied_once(tmp_path: Path, monkeypatch: pytest.Mon
     copied = []
     copy_box = gathering.copy_box
     monkeypatch.setattr(gathering, "copy_box", lambda *args: copied.append(copy_box(*args)) or copied[-1])
-    opened = opened_at_tp1(open_snapshot(tmp_path / "s"))
+    opened = opened_at(open_snapshot(tmp_path / "s"), 1, 0)
     assert sum(copied) == sum(len(found.data) for found in opened.values())
 
 

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 from fgsnap.bench.record import quantile, summary
 from fgsnap.errors import FgsnapError, HostError, UsageError
-from fgsnap.runtime.decoder import Decoder, load_as_chosen
+from fgsnap.runtime.decoder import Decoder
 from fgsnap.runtime.engine import Engine
 from fgsnap.runtime.options import EngineOptions
+from fgsnap.runtime.ranks import load_as_chosen
 from fgsnap.runtime.request import Request, SamplingParams
 from fgsnap.runtime.worker import check_canary
 from fgsnap.snapshot import open_snapshot

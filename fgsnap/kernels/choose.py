@@ -8,10 +8,13 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from fgsnap.errors import HostError, UnsupportedModel, UsageError, missing_extra
 from fgsnap.kernels.ops import Ops
+
+if TYPE_CHECKING:
+    from fgsnap.kernels.native import Ranks
 
 Backend = Literal["auto", "native", "reference"]
 BACKENDS: tuple[Backend, ...] = ("auto", "native", "reference")
@@ -28,7 +31,12 @@ class Choice(NamedTuple):
 
 
 def choose(
-    prefer: str, device: str, features: Iterable[str], dtype: str, threads: int | None = None
+    prefer: str,
+    device: str,
+    features: Iterable[str],
+    dtype: str,
+    threads: int | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[Ops, list[Choice]]:
     """The backend to compute with, and why each of its ops is there.
 
@@ -37,7 +45,8 @@ def choose(
         device: "auto", "cpu", "cuda" or "cuda:N". "auto" is cuda where this host has one that torch can use.
         features: what the model needs, as spec.features names it.
         dtype: of activations and KV cache.
-        threads: CPU threads; None lets the backend count the cores it may use.
+        threads: CPU threads; None: library.default_threads().
+        ranks: the part in a tensor parallel group, which only native computes.
 
     Raises:
         HostError: the backend or device is not to be had here.
@@ -48,15 +57,22 @@ def choose(
         raise UsageError(f"There is no backend {prefer!r}.", "", f"Choose one of {', '.join(BACKENDS)} with --backend.")
     needed = frozenset(features)
     wanted = settled_device(prefer, device)
+    if ranks is not None and (prefer == "reference" or wanted != "cpu"):
+        raise UsageError(
+            f"The reference backend does not compute at tensor parallel degree {ranks.size}.",
+            "Only native does, on the CPU.",
+            "Use --tp 1, or --backend native.",
+        )
     if prefer == "reference":
         return _settled(_reference(wanted, needed, dtype, threads), "asked for")
     obstacle = _native_obstacle(wanted, needed, dtype)
     if obstacle is None:
         reason = "asked for" if prefer == "native" else f"computes this model on {wanted} without torch"
-        return _settled(_native(dtype, threads), reason)
-    if prefer == "native":
+        return _settled(_native(dtype, threads, ranks), reason)
+    if prefer == "native" or ranks is not None:
         raise obstacle
-    return _settled(_reference(wanted, needed, dtype, threads), f"native cannot: {obstacle.why or obstacle.what}")
+    why = obstacle.why if isinstance(obstacle, HostError) else obstacle.what.rstrip(".")
+    return _settled(_reference(wanted, needed, dtype, threads), f"native cannot: {why}")
 
 
 def _settled(ops: Ops, reason: str) -> tuple[Ops, list[Choice]]:
@@ -78,16 +94,17 @@ def settled_device(prefer: str, device: str) -> str:
 def _reference(device: str, needed: frozenset[str], dtype: str, threads: int | None) -> Ops:
     if importlib.util.find_spec("torch") is None:
         raise missing_extra("torch", "torch", "The reference backend")
+    from fgsnap.kernels.library import default_threads
     from fgsnap.kernels.reference import Reference
 
     _refuse_unsupported("reference", Reference.supports, needed)
-    return Reference(device, dtype, threads)
+    return Reference(device, dtype, threads or default_threads())
 
 
-def _native(dtype: str, threads: int | None) -> Ops:
+def _native(dtype: str, threads: int | None, ranks: Ranks | None) -> Ops:
     from fgsnap.kernels.native import Native
 
-    return Native(dtype=dtype, threads=threads)
+    return Native(dtype=dtype, threads=threads, ranks=ranks)
 
 
 def _native_obstacle(

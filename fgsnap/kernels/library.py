@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from fgsnap.errors import UsageError
+
 ABI = 2
 
 
@@ -42,7 +44,12 @@ def load() -> tuple[ctypes.CDLL | None, str]:
 
 
 def _find() -> Path | None:
-    """The library beside this file or, in an editable install, in the other folder of the package."""
+    """The library beside this file or, in an editable install, in the other folder of the package.
+
+    A development switch comes first: FGSNAP_NATIVE_LIBRARY names another build, such as that of ``make sanitize``.
+    """
+    if chosen := os.environ.get("FGSNAP_NATIVE_LIBRARY"):
+        return Path(chosen)
     folders = [Path(__file__).parent, *map(Path, sys.modules[__package__].__path__)]
     return next((folder / "_native.so" for folder in folders if (folder / "_native.so").is_file()), None)
 
@@ -77,12 +84,39 @@ def named_sets(library: ctypes.CDLL) -> list[str]:
 
 
 def default_threads() -> int:
-    """As many threads as there are processors to run on: the affinity mask, the cgroup's quota and OMP_NUM_THREADS."""
-    limits = [len(os.sched_getaffinity(0)), *_quotas()]
-    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    if asked.isdigit() and int(asked) > 0:
-        limits.append(int(asked))
-    return max(1, min(limits))
+    """As many threads as there are processors to run on, see thread_limits.
+
+    Raises:
+        UsageError: OMP_NUM_THREADS is no number of threads.
+    """
+    return min(count for count, _ in thread_limits())
+
+
+def thread_limits() -> list[tuple[int, str]]:
+    """What bounds the number of threads where nobody asks for one, each with where it comes from.
+
+    The affinity mask, which cpusets, taskset and numactl set; the quota of every cgroup around this process; and
+    OMP_NUM_THREADS, of whose list the first number counts.
+
+    Raises:
+        UsageError: OMP_NUM_THREADS is no number of threads.
+    """
+    limits = [(len(os.sched_getaffinity(0)), "the processors this process may run on")]
+    limits += [(quota, "the CPU limit of its control group") for quota in _quotas()]
+    if setting := os.environ.get("OMP_NUM_THREADS"):
+        limits.append((_threads_of(setting), "OMP_NUM_THREADS"))
+    return limits
+
+
+def _threads_of(setting: str) -> int:
+    first = setting.split(",")[0].strip()
+    if not (first.isascii() and first.isdecimal()) or int(first) == 0:
+        raise UsageError(
+            f"OMP_NUM_THREADS is {setting!r}.",
+            "It is a number of threads, 1 or more, or a list that begins with one.",
+            "Unset it, or say --threads N.",
+        )
+    return int(first)
 
 
 def _quotas() -> Iterator[int]:

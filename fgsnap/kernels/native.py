@@ -351,6 +351,7 @@ class Native:
         self.dtype = dtype
         self.threads = threads or default_threads()
         self.instructions = instructions or named_sets(library)[0]
+        self.setting = f"{self.instructions} instructions, {self.threads} thread{'s' * (self.threads > 1)}"
         handle = library.fgsnap_open(self.threads, self.instructions.encode())
         if not handle:
             raise HostError(

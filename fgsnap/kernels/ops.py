@@ -208,6 +208,8 @@ class Ops(Protocol):
 
     name: str
     device: str
+    setting: str
+    """What it computes with, for display: instruction set or library, and threads."""
     supports: frozenset[str]
     """Names of the spec features (spec.features) that this backend computes."""
 

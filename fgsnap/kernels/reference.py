@@ -95,6 +95,7 @@ class Reference:
         if threads is not None:
             torch.set_num_threads(threads)
         self.device = device
+        self.setting = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
         self.dtype = dtype
         self._device = torch.device(device)
         self._activation = DTYPES[dtype]

@@ -6,7 +6,8 @@ Knows how a decoder's parts follow one another, and how many KV blocks fit into 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from fgsnap.errors import HostError, UsageError
 from fgsnap.kernels.choose import Choice, choose, settled_device
@@ -22,11 +23,14 @@ from fgsnap.kernels.ops import (
     TemperatureArgs,
     Tensor,
 )
+from fgsnap.layout import padded_vocabulary
 from fgsnap.runtime import memory
-from fgsnap.runtime.options import EngineOptions
 from fgsnap.runtime.weights import LayerWeights, Weights, load
 from fgsnap.snapshot import Snapshot
 from fgsnap.spec import DTYPE_BYTES, DecoderSpec, Layer, QueryTemperature, features, rope_frequencies
+
+if TYPE_CHECKING:
+    from fgsnap.kernels.native import Ranks
 
 DEFAULT_BLOCK_SIZE = 16
 DEFAULT_KV_MEMORY = 2 << 30  # or half of what is available where that is less
@@ -44,6 +48,9 @@ class Decoder:
         max_length: the longest sequence in tokens; some rotations choose their table by it.
         dtype: of activations and KV cache, as ``ops`` was made for.
         choices: which backend computes which op, for display.
+        tp: the tensor parallel degree.
+        rank: which of the ``tp`` parts ``weights`` are.
+        announce: told of every batch before it is computed, for the other ranks must compute it too.
     """
 
     def __init__(
@@ -57,6 +64,9 @@ class Decoder:
         max_length: int,
         dtype: str,
         choices: Sequence[Choice] = (),
+        tp: int = 1,
+        rank: int = 0,
+        announce: Callable[[Batch], None] | None = None,
     ) -> None:
         self.spec = spec
         self.weights = weights
@@ -67,16 +77,23 @@ class Decoder:
         self.dtype = dtype
         self.vocab_size = spec.vocab_size
         self.choices = tuple(choices)
+        self.tp = tp
+        self._announce = announce
         self._layers = [spec.layer(index) for index in range(spec.depth)]
-        self._attention = [_attention_args(layer) for layer in self._layers]
+        self._attention = [_attention_args(layer, tp) for layer in self._layers]
         self._ropes = [ops.rope(*rope_frequencies(rope, max_length)) for rope in spec.ropes]
         self._caches = [ops.kv_cache(blocks, block_size, args.kv_heads, args.head_dim) for args in self._attention]
         self._scale = _rounded(spec.embedding.scale, weights.embed_dtype if spec.embedding.round_scale else "float32")
-        self._head = HeadArgs(weights.head, weights.head_bias, spec.vocab_size, spec.head.multiplier, spec.head.softcap)
+        self._vocabulary = padded_vocabulary(spec.vocab_size, tp) // tp  # rows of this rank
+        self._first_token = rank * self._vocabulary
+        columns = spec.vocab_size if tp == 1 else self._vocabulary
+        self._head = HeadArgs(weights.head, weights.head_bias, columns, spec.head.multiplier, spec.head.softcap)
         self._forward = ops.taped(self._compute, block_size)
 
     def forward(self, batch: Batch) -> Tensor:
         """Run one ragged batch, write its keys and values into the cache, and return the logits of ``batch.rows``."""
+        if self._announce is not None:
+            self._announce(batch)
         return self._forward(batch)
 
     def sample(self, logits: Tensor, how: Sequence[Sampling]) -> list[Sampled]:
@@ -86,10 +103,10 @@ class Decoder:
     def _compute(self, plan: Tensor) -> Tensor:
         """The ops of one forward: nothing here may depend on the batch but by ``plan``, see Ops.taped."""
         ops, weights = self.ops, self.weights
-        x = ops.embed(plan, weights.embed, self._scale)
+        x = ops.all_reduce(ops.embed(plan, weights.embed, self._scale, first=self._first_token))
         for index, layer_weights in enumerate(weights.layers):
             x = self._layer(x, index, layer_weights, plan)
-        return ops.logits(self._norm(x, weights.final_norm), plan, self._head)
+        return ops.gather(ops.logits(self._norm(x, weights.final_norm), plan, self._head), self.vocab_size)
 
     def _layer(self, x: Tensor, index: int, weights: LayerWeights, plan: Tensor) -> Tensor:
         ops, layer = self.ops, self._layers[index]
@@ -117,20 +134,21 @@ class Decoder:
         rope = None if chosen is None else self._ropes[chosen]
         qkv = ops.linear(x, weights.qkv, weights.qkv_bias)
         q = ops.append(qkv, cache, plan, args, rope)
-        return ops.linear(ops.attend(q, cache, plan, args), weights.out, weights.out_bias)
+        return ops.all_reduce(ops.linear(ops.attend(q, cache, plan, args), weights.out, weights.out_bias))
 
     def _mlp(self, x: Tensor, layer: Layer, weights: LayerWeights) -> Tensor:
         assert layer.mlp is not None, "layout refuses layers without an MLP"
         inner = self.ops.linear(x, weights.gate_up, weights.gate_up_bias)
         inner = self.ops.activate(inner, ActivationArgs(layer.mlp.activation, layer.mlp.gated, layer.mlp.clamp))
-        return self.ops.linear(inner, weights.down, weights.down_bias)
+        return self.ops.all_reduce(self.ops.linear(inner, weights.down, weights.down_bias))
 
 
-def _attention_args(layer: Layer) -> AttentionArgs:
+def _attention_args(layer: Layer, tp: int) -> AttentionArgs:
+    """One rank's share of a layer's heads; with more ranks than key heads, several ranks hold the same one."""
     attention = layer.attention
     return AttentionArgs(
-        attention.heads,
-        attention.kv_heads,
+        attention.heads // tp,
+        max(1, attention.kv_heads // tp),
         attention.head_dim,
         attention.scale,
         window=attention.window,
@@ -165,13 +183,16 @@ def load_decoder(
     block_size: int = DEFAULT_BLOCK_SIZE,
     max_length: int | None = None,
     threads: int | None = None,
+    ranks: Ranks | None = None,
+    announce: Callable[[Batch], None] | None = None,
 ) -> Decoder:
     """A decoder over ``snapshot``, with as many KV blocks as fit into ``kv_memory`` bytes, or exactly ``blocks``.
 
     ``kv_memory`` None is DEFAULT_KV_MEMORY, or half of what a CPU's host has available when that is less.
 
     ``dtype`` "auto" computes in the dtype that the snapshot stores, float16 on a CPU in float32. ``max_length`` None is
-    the model's own limit, or what the KV cache can hold when that is less.
+    the model's own limit, or what the KV cache can hold when that is less. ``ranks`` is the part that this process has
+    in a tensor parallel group, None: all of it; ``kv_memory`` and the defaults are for the whole group.
 
     Raises:
         HostError: the backend or the memory is not to be had.
@@ -181,12 +202,13 @@ def load_decoder(
     spec = snapshot.manifest.spec
     device = settled_device(backend, device)
     settled = _settled_dtype(snapshot, dtype, device)
-    ops, choices = choose(backend, device, features(spec), settled, threads)
-    block_bytes = _block_bytes(spec, ops, block_size)
+    ops, choices = choose(backend, device, features(spec), settled, threads, ranks)
+    rank, tp = (0, 1) if ranks is None else (ranks.rank, ranks.size)
+    block_bytes = tp * _block_bytes(spec, ops, block_size, tp)
     if blocks is None:
         blocks = _settled_memory(kv_memory, ops.device) // block_bytes
     length = _settled_length(spec, max_length, blocks, block_size, block_bytes)
-    weights = load(snapshot, ops)
+    weights = load(snapshot, ops, tp, rank)
     return Decoder(
         spec,
         weights,
@@ -196,19 +218,9 @@ def load_decoder(
         max_length=length,
         dtype=settled,
         choices=choices,
-    )
-
-
-def load_as_chosen(snapshot: Snapshot, options: EngineOptions) -> Decoder:
-    """``load_decoder`` by a user's choices."""
-    return load_decoder(
-        snapshot,
-        backend=options.backend,
-        device=options.device,
-        dtype=options.dtype,
-        kv_memory=options.kv_memory,
-        max_length=options.max_model_len,
-        threads=options.threads,
+        tp=tp,
+        rank=rank,
+        announce=announce,
     )
 
 
@@ -222,10 +234,10 @@ def _settled_dtype(snapshot: Snapshot, dtype: str, device: str) -> str:
     return dtype
 
 
-def _block_bytes(spec: DecoderSpec, ops: Ops, block_size: int) -> int:
-    """What one KV block takes in the caches of all layers."""
-    layers = [spec.layer(index).attention for index in range(spec.depth)]
-    return sum(ops.kv_block_bytes(block_size, attention.kv_heads, attention.head_dim) for attention in layers)
+def _block_bytes(spec: DecoderSpec, ops: Ops, block_size: int, tp: int) -> int:
+    """What one KV block takes in one rank's caches of all layers."""
+    layers = [_attention_args(spec.layer(index), tp) for index in range(spec.depth)]
+    return sum(ops.kv_block_bytes(block_size, args.kv_heads, args.head_dim) for args in layers)
 
 
 def _settled_memory(asked: int | None, device: str) -> int:

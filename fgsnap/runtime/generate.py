@@ -9,9 +9,9 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from fgsnap.errors import FgsnapError, RequestError
-from fgsnap.runtime.decoder import load_as_chosen
 from fgsnap.runtime.engine import Engine
 from fgsnap.runtime.options import EngineOptions
+from fgsnap.runtime.ranks import load_as_chosen
 from fgsnap.runtime.request import FinishReason, Request, SamplingParams, Token
 from fgsnap.runtime.text import Text, TextStream
 from fgsnap.runtime.worker import check_canary
@@ -101,9 +101,9 @@ def answer(
     """
     snapshot = open_snapshot(path)
     try:
+        decoder = load_as_chosen(snapshot, engine)  # before the tokenizer has threads: it may fork
         text = Text(snapshot)
         ids = text.encode(prompt) if raw or not text.has_chat_template else text.encode_chat([_user(prompt)])
-        decoder = load_as_chosen(snapshot, engine)
         check_canary(decoder, snapshot)
         running = Engine(
             decoder, eos_token_ids=text.eos_token_ids, token_budget=engine.max_batch_tokens, max_sequences=1

@@ -92,7 +92,9 @@ def _leaving_on_signals() -> Iterator[None]:
 def _listen(host: str, port: int) -> socket.socket:
     """The bound and listening socket. HostError when it cannot be had."""
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        # As bytes: for a text Python loads the tables of international names first, whatever is in it.
+        name = host.encode("ascii") if host.isascii() else host
+        family = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)

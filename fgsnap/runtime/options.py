@@ -15,6 +15,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int | None = None
     kv_memory: int | None = None
     threads: int | None = None
+    tp: int | None = None
 
 
 class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):

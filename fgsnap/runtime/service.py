@@ -174,6 +174,7 @@ class Service:
             "snapshot": self._snapshot.id,
             "backend": engine.backend if engine else None,
             "device": engine.device if engine else None,
+            "setting": engine.setting if engine else None,
             "canary": engine.canary if engine else None,
         }
         return startup.report(self._clock.phases, self._worker_phases, facts)
@@ -193,7 +194,10 @@ class Service:
         self._started = True
         phase = self._clock.mark(startup.WAIT)
         seconds = phase.end - self._clock.phases[0].begin
-        _tell(f"ready at {self._url} ({ready.backend} on {ready.device}, {ready.canary}) in {seconds:.2f} s")
+        if (self._options.engine.backend, ready.backend, ready.device) == ("auto", "reference", "cpu"):
+            _tell(f"{ready.reason}; the reference backend computes, more slowly.")
+        what = f"{ready.backend} on {ready.device}, {ready.setting}, {ready.canary}"
+        _tell(f"ready at {self._url} ({what}) in {seconds:.2f} s")
         self._write_report()
 
     def _note_request(self) -> None:

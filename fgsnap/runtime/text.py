@@ -16,9 +16,9 @@ from typing import Any, Protocol
 
 from minijinja import Environment, TemplateError
 
-from fgsnap import tokenizer
 from fgsnap.errors import RequestError, SnapshotRefused
 from fgsnap.snapshot import Manifest
+from fgsnap.tokenizer import load_tokenizer
 
 TEMPLATE_FUEL = 10_000_000
 """Template instructions a rendering may take: a quarter of a second, and thousands of messages."""
@@ -51,7 +51,7 @@ class Text:
 
     def __init__(self, snapshot: TextSource) -> None:
         section = snapshot.manifest.text
-        self.tokenizer = tokenizer.load(snapshot.read_text, snapshot.manifest.files)
+        self.tokenizer = load_tokenizer(snapshot.read_text, snapshot.manifest.files)
         self.eos_token_ids: tuple[int, ...] = tuple(section.eos_token_ids)
         self._bos = [section.bos_token_id] if section.add_bos and section.bos_token_id is not None else []
         self._template: ChatTemplate | None = None

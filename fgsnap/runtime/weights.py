@@ -15,7 +15,7 @@ from fgsnap import layout
 from fgsnap.errors import SnapshotRefused
 from fgsnap.kernels.ops import NormArgs, Ops, Tensor
 from fgsnap.layout import StoredTensor
-from fgsnap.snapshot import Snapshot, TensorBytes, opened_at_tp1, packed_bytes, read_logical
+from fgsnap.snapshot import Snapshot, TensorBytes, opened_at, packed_bytes, read_logical
 from fgsnap.spec import DTYPE_BYTES, DecoderSpec, Norm
 
 
@@ -50,13 +50,15 @@ class Weights(NamedTuple):
 Find = Callable[[StoredTensor], TensorBytes]
 
 
-def load(snapshot: Snapshot, ops: Ops) -> Weights:
-    """Bind every tensor of ``snapshot`` to ``ops``, opened at tensor parallel degree 1.
+def load(snapshot: Snapshot, ops: Ops, tp: int = 1, rank: int = 0) -> Weights:
+    """Bind every tensor of ``rank`` of ``tp`` to ``ops``. The degree is 1 or the snapshot's own.
+
+    What is added to a sum over ranks is bound on rank 0 alone.
 
     Raises:
         SnapshotRefused: a tensor is missing, superfluous, or not what the spec says.
     """
-    binder = _Binder(snapshot.manifest.spec, ops, _mapped(snapshot))
+    binder = _Binder(snapshot.manifest.spec, ops, _mapped(snapshot, tp, rank), tp, rank)
     return binder.weights([binder.layer(index) for index in range(snapshot.manifest.spec.depth)])
 
 
@@ -65,7 +67,7 @@ def load_by_layer(snapshot: Snapshot, ops: Ops) -> Weights:
 
     For a single pass over a model of any size and degree, such as the canary's.
     """
-    find = _mapped(snapshot) if snapshot.manifest.tp == 1 else _assembled(snapshot)
+    find = _mapped(snapshot, 1, 0) if snapshot.manifest.tp == 1 else _assembled(snapshot)
     binder = _Binder(snapshot.manifest.spec, ops, find)
     return binder.weights(_LayersOnDemand(binder.layer, snapshot.manifest.spec.depth))
 
@@ -94,11 +96,12 @@ class _LayersOnDemand(Sequence[LayerWeights]):
 class _Binder:
     """Turns the names of one spec's tensors into tensors."""
 
-    def __init__(self, spec: DecoderSpec, ops: Ops, find: Find) -> None:
+    def __init__(self, spec: DecoderSpec, ops: Ops, find: Find, tp: int = 1, rank: int = 0) -> None:
         self._spec = spec
         self._ops = ops
         self._find = find
-        self._expected = {stored.name: stored for stored in layout.stored_tensors(spec, 1, 0)}
+        self._rank = rank
+        self._expected = {stored.name: stored for stored in layout.stored_tensors(spec, tp, rank)}
 
     def weights(self, layers: Sequence[LayerWeights]) -> Weights:
         embed = self.tensor("embed.weight")
@@ -118,13 +121,13 @@ class _Binder:
             qkv=self.tensor(at + "qkv.weight"),
             qkv_bias=self.optional(at + "qkv.bias"),
             out=self.tensor(at + "out.weight"),
-            out_bias=self.optional(at + "out.bias"),
+            out_bias=self.once(at + "out.bias"),
             attn_out=self.norm(at + "attn_out", layer.attn_out),
             mlp_in=self.norm(at + "mlp_in", layer.mlp_in),
             gate_up=self.optional(at + "gate_up.weight"),
             gate_up_bias=self.optional(at + "gate_up.bias"),
             down=self.optional(at + "down.weight"),
-            down_bias=self.optional(at + "down.bias"),
+            down_bias=self.once(at + "down.bias"),
             mlp_out=self.norm(at + "mlp_out", layer.mlp_out),
         )
 
@@ -133,6 +136,9 @@ class _Binder:
             return None
         weight, bias = self.optional(name + ".weight"), self.optional(name + ".bias")
         return NormArgs(norm.kind, norm.eps, weight, bias, norm.unit_offset, norm.float32_weight)
+
+    def once(self, name: str) -> Tensor | None:
+        return self.optional(name) if self._rank == 0 else None
 
     def optional(self, name: str) -> Tensor | None:
         return self.tensor(name) if name in self._expected else None
@@ -162,9 +168,10 @@ def _refused(name: str, found: str, wanted: str) -> SnapshotRefused:
     )
 
 
-def _mapped(snapshot: Snapshot) -> Find:
-    table = opened_at_tp1(snapshot)
-    superfluous = sorted(table.keys() - {stored.name for stored in layout.stored_tensors(snapshot.manifest.spec, 1, 0)})
+def _mapped(snapshot: Snapshot, tp: int, rank: int) -> Find:
+    table = opened_at(snapshot, tp, rank)
+    expected_names = {stored.name for stored in layout.stored_tensors(snapshot.manifest.spec, tp, rank)}
+    superfluous = sorted(table.keys() - expected_names)
     if superfluous:
         raise _refused(superfluous[0], "it exists", "no tensor of that name")
 

@@ -36,10 +36,15 @@ class Phase(msgspec.Struct, frozen=True, tag=True):
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """The canary matched (or was switched off, as ``canary`` says); requests are served from now on."""
+    """The canary matched (or was switched off, as ``canary`` says); requests are served from now on.
+
+    ``setting`` is what the backend computes with, and ``reason`` why it was chosen.
+    """
 
     backend: str
     device: str
+    setting: str
+    reason: str
     canary: str
     max_length: int
     kv_blocks: int

@@ -146,8 +146,8 @@ def begin_engine(
 
         verify(options.snapshot)
         mark("verify")
-    from fgsnap.runtime.decoder import load_as_chosen
     from fgsnap.runtime.engine import Engine
+    from fgsnap.runtime.ranks import load_as_chosen
 
     mark("import engine")
     decoder = load_as_chosen(snapshot, options.engine)
@@ -159,6 +159,8 @@ def begin_engine(
     return engine, wire.Ready(
         backend=decoder.ops.name,
         device=decoder.ops.device,
+        setting=decoder.ops.setting,
+        reason=decoder.choices[0].reason,
         canary=canary,
         max_length=decoder.max_length,
         kv_blocks=decoder.blocks,
@@ -233,12 +235,12 @@ def live(end: socket.socket, options: WorkerOptions, opened: Snapshot | None, st
     # The server decides when to stop; a Ctrl-C and a hangup reach the whole process group.
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
-    if not _die_with(parent):
+    if not die_with(parent):
         return 0
     return run(Pipe(end), lambda mark: begin_engine(options, opened, mark), started)
 
 
-def _die_with(parent: int) -> bool:
+def die_with(parent: int) -> bool:
     """Ask the kernel to end this process when its parent ends, however it ends and whatever runs here.
 
     False when the parent has ended already, so that the kernel will never do it.

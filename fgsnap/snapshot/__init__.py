@@ -36,7 +36,7 @@ from fgsnap.snapshot.format import (
     rank_file,
     rank_header,
 )
-from fgsnap.snapshot.gathering import TensorBytes, opened_at_tp1, read_logical
+from fgsnap.snapshot.gathering import TensorBytes, opened_at, read_logical
 from fgsnap.snapshot.packing import PANEL_ROWS, Layout, packed_bytes, panel_bytes
 from fgsnap.snapshot.reading import Snapshot, open_snapshot
 from fgsnap.snapshot.verifying import Report, verify
@@ -68,7 +68,7 @@ __all__ = [
     "canonical",
     "chunks_file",
     "open_snapshot",
-    "opened_at_tp1",
+    "opened_at",
     "packed_bytes",
     "panel_bytes",
     "plan_rank",

@@ -10,7 +10,7 @@ import mmap
 from typing import NamedTuple
 
 from fgsnap.layout import Segment, Shape, copy_box, logical_shapes, stored_tensors
-from fgsnap.snapshot.format import plan_rank
+from fgsnap.snapshot.format import plan_rank, rank_file
 from fgsnap.snapshot.packing import PANEL_ROWS, Layout, unpacked
 from fgsnap.snapshot.reading import Snapshot
 from fgsnap.spec import DTYPE_BYTES, DType
@@ -28,16 +28,19 @@ class TensorBytes(NamedTuple):
     layout: Layout = "row"
 
 
-def opened_at_tp1(snapshot: Snapshot) -> dict[str, TensorBytes]:
-    """Every stored tensor of a single rank by name.
+def opened_at(snapshot: Snapshot, tp: int, rank: int) -> dict[str, TensorBytes]:
+    """Every stored tensor of one rank by name, at the snapshot's own degree or at 1.
 
-    A TP 1 snapshot gives views of its mapped file. Any other degree is put together in one anonymous mapping.
+    The own degree gives views of the mapped file. Any other snapshot is put together in one anonymous mapping.
     """
     manifest = snapshot.manifest
-    if manifest.tp == 1:
+    assert tp in (1, manifest.tp), "the caller refuses other degrees"
+    if manifest.tp == tp:
+        own = rank_file(rank, tp)
         return {
             entry.name: TensorBytes(entry.dtype, entry.shape, snapshot.tensor(entry), entry.layout)
             for entry in manifest.tensors
+            if entry.file == own
         }
     dtypes: dict[str, DType] = {entry.name: entry.dtype for entry in manifest.tensors}
     layout = plan_rank([(tensor, dtypes[tensor.name]) for tensor in stored_tensors(manifest.spec, 1, 0)])

@@ -12,7 +12,7 @@ import torch
 
 from fgsnap.convert.families import llama
 from fgsnap.convert.rules import sources
-from fgsnap.snapshot import open_snapshot, opened_at_tp1
+from fgsnap.snapshot import open_snapshot, opened_at
 
 CONFIG = {
     "model_type": "llama",
@@ -84,4 +84,5 @@ def same_bits(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]
 def at_tp1(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     """What a server at TP 1 would see: dtype, shape and bytes by stored name."""
     with open_snapshot(path) as snapshot:
-        return {name: (found.dtype, found.shape, bytes(found.data)) for name, found in opened_at_tp1(snapshot).items()}
+        opened = opened_at(snapshot, 1, 0)
+        return {name: (found.dtype, found.shape, bytes(found.data)) for name, found in opened.items()}

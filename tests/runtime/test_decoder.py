@@ -331,9 +331,9 @@ def retype(table, name, dtype):
 def test_a_tensor_that_is_not_what_the_spec_needs_is_refused(tmp_path, monkeypatch, change, said):
     make_snapshot(tmp_path / "snap", tiny_spec())
     snapshot = open_snapshot(tmp_path / "snap")
-    table = dict(weights_module.opened_at_tp1(snapshot))
+    table = dict(weights_module.opened_at(snapshot, 1, 0))
     change(table)
-    monkeypatch.setattr(weights_module, "opened_at_tp1", lambda _: table)
+    monkeypatch.setattr(weights_module, "opened_at", lambda *_: table)
     with pytest.raises(SnapshotRefused, match=said):
         load(snapshot, Reference("cpu", "float32"))
 

@@ -82,7 +82,7 @@ def test_the_official_client_is_answered_by_a_real_model(service):
 def test_one_line_tells_where_and_what_when_it_is_ready(service):
     assert service.url.startswith("http://127.0.0.1:")
     (line,) = service.lines
-    assert " on cpu, canary " in line and line.endswith(" s")
+    assert " on cpu, " in line and " thread" in line and ", canary " in line and line.endswith(" s")
 
 
 def test_only_the_port_asked_for_is_listened_on(service):

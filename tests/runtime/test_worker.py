@@ -23,7 +23,7 @@ from fgsnap.snapshot import open_snapshot
 from tests.doubles import StubModel
 from tests.serving import Paced, alive, servable_snapshot, until
 
-READY = wire.Ready("stub", "cpu", "none", 256, 64, 4, 32)
+READY = wire.Ready("stub", "cpu", "1 thread", "asked for", "none", 256, 64, 4, 32)
 
 
 class Server:
@@ -303,7 +303,7 @@ def test_the_worker_dies_with_a_parent_that_is_killed(snapshot):
         "parent = os.getpid()\n"
         "pid = os.fork()\n"
         "if pid == 0:\n"
-        "    worker._die_with(parent)\n"
+        "    worker.die_with(parent)\n"
         "    print(os.getpid(), flush=True)\n"
         "    while True: time.sleep(1)\n"
         "time.sleep(60)\n"

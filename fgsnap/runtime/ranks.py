@@ -1,0 +1,198 @@
+"""The tensor parallel ranks of one host, a process each over shared memory.
+
+Rank 0 is the engine's own process: it schedules, samples, and tells the others of every batch before it computes it.
+They compute the same forward on their parts of the weights and of the KV cache, and meet it in the sums of
+``kernels/csrc/ranks``. A rank that ends makes the others fail at once, and the engine's process with them; the service
+then starts it anew, as after any crash.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from typing import NamedTuple, NoReturn
+
+import msgspec
+
+from fgsnap.errors import UsageError
+from fgsnap.kernels.library import available, default_threads
+from fgsnap.kernels.native import Ranks, rank_memory
+from fgsnap.kernels.ops import Batch
+from fgsnap.runtime import wire
+from fgsnap.runtime.decoder import Decoder, load_decoder
+from fgsnap.runtime.options import EngineOptions
+from fgsnap.runtime.worker import die_with
+from fgsnap.snapshot import Snapshot
+
+
+class Setup(msgspec.Struct, frozen=True):
+    """What rank 0 has settled, and the others must have alike."""
+
+    blocks: int
+    block_size: int
+    max_length: int
+
+
+class _Step(msgspec.Struct, frozen=True, array_like=True):
+    """ops.Batch as it travels."""
+
+    tokens: list[int]
+    positions: list[int]
+    starts: list[int]
+    lengths: list[int]
+    block_tables: list[list[int]]
+    rows: list[int]
+
+
+class Follower(NamedTuple):
+    """Another rank as rank 0 holds it."""
+
+    pid: int
+    pipe: socket.socket
+
+
+_encoder = msgspec.msgpack.Encoder(enc_hook=list)  # a batch's sequences may be of any kind, such as ranges
+_decode_setup = msgspec.msgpack.Decoder(Setup).decode
+_decode_step = msgspec.msgpack.Decoder(_Step).decode
+
+
+def settled_degree(snapshot: Snapshot, options: EngineOptions) -> int:
+    """The degree to serve at: the one asked for, else the snapshot's own where there is a processor for each rank.
+
+    Raises:
+        UsageError: the snapshot cannot be opened at the degree that was asked for.
+    """
+    own = snapshot.manifest.tp
+    if options.tp is None:
+        able = options.backend != "reference" and options.device in ("auto", "cpu") and available()[0]
+        return own if able and own <= default_threads() else 1
+    if options.tp not in (1, own):
+        raise UsageError(
+            f"This snapshot cannot be served at tensor parallel degree {options.tp}.",
+            f"It was converted at degree {own}.",
+            f"Use --tp {own} or --tp 1, or convert it again with --tp {options.tp}.",
+        )
+    return options.tp
+
+
+def load_as_chosen(snapshot: Snapshot, options: EngineOptions) -> Decoder:
+    """The decoder that a user has chosen; at a degree above 1 the other ranks' processes with it.
+
+    These are forked, so this process must have no threads yet.
+    """
+    tp = settled_degree(snapshot, options)
+    return _load(snapshot, options, options.threads) if tp == 1 else _load_leading(snapshot, options, tp)
+
+
+def _load_leading(snapshot: Snapshot, options: EngineOptions, tp: int) -> Decoder:
+    memory = rank_memory(tp, snapshot.manifest.spec.width)
+    threads = max(1, (options.threads or default_threads()) // tp)
+    followers = [_fork(Ranks(rank, tp, memory), snapshot, options, threads) for rank in range(1, tp)]
+
+    def announce(batch: Batch) -> None:
+        data = _frame(batch)
+        for follower in followers:
+            # One that has ended is found out by who waits for it; the forward then fails in the sum.
+            with contextlib.suppress(OSError):
+                follower.pipe.sendall(data)
+
+    ranks = Ranks(0, tp, memory)
+    _watch(followers, ranks)
+    decoder = _load(snapshot, options, threads, ranks, announce)
+    setup = _frame(Setup(decoder.blocks, decoder.block_size, decoder.max_length))
+    for follower in followers:
+        with contextlib.suppress(OSError):
+            follower.pipe.sendall(setup)
+    return decoder
+
+
+def _load(
+    snapshot: Snapshot,
+    options: EngineOptions,
+    threads: int | None,
+    ranks: Ranks | None = None,
+    announce: Callable[[Batch], None] | None = None,
+) -> Decoder:
+    return load_decoder(
+        snapshot,
+        backend=options.backend,
+        device=options.device,
+        dtype=options.dtype,
+        kv_memory=options.kv_memory,
+        max_length=options.max_model_len,
+        threads=threads,
+        ranks=ranks,
+        announce=announce,
+    )
+
+
+def _watch(followers: list[Follower], ranks: Ranks) -> None:
+    """Have a thread of this process wait for each follower, and tell the others when it has ended."""
+
+    def wait(pid: int) -> None:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
+        ranks.give_up()
+
+    for follower in followers:
+        threading.Thread(target=wait, args=(follower.pid,), name="watch-rank", daemon=True).start()
+
+
+def _fork(ranks: Ranks, snapshot: Snapshot, options: EngineOptions, threads: int) -> Follower:
+    ours, theirs = socket.socketpair()
+    leader = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        ours.close()
+        _be_follower(theirs, ranks, snapshot, options, threads, leader)
+    theirs.close()
+    return Follower(pid, ours)
+
+
+def _be_follower(
+    pipe: socket.socket, ranks: Ranks, snapshot: Snapshot, options: EngineOptions, threads: int, leader: int
+) -> NoReturn:
+    """Live as a rank and end here, without running what the leader has on its stack."""
+    code = 1
+    try:
+        if die_with(leader):
+            _follow(pipe, ranks, snapshot, options, threads)
+        code = 0
+    except BaseException as error:
+        print(f"fgsnap: tensor parallel rank {ranks.rank} failed: {error}", file=sys.stderr)
+    finally:
+        ranks.give_up()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _follow(pipe: socket.socket, ranks: Ranks, snapshot: Snapshot, options: EngineOptions, threads: int) -> None:
+    """Compute every batch that comes, until the leader is gone."""
+    buffer, decoder = wire.FrameBuffer(), None
+    while data := pipe.recv(1 << 20):
+        for body in buffer.feed(data):
+            if decoder is None:
+                setup = _decode_setup(body)
+                decoder = load_decoder(
+                    snapshot,
+                    backend=options.backend,
+                    device=options.device,
+                    dtype=options.dtype,
+                    blocks=setup.blocks,
+                    block_size=setup.block_size,
+                    max_length=setup.max_length,
+                    threads=threads,
+                    ranks=ranks,
+                )
+            else:
+                step = _decode_step(body)
+                decoder.forward(Batch(*(getattr(step, name) for name in Batch._fields)))
+
+
+def _frame(message: object) -> bytes:
+    body = _encoder.encode(message)
+    return len(body).to_bytes(4, "little") + body
