@@ -14,7 +14,7 @@ from fgsnap.errors import HostError, UnsupportedModel, UsageError, missing_extra
 from fgsnap.kernels.ops import Ops
 
 if TYPE_CHECKING:
-    from fgsnap.kernels.native import Ranks
+    from fgsnap.kernels.ranks import Ranks
 
 Backend = Literal["auto", "native", "reference"]
 BACKENDS: tuple[Backend, ...] = ("auto", "native", "reference")

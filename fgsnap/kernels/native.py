@@ -22,7 +22,7 @@ import sys
 import weakref
 from array import array
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 from fgsnap.errors import HostError
 from fgsnap.kernels.library import address, available, default_threads, instruction_sets, load, named_sets
@@ -38,17 +38,34 @@ from fgsnap.kernels.ops import (
     Sampled,
     Sampling,
 )
+from fgsnap.kernels.ranks import Ranks, anonymous_memory
+from fgsnap.kernels.tape import (
+    BF16,
+    F16,
+    F32,
+    NO_PLAN,
+    NOTHING,
+    ROWS,
+    TOKENS,
+    Activation,
+    Arena,
+    Cache,
+    Plan,
+    Pool,
+    Rotation,
+    Tape,
+    Weight,
+    address_of,
+    misuse,
+)
 
 __all__ = ["DTYPES", "SUPPORTS", "Native", "available", "default_threads", "instruction_sets"]
 
 DTYPES = ("bfloat16", "float16", "float32")  # what --dtype may ask for: the KV cache's
 PANEL = 32  # rows of a packed matrix that lie together
 GROUP = 16  # slots of a KV block whose keys lie together
-TILE = 16  # tokens of one sequence that attend together
 SCORED = 32  # rows of logits that are held at once to score a prompt
-POOL_BYTES = 512 << 20  # memory for activations kept for reuse
 
-F32, BF16, F16 = range(3)
 _TYPES = {"float32": F32, "bfloat16": BF16, "float16": F16}
 _ITEM = (4, 2, 2)
 _NORMS = {"rms": 0, "ln": 1, "l2": 2}
@@ -72,250 +89,6 @@ SUPPORTS = frozenset(
     linear.factor yarn.beta_fast yarn.beta_slow yarn.truncate
     """.split()
 )
-
-
-# --- tensors ----------------------------------------------------------------------------------------------------------
-
-
-class Activation:
-    """[rows, columns] of float32 or bfloat16 in a register. Let go of, the register joins ``home`` for the next one."""
-
-    __slots__ = ("columns", "home", "kind", "plan", "register", "rows")
-
-    def __init__(self, plan: Plan, rows: int, columns: int, kind: int, register: int, home: list[int]) -> None:
-        self.plan = plan
-        self.rows = rows
-        self.columns = columns
-        self.kind = kind
-        self.register = register
-        self.home = home
-
-    def __del__(self) -> None:
-        self.home.append(self.register)
-
-
-class Weight(NamedTuple):
-    """A mapped tensor. ``data`` keeps the mapping open."""
-
-    at: int
-    kind: int
-    shape: tuple[int, ...]
-    packed: bool
-    data: memoryview
-
-    @property
-    def vector(self) -> tuple[int, int]:
-        return self.at, self.kind
-
-    @property
-    def matrix(self) -> tuple[int, int, int]:
-        return self.at, self.kind, self.packed
-
-
-NOTHING = Weight(0, F32, (), False, memoryview(b""))
-
-
-class Rotation:
-    """Inverse frequencies and the factor on cos and sin. Compared by identity: a plan keeps an angle table for each."""
-
-    __slots__ = ("factor", "frequencies")
-
-    def __init__(self, frequencies: Sequence[float], factor: float) -> None:
-        self.frequencies = array("f", frequencies)
-        self.factor = factor
-
-
-class Cache(NamedTuple):
-    """One layer's keys and values; ``words`` is how a record describes them."""
-
-    blocks: int
-    block_size: int
-    kv_heads: int
-    head_dim: int
-    value_dim: int
-    words: tuple[int, ...]
-    data: mmap.mmap
-
-
-TOKENS, ROWS = -1, -2  # how many tokens and rows a plan has that stands for any batch
-
-
-class Plan:
-    """A batch as the kernels read it: ``step`` is program.h's Step without the registers.
-
-    ``data`` is what its words point to. ``angles`` holds one table for each rotation that the ops have met.
-    """
-
-    __slots__ = ("angles", "block_size", "data", "highest_block", "highest_position", "rows", "step", "tokens")
-
-    def __init__(self, tokens: int, rows: int, block_size: int) -> None:
-        self.tokens = tokens
-        self.rows = rows
-        self.block_size = block_size
-        self.highest_block = -1
-        self.highest_position = -1
-        self.step: array[int] = array("q")
-        self.data: tuple[array[int], ...] = ()
-        self.angles: dict[Rotation, Activation] = {}
-
-    @staticmethod
-    def of(batch: Batch, block_size: int) -> Plan:
-        _check_batch(batch, block_size)
-        tokens, rows = array("i", batch.tokens), array("i", batch.rows)
-        positions, tables, blocks, tiles = array("i", batch.positions), array("i"), array("i"), array("i")
-        for first, stop, table in zip(batch.starts, batch.starts[1:], batch.block_tables, strict=False):
-            count = stop - first
-            tables.extend([len(blocks)] * count)
-            blocks.extend(table)
-            if count <= TILE:
-                tiles.extend((first, count))
-            else:
-                for at in range(first, stop, TILE):
-                    tiles.extend((at, min(TILE, stop - at)))
-        plan = Plan(len(tokens), len(rows), block_size)
-        plan.highest_block = max(blocks)
-        plan.highest_position = max(batch.lengths) - 1
-        plan.data = (tokens, positions, tables, blocks, tiles, rows)
-        plan.step = array("q", (len(tokens), len(rows), len(tiles) // 2, *map(_at, plan.data)))
-        return plan
-
-    def with_rows(self, rows: Sequence[int]) -> Plan:
-        """The same tokens with other rows wanted."""
-        plan = Plan(self.tokens, len(rows), self.block_size)
-        plan.highest_block, plan.highest_position = self.highest_block, self.highest_position
-        plan.data = (*self.data[:-1], array("i", rows))
-        plan.step = array("q", (*self.step[:1], len(rows), self.step[2], *map(_at, plan.data)))
-        return plan
-
-
-_NO_PLAN = Plan(0, 0, 1)
-
-
-# --- registers --------------------------------------------------------------------------------------------------------
-
-
-class Registers(Protocol):
-    """Where the results of ops go. ``take`` gives a register and the list that it returns to."""
-
-    def take(self, rows: int, row_bytes: int, extra: int = 0) -> tuple[int, list[int]]: ...
-
-
-class Pool:
-    """Registers with memory of their own, for ops that are called one by one; memory that was let go is used again."""
-
-    def __init__(self) -> None:
-        self.addresses: array[int] = array("q")
-        self.memories: list[bytearray] = []
-        self.free: dict[int, list[int]] = {}
-        self.allocated = 0
-
-    def take(self, rows: int, row_bytes: int, extra: int = 0) -> tuple[int, list[int]]:
-        size = _size_class(rows * row_bytes + extra)
-        home = self.free.setdefault(size, [])
-        if home:
-            return home.pop(), home
-        memory = bytearray(size + 64)
-        at = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        self.addresses.append(at + -at % 64)
-        self.memories.append(memory)
-        self.allocated += size
-        return len(self.memories) - 1, home
-
-    def view(self, register: int, size: int) -> memoryview:
-        memory = self.memories[register]
-        start = self.addresses[register] - ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        return memoryview(memory)[start : start + size]
-
-    def trim(self) -> None:
-        """Give memory back that nobody holds, when there is much of it."""
-        if self.allocated <= POOL_BYTES:
-            return
-        for size, home in self.free.items():
-            for register in home:
-                self.memories[register] = bytearray()
-                self.allocated -= size
-            home.clear()
-
-
-class Arena:
-    """Registers of a tape: how wide they are. Where they lie follows from how many rows a step has."""
-
-    def __init__(self) -> None:
-        self.widths: list[tuple[int, int, int]] = []
-        self.free: dict[tuple[int, int, int], list[int]] = {}
-
-    def take(self, rows: int, row_bytes: int, extra: int = 0) -> tuple[int, list[int]]:
-        width = (rows, row_bytes, extra)
-        home = self.free.setdefault(width, [])
-        if home:
-            return home.pop(), home
-        self.widths.append(width)
-        return len(self.widths) - 1, home
-
-    def offsets(self, plan: Plan) -> list[int]:
-        """Where each register begins, and how much there is in all, in bytes."""
-        offsets, at = [], 0
-        for rows, row_bytes, extra in self.widths:
-            offsets.append(at)
-            at += (row_bytes * (plan.tokens if rows == TOKENS else plan.rows) + extra + 63) & ~63
-        offsets.append(at)
-        return offsets
-
-
-class Tape:
-    """Records and what they refer to.
-
-    Attributes:
-        words: the records.
-        last: where the last record begins.
-        held: what keeps the records' addresses alive.
-        blocks: the fewest KV blocks of any cache that is used.
-        positions: the fewest positions that a learned table has, plus one; 0: there is none.
-    """
-
-    def __init__(self, registers: Registers) -> None:
-        self.registers = registers
-        self.words: array[int] = array("q")
-        self.last = 0
-        self.held: list[object] = []
-        self.blocks = sys.maxsize
-        self.positions = sys.maxsize
-
-    def record(self, held: object, words: tuple[int, ...]) -> None:
-        self.held.append(held)
-        self.last = len(self.words)
-        self.words.extend(words)
-
-    def clear(self) -> None:
-        del self.words[:]
-        self.held.clear()
-        self.last = 0
-        self.blocks = self.positions = sys.maxsize
-
-
-# --- tensor parallel ranks --------------------------------------------------------------------------------------------
-
-
-class Ranks(NamedTuple):
-    """One of ``size`` processes of this host that compute together; ``memory`` is shared by all of them."""
-
-    rank: int
-    size: int
-    memory: mmap.mmap
-
-    def give_up(self) -> None:
-        """Tell the others that a rank has ended: whoever waits for it fails at once."""
-        library, _ = load()
-        assert library is not None, "ranks are made by rank_memory, which needs the library"
-        library.fgsnap_give_up(address(memoryview(self.memory)), len(self.memory), self.size)
-
-
-def rank_memory(count: int, width: int) -> mmap.mmap:
-    """Memory for ``count`` ranks that are forked after this, to lay together rows of ``width`` float32."""
-    library, reason = load()
-    if library is None:
-        raise HostError("The native backend cannot be used.", reason, "Use --tp 1 --backend reference.")
-    return _memory(library.fgsnap_ranks_memory(count, 64 * width), mmap.MAP_SHARED)
 
 
 # --- the backend ------------------------------------------------------------------------------------------------------
@@ -347,7 +120,7 @@ class Native:
             next_step = "Install a C++ compiler and then fgsnap again, or use --backend reference."
             raise HostError("The native backend cannot be used.", reason, next_step)
         if dtype not in DTYPES:
-            raise _misuse("native", f"KV cache of {dtype}; it has {', '.join(DTYPES)}")
+            raise misuse("native", f"KV cache of {dtype}; it has {', '.join(DTYPES)}")
         self.dtype = dtype
         self.threads = threads or default_threads()
         self.instructions = instructions or named_sets(library)[0]
@@ -382,17 +155,17 @@ class Native:
 
     def weight(self, data: memoryview, dtype: str, shape: Sequence[int], layout: str = "row") -> Weight:
         if dtype not in _TYPES:
-            raise _misuse("weight", f"dtype {dtype}; native has {', '.join(_TYPES)}")
+            raise misuse("weight", f"dtype {dtype}; native has {', '.join(_TYPES)}")
         if layout not in ("row", "words32"):
-            raise _misuse("weight", f"layout {layout}; native reads row and words32")
+            raise misuse("weight", f"layout {layout}; native reads row and words32")
         item, packed = _ITEM[_TYPES[dtype]], layout == "words32"
         rows, columns = math.prod(shape[:-1]), shape[-1]
         if packed and (len(shape) != 2 or columns * item % 4 != 0):
-            raise _misuse("weight", f"{dtype} {list(shape)} cannot be packed")
+            raise misuse("weight", f"{dtype} {list(shape)} cannot be packed")
         expected = (_up(rows, PANEL) if packed else rows) * columns * item
         if data.nbytes != expected or not data.c_contiguous:
             found = f"{data.nbytes} {'' if data.c_contiguous else 'scattered '}bytes"
-            raise _misuse("weight", f"{found} for {layout} {dtype} {list(shape)}, which takes {expected}")
+            raise misuse("weight", f"{found} for {layout} {dtype} {list(shape)}, which takes {expected}")
         return Weight(address(data), _TYPES[dtype], tuple(shape), packed, data)
 
     def rope(self, inverse_frequencies: Sequence[float], factor: float) -> Rotation:
@@ -420,7 +193,7 @@ class Native:
     def _cache(self, blocks: int, block_size: int, kv_heads: int, head_dim: int, value_dim: int) -> Cache:
         sizes = (blocks, block_size, kv_heads, head_dim, value_dim)
         if min(sizes) <= 0:
-            raise _misuse("kv_cache", f"sizes {sizes} must be positive")
+            raise misuse("kv_cache", f"sizes {sizes} must be positive")
         keys, values = self._cache_bytes(block_size, kv_heads, head_dim, value_dim)
         total = blocks * (keys + values)
         try:
@@ -442,10 +215,10 @@ class Native:
         self, plan: Plan, table: Weight, scale: float, positions: Weight | None = None, offset: int = 0, first: int = 0
     ) -> Activation:
         if len(table.shape) != 2:
-            raise _misuse("embed", f"a table of shape {list(table.shape)}")
+            raise misuse("embed", f"a table of shape {list(table.shape)}")
         rows, width = table.shape
         if positions is not None and (len(positions.shape) != 2 or positions.shape[1] != width or positions.packed):
-            raise _misuse("embed", f"positions {list(positions.shape)} beside a table {list(table.shape)}")
+            raise misuse("embed", f"positions {list(positions.shape)} beside a table {list(table.shape)}")
         tape = self._on(plan)
         if positions is not None:
             tape.positions = min(tape.positions, positions.shape[0] - offset)
@@ -464,7 +237,7 @@ class Native:
     def norm_heads(self, qkv: Activation, args: AttentionArgs, query: NormArgs, key: NormArgs) -> Activation:
         queries, keys = args.heads * args.head_dim, args.kv_heads * args.head_dim
         if qkv.columns != queries + 2 * keys:
-            raise _misuse("norm_heads", f"qkv {_show(qkv)}, expected {queries + 2 * keys} columns")
+            raise misuse("norm_heads", f"qkv {_show(qkv)}, expected {queries + 2 * keys} columns")
         self._norm("norm_heads", qkv, qkv, 0, queries, query)
         self._norm("norm_heads", qkv, qkv, queries, keys, key)
         return qkv
@@ -477,7 +250,7 @@ class Native:
 
     def add(self, x: Activation, branch: Activation, multiplier: float = 1.0) -> Activation:
         if x.rows != branch.rows or x.columns != branch.columns:
-            raise _misuse("add", f"x {_show(x)}, branch {_show(branch)}")
+            raise misuse("add", f"x {_show(x)}, branch {_show(branch)}")
         tape = self._on(x.plan)
         if x.kind == F32 and self._add_to_product(tape, x, branch, multiplier):
             return x
@@ -494,9 +267,9 @@ class Native:
 
     def logits(self, x: Activation, plan: Plan, head: HeadArgs) -> Activation:
         if x.rows != plan.tokens:
-            raise _misuse("logits", f"x {_show(x)} for {plan.tokens} tokens")
+            raise misuse("logits", f"x {_show(x)} for {plan.tokens} tokens")
         if not 0 < head.vocab_size <= head.weight.shape[0]:
-            raise _misuse("logits", f"{head.vocab_size} of {head.weight.shape[0]} rows")
+            raise misuse("logits", f"{head.vocab_size} of {head.weight.shape[0]} rows")
         chosen = self._new(plan, plan.rows, x.columns, x.kind)
         self._on(plan).record(None, (_SELECT, x.register, x.kind, chosen.register, x.columns))
         y = self._new(plan, plan.rows, head.vocab_size, F32)
@@ -518,9 +291,9 @@ class Native:
     ) -> None:
         shape = weight.shape
         if len(shape) != 2 or shape[1] != x.columns:
-            raise _misuse(op, f"x {_show(x)}, weight {list(shape)}")
+            raise misuse(op, f"x {_show(x)}, weight {list(shape)}")
         if bias is not None and bias.shape != shape[:1]:
-            raise _misuse(op, f"bias {list(bias.shape)}, weight {list(shape)}")
+            raise misuse(op, f"bias {list(bias.shape)}, weight {list(shape)}")
         words = _product(
             x, y, weight, bias or NOTHING, (x.columns, out, 1, x.columns, 0, y.columns, 0), selected, scaling
         )
@@ -530,7 +303,7 @@ class Native:
         """y's part of each head = the same of x times the head's own matrix; ``weight`` is [heads, out, in]."""
         heads, out, into = weight.shape
         if weight.packed and out % PANEL != 0:
-            raise _misuse("latent", f"packed {list(weight.shape)}, of which no head begins a panel")
+            raise misuse("latent", f"packed {list(weight.shape)}, of which no head begins a panel")
         sizes = (into, out, heads, x.columns, x_step, y.columns, y_step)
         self._on(x.plan).record(weight, _product(x, y, weight, NOTHING, sizes, False, None))
 
@@ -539,7 +312,7 @@ class Native:
     ) -> Activation:
         width = (args.heads + 2 * args.kv_heads) * args.head_dim
         if qkv.rows != plan.tokens or qkv.columns != width:
-            raise _misuse("append", f"qkv {_show(qkv)}, expected {[plan.tokens, width]}")
+            raise misuse("append", f"qkv {_show(qkv)}, expected {[plan.tokens, width]}")
         _check_heads("append", cache, args.heads, args.kv_heads, args.head_dim)
         tape = self._reaching("append", cache, plan)
         rotation = self._rotation("append", plan, rope, args.head_dim)
@@ -558,17 +331,17 @@ class Native:
     def attend(self, q: Activation, cache: Cache, plan: Plan, args: AttentionArgs) -> Activation:
         width = args.heads * args.head_dim
         if q.rows != plan.tokens or q.columns != width:
-            raise _misuse("attend", f"q {_show(q)}, expected {[plan.tokens, width]}")
+            raise misuse("attend", f"q {_show(q)}, expected {[plan.tokens, width]}")
         for name, size in (("window", args.window), ("chunk", args.chunk)):
             if size is not None and size <= 0:
-                raise _misuse("attend", f"{name} {size}")
+                raise misuse("attend", f"{name} {size}")
         _check_heads("attend", cache, args.heads, args.kv_heads, args.head_dim)
         slopes, sinks = (None if args.alibi is None else args.alibi.slopes), args.sinks
         for vector in (slopes, sinks):
             if vector is not None and vector.shape != (args.heads,):
-                raise _misuse("attend", f"{list(vector.shape)} slopes or sinks for {args.heads} heads")
+                raise misuse("attend", f"{list(vector.shape)} slopes or sinks for {args.heads} heads")
         if slopes is not None and slopes.kind != F32:
-            raise _misuse("attend", "slopes must be float32")
+            raise misuse("attend", "slopes must be float32")
         y = self._new(plan, plan.tokens, width, self._factor)
         self._attend(q, cache, plan, y, args)
         return y
@@ -586,9 +359,9 @@ class Native:
     ) -> Activation:
         head, wide = args.nope_dim + args.rope_dim, args.kv_rank + args.rope_dim
         if q.rows != plan.tokens or q.columns != args.heads * head:
-            raise _misuse("latent_append", f"q {_show(q)}, expected {[plan.tokens, args.heads * head]}")
+            raise misuse("latent_append", f"q {_show(q)}, expected {[plan.tokens, args.heads * head]}")
         if latent.rows != plan.tokens or latent.columns != wide:
-            raise _misuse("latent_append", f"latent {_show(latent)}, expected {[plan.tokens, wide]}")
+            raise misuse("latent_append", f"latent {_show(latent)}, expected {[plan.tokens, wide]}")
         _check_latent("latent_append", cache, args)
         tape = self._reaching("latent_append", cache, plan)
         rotation = self._rotation("latent_append", plan, rope, args.rope_dim)
@@ -603,7 +376,7 @@ class Native:
     def latent_attend(self, q: Activation, cache: Cache, plan: Plan, args: LatentArgs) -> Activation:
         wide = args.kv_rank + args.rope_dim
         if q.rows != plan.tokens or q.columns != args.heads * wide:
-            raise _misuse("latent_attend", f"q {_show(q)}, expected {[plan.tokens, args.heads * wide]}")
+            raise misuse("latent_attend", f"q {_show(q)}, expected {[plan.tokens, args.heads * wide]}")
         _check_latent("latent_attend", cache, args)
         mixed = self._new(plan, plan.tokens, args.heads * args.kv_rank, self._factor)
         self._attend(q, cache, plan, mixed, AttentionArgs(args.heads, 1, wide, args.scale))
@@ -614,9 +387,9 @@ class Native:
     def activate(self, x: Activation, args: ActivationArgs) -> Activation:
         how = _ACTIVATIONS.get(args.kind)
         if how is None or (args.kind == "clamped_swiglu" and not args.gated):
-            raise _misuse("activate", f"kind {args.kind}; native has {', '.join(_ACTIVATIONS)}, the last one gated")
+            raise misuse("activate", f"kind {args.kind}; native has {', '.join(_ACTIVATIONS)}, the last one gated")
         if args.gated and x.columns % 2 != 0:
-            raise _misuse("activate", f"gated x {_show(x)} has an odd width")
+            raise misuse("activate", f"gated x {_show(x)} has an odd width")
         inner = x.columns // 2 if args.gated else x.columns
         y = self._new(x.plan, x.rows, inner, self._factor)
         tape = self._on(x.plan)
@@ -627,7 +400,7 @@ class Native:
 
     def gate(self, branch: Activation, x: Activation, weight: Weight) -> Activation:
         if weight.shape != (1, x.columns) or branch.rows != x.rows or branch.kind != F32:
-            raise _misuse("gate", f"branch {_show(branch)}, x {_show(x)}, weight {list(weight.shape)}")
+            raise misuse("gate", f"branch {_show(branch)}, x {_show(x)}, weight {list(weight.shape)}")
         where = (branch.register, x.register, x.kind)
         self._on(x.plan).record(weight, (_GATE, *where, *weight.matrix, x.columns, branch.columns))
         return branch
@@ -666,7 +439,7 @@ class Native:
     def gather(self, logits: Activation, vocab_size: int) -> Activation:
         ranks = 1 if self._ranks is None else self._ranks.size
         if not 0 < vocab_size <= ranks * logits.columns:
-            raise _misuse("gather", f"{vocab_size} tokens of {ranks} times logits {_show(logits)}")
+            raise misuse("gather", f"{vocab_size} tokens of {ranks} times logits {_show(logits)}")
         if ranks == 1 and logits.columns == vocab_size:
             return logits
         y = self._new(logits.plan, logits.rows, vocab_size, F32)
@@ -703,7 +476,7 @@ class Native:
 
     def score(self, x: Activation, plan: Plan, head: HeadArgs, targets: Sequence[int], top: int) -> list[Sampled]:
         if len(targets) != plan.rows or not all(0 <= target < head.vocab_size for target in targets):
-            raise _misuse("score", f"{len(targets)} targets for {plan.rows} rows of {head.vocab_size} tokens")
+            raise misuse("score", f"{len(targets)} targets for {plan.rows} rows of {head.vocab_size} tokens")
         self._flush()
         found: list[Sampled] = []
         rows = plan.data[-1]
@@ -715,9 +488,9 @@ class Native:
 
     def sample(self, logits: Activation, how: Sequence[Sampling]) -> list[Sampled]:
         if len(how) != logits.rows:
-            raise _misuse("sample", f"{len(how)} ways for logits {_show(logits)}")
+            raise misuse("sample", f"{len(how)} ways for logits {_show(logits)}")
         if not all(one.temperature >= 0 and one.top_k >= 0 for one in how):
-            raise _misuse("sample", "a negative temperature or top_k")
+            raise misuse("sample", "a negative temperature or top_k")
         return self._picked(logits, how, [-1] * len(how))
 
     def _picked(self, logits: Activation, how: Sequence[Sampling], forced: Sequence[int]) -> list[Sampled]:
@@ -776,7 +549,7 @@ class Native:
     def _reaching(self, op: str, cache: Cache, plan: Plan) -> Tape:
         """The tape, after making sure that the plan's blocks are the cache's."""
         if cache.block_size != plan.block_size:
-            raise _misuse(op, f"blocks of {plan.block_size} tokens, cache of {cache.blocks} of {cache.block_size}")
+            raise misuse(op, f"blocks of {plan.block_size} tokens, cache of {cache.blocks} of {cache.block_size}")
         tape = self._on(plan)
         tape.blocks = min(tape.blocks, cache.blocks)
         _check_reach(op, tape, plan)
@@ -788,12 +561,12 @@ class Native:
             return -1, 0
         half = len(rope.frequencies)
         if 2 * half > width:
-            raise _misuse(op, f"{2 * half} rotated dims in a head of {width}")
+            raise misuse(op, f"{2 * half} rotated dims in a head of {width}")
         found = plan.angles.get(rope)
         if found is None:
             # Of no plan: the plan holds it, and would never be let go if it held the plan.
-            found = plan.angles[rope] = self._new(_NO_PLAN, plan.tokens, 2 * half, F32)
-            words = (_ROPE, found.register, _at(rope.frequencies), half, _bits(rope.factor))
+            found = plan.angles[rope] = self._new(NO_PLAN, plan.tokens, 2 * half, F32)
+            words = (_ROPE, found.register, address_of(rope.frequencies), half, _bits(rope.factor))
             self._on(plan).record(rope, words)
         return found.register, half
 
@@ -810,8 +583,8 @@ class Native:
         tape, plan = self._tape, self._plan
         if not tape.words or plan is None:
             return
-        step = array("q", (*plan.step, _at(self._pool.addresses)))
-        code = self._library.fgsnap_run(self._handle, _at(tape.words), len(tape.words), _at(step))
+        step = array("q", (*plan.step, address_of(self._pool.addresses)))
+        code = self._library.fgsnap_run(self._handle, address_of(tape.words), len(tape.words), address_of(step))
         tape.clear()
         self._plan = None
         self._lent.clear()
@@ -846,13 +619,13 @@ class Native:
         self._flush()
         *offsets, size = arena.offsets(plan)
         if size > len(self._arena):
-            self._arena = _memory(2 * size)
+            self._arena = anonymous_memory(2 * size)
         base = address(memoryview(self._arena))
         registers = array("q", [base + offset for offset in offsets])
         logits = self._new(plan, plan.rows, result.columns, F32)
         registers[result.register] = self._address(logits)
-        step = array("q", (*plan.step, _at(registers)))
-        code = self._library.fgsnap_run(self._handle, _at(tape.words), len(tape.words), _at(step))
+        step = array("q", (*plan.step, address_of(registers)))
+        code = self._library.fgsnap_run(self._handle, address_of(tape.words), len(tape.words), address_of(step))
         self._pool.trim()
         self._check(code, "run")
         return logits
@@ -865,15 +638,6 @@ class Native:
             raise HostError(
                 "The native backend ran out of memory.", f"In {op}.", "Lower --kv-memory or --max-batch-tokens."
             )
-
-
-def _memory(size: int, kind: int = mmap.MAP_PRIVATE) -> mmap.mmap:
-    try:
-        return mmap.mmap(-1, size, flags=kind | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise HostError(
-            f"{size} bytes for activations cannot be had.", str(error), "Lower --max-batch-tokens."
-        ) from error
 
 
 # --- words of records -------------------------------------------------------------------------------------------------
@@ -902,9 +666,9 @@ def _norm_words(op: str, args: NormArgs, width: int) -> tuple[int, ...]:
     how = _NORMS.get(args.kind)
     weight, bias = args.weight or NOTHING, args.bias or NOTHING
     if how is None:
-        raise _misuse(op, f"kind {args.kind}; native has {', '.join(_NORMS)}")
+        raise misuse(op, f"kind {args.kind}; native has {', '.join(_NORMS)}")
     if weight.shape not in ((width,), ()) or bias.shape not in ((width,), ()):
-        raise _misuse(op, f"weight {list(weight.shape)}, bias {list(bias.shape)} for vectors of {width}")
+        raise misuse(op, f"weight {list(weight.shape)}, bias {list(bias.shape)} for vectors of {width}")
     return (how, *weight.vector, *bias.vector, args.unit_offset, _bits(args.eps))
 
 
@@ -922,10 +686,6 @@ def _cut(args: ActivationArgs) -> float:
     return math.inf if args.clamp is None else args.clamp
 
 
-def _at(numbers: array[Any]) -> int:
-    return numbers.buffer_info()[0]
-
-
 def _up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
@@ -933,53 +693,31 @@ def _up(number: int, multiple: int) -> int:
 # --- what is refused before C++ ---------------------------------------------------------------------------------------
 
 
-def _misuse(op: str, text: str) -> ValueError:
-    """A caller's mistake that must not reach C++, where it would read or write out of bounds."""
-    return ValueError(f"{op}: {text}")
-
-
 def _show(x: Activation) -> str:
     return f"[{x.rows}, {x.columns}]"
-
-
-def _check_batch(batch: Batch, block_size: int) -> None:
-    """The kernels follow these indices without looking."""
-    count, starts, lengths, rows = len(batch.tokens), batch.starts, batch.lengths, batch.rows
-    if count == 0 or block_size <= 0 or len(batch.positions) != count or min(batch.tokens) < 0:
-        raise _misuse("plan", f"{count} tokens, {len(batch.positions)} positions, blocks of {block_size}")
-    if not len(starts) - 1 == len(lengths) == len(batch.block_tables) or starts[0] != 0 or starts[-1] != count:
-        raise _misuse("plan", f"starts {list(starts)} do not divide {count} tokens into {len(lengths)} sequences")
-    for s, (table, length) in enumerate(zip(batch.block_tables, lengths, strict=True)):
-        first, stop = starts[s], starts[s + 1]
-        if not 0 < stop - first <= length or len(table) * block_size < length or min(table) < 0:
-            raise _misuse("plan", f"sequence {s}: {stop - first} tokens, {length} keys, {len(table)} blocks")
-        if list(batch.positions[first:stop]) != list(range(length - stop + first, length)):
-            raise _misuse("plan", f"sequence {s}: its positions are not the last ones of {length} keys")
-    if rows and not 0 <= min(rows) <= max(rows) < count:
-        raise _misuse("plan", f"rows {list(rows)} of {count} tokens")
 
 
 def _check_heads(op: str, cache: Cache, heads: int, kv_heads: int, head_dim: int) -> None:
     same = (cache.kv_heads, cache.head_dim, cache.value_dim) == (kv_heads, head_dim, head_dim)
     if not same or heads % kv_heads != 0:
         found = f"cache of {cache.kv_heads} heads of {cache.head_dim}"
-        raise _misuse(op, f"{found}, {heads} query and {kv_heads} key heads of {head_dim}")
+        raise misuse(op, f"{found}, {heads} query and {kv_heads} key heads of {head_dim}")
 
 
 def _check_latent(op: str, cache: Cache, args: LatentArgs) -> None:
     wide, heads = args.kv_rank + args.rope_dim, args.heads
     if (cache.kv_heads, cache.head_dim, cache.value_dim) != (1, wide, args.kv_rank):
-        raise _misuse(op, f"cache of {cache.kv_heads} heads of {cache.head_dim}, expected one of {wide}")
+        raise misuse(op, f"cache of {cache.kv_heads} heads of {cache.head_dim}, expected one of {wide}")
     ups = (args.up_keys.shape, args.up_values.shape)
     if ups != ((heads, args.kv_rank, args.nope_dim), (heads, args.value_dim, args.kv_rank)):
-        raise _misuse(op, f"up_keys {list(ups[0])}, up_values {list(ups[1])} for {heads} heads")
+        raise misuse(op, f"up_keys {list(ups[0])}, up_values {list(ups[1])} for {heads} heads")
 
 
 def _check_reach(op: str, tape: Tape, plan: Plan) -> None:
     if plan.highest_block >= tape.blocks:
-        raise _misuse(op, f"block {plan.highest_block} of a cache of {tape.blocks} blocks")
+        raise misuse(op, f"block {plan.highest_block} of a cache of {tape.blocks} blocks")
     if plan.highest_position >= tape.positions:
-        raise _misuse(op, f"position {plan.highest_position} of {tape.positions} learned ones")
+        raise misuse(op, f"position {plan.highest_position} of {tape.positions} learned ones")
 
 
 def _check_experts(x: Activation, router: RouterArgs, args: ExpertsArgs) -> tuple[int, int]:
@@ -990,22 +728,16 @@ def _check_experts(x: Activation, router: RouterArgs, args: ExpertsArgs) -> tupl
     found = {"gate_up": args.gate_up.shape, "down": args.down.shape}
     biases = ((args.gate_up_bias, (count, rows)), (args.down_bias, (count, width)))
     if found != shapes or x.columns != width or router.weight.shape != (count, width):
-        raise _misuse("experts", f"x {_show(x)}, router {list(router.weight.shape)}, {found}")
+        raise misuse("experts", f"x {_show(x)}, router {list(router.weight.shape)}, {found}")
     if any(bias is not None and bias.shape != shape for bias, shape in biases):
-        raise _misuse("experts", "a bias of another shape than its matrix")
+        raise misuse("experts", "a bias of another shape than its matrix")
     if router.selection_bias is not None and router.selection_bias.shape != (count,):
-        raise _misuse("experts", f"selection bias {list(router.selection_bias.shape)} for {count} experts")
+        raise misuse("experts", f"selection bias {list(router.selection_bias.shape)} for {count} experts")
     if how.kind not in _ACTIVATIONS or (how.kind == "clamped_swiglu" and not how.gated):
-        raise _misuse("experts", f"activation {how.kind}")
+        raise misuse("experts", f"activation {how.kind}")
     if (args.gate_up.packed and (inner % PANEL or rows % PANEL)) or (args.down.packed and width % PANEL):
-        raise _misuse("experts", "packed matrices of which no expert begins a panel")
+        raise misuse("experts", "packed matrices of which no expert begins a panel")
     eligible = count // router.groups * router.kept_groups
     if count % router.groups or not 0 < router.kept_groups <= router.groups or not 0 < router.top_k <= eligible:
-        raise _misuse("experts", f"top {router.top_k} of {router.kept_groups} of {router.groups} groups of {count}")
+        raise misuse("experts", f"top {router.top_k} of {router.kept_groups} of {router.groups} groups of {count}")
     return count, inner
-
-
-def _size_class(size: int) -> int:
-    """``size`` rounded up to one of four steps a power of two, so that batches of similar lengths share memory."""
-    step = 1 << max(10, size.bit_length() - 3)
-    return -(-max(size, 1) // step) * step

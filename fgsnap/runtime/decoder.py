@@ -30,10 +30,10 @@ from fgsnap.snapshot import Snapshot
 from fgsnap.spec import DTYPE_BYTES, DecoderSpec, Layer, QueryTemperature, features, rope_frequencies
 
 if TYPE_CHECKING:
-    from fgsnap.kernels.native import Ranks
+    from fgsnap.kernels.ranks import Ranks
 
 DEFAULT_BLOCK_SIZE = 16
-DEFAULT_KV_MEMORY = 2 << 30  # or half of what is available where that is less
+DEFAULT_KV_MEMORY = 2 << 30  # or half of what is left beside the weights where that is less
 
 
 class Decoder:
@@ -51,6 +51,7 @@ class Decoder:
         tp: the tensor parallel degree.
         rank: which of the ``tp`` parts ``weights`` are.
         announce: told of every batch before it is computed, for the other ranks must compute it too.
+        check: called after every forward; raises when what was computed with cannot be believed.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Decoder:
         tp: int = 1,
         rank: int = 0,
         announce: Callable[[Batch], None] | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self.spec = spec
         self.weights = weights
@@ -79,6 +81,7 @@ class Decoder:
         self.choices = tuple(choices)
         self.tp = tp
         self._announce = announce
+        self._check = check
         self._layers = [spec.layer(index) for index in range(spec.depth)]
         self._attention = [_attention_args(layer, tp) for layer in self._layers]
         self._ropes = [ops.rope(*rope_frequencies(rope, max_length)) for rope in spec.ropes]
@@ -94,7 +97,9 @@ class Decoder:
         """Run one ragged batch, write its keys and values into the cache, and return the logits of ``batch.rows``."""
         if self._announce is not None:
             self._announce(batch)
-        return self._forward(batch)
+        logits = self._forward(batch)
+        self._check()
+        return logits
 
     def sample(self, logits: Tensor, how: Sequence[Sampling]) -> list[Sampled]:
         """Pick one token a row of ``logits``."""
@@ -206,7 +211,7 @@ def load_decoder(
     rank, tp = (0, 1) if ranks is None else (ranks.rank, ranks.size)
     block_bytes = tp * _block_bytes(spec, ops, block_size, tp)
     if blocks is None:
-        blocks = _settled_memory(kv_memory, ops.device) // block_bytes
+        blocks = _settled_memory(kv_memory, _weight_bytes(snapshot), ops.device) // block_bytes
     length = _settled_length(spec, max_length, blocks, block_size, block_bytes)
     weights = load(snapshot, ops, tp, rank)
     return Decoder(
@@ -221,6 +226,7 @@ def load_decoder(
         tp=tp,
         rank=rank,
         announce=announce,
+        check=snapshot.check_unchanged,
     )
 
 
@@ -240,14 +246,27 @@ def _block_bytes(spec: DecoderSpec, ops: Ops, block_size: int, tp: int) -> int:
     return sum(ops.kv_block_bytes(block_size, args.kv_heads, args.head_dim) for args in layers)
 
 
-def _settled_memory(asked: int | None, device: str) -> int:
-    there = memory.available() if device == "cpu" else None
+def _weight_bytes(snapshot: Snapshot) -> int:
+    return sum(entry.bytes for entry in snapshot.manifest.files.values() if entry.chunks is not None)
+
+
+def _settled_memory(asked: int | None, weights: int, device: str) -> int:
+    """Bytes for the KV cache: what is asked for, or what is reasonable beside ``weights`` bytes of weights."""
+    there = memory.available(weights) if device == "cpu" else None
+    if there is None:
+        return DEFAULT_KV_MEMORY if asked is None else asked
+    if there == 0:
+        raise HostError(
+            "The weights do not fit into this host's memory.",
+            f"They take {weights >> 20} MiB, and nothing is left for a KV cache.",
+            "Use a host with more memory, or raise the limit of this process or its control group.",
+        )
     if asked is None:
-        return DEFAULT_KV_MEMORY if there is None else min(DEFAULT_KV_MEMORY, there // 2)
-    if there is not None and asked > there:
+        return min(DEFAULT_KV_MEMORY, there // 2)
+    if asked > there:
         raise HostError(
             f"A KV cache of {asked >> 20} MiB does not fit into this host's memory.",
-            f"{there >> 20} MiB of it are available to this process.",
+            f"Beside {weights >> 20} MiB of weights, {there >> 20} MiB are available to this process.",
             "Lower --kv-memory, or leave it out.",
         )
     return asked

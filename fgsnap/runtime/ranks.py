@@ -20,8 +20,8 @@ import msgspec
 
 from fgsnap.errors import UsageError
 from fgsnap.kernels.library import available, default_threads
-from fgsnap.kernels.native import Ranks, rank_memory
 from fgsnap.kernels.ops import Batch
+from fgsnap.kernels.ranks import Ranks, rank_memory
 from fgsnap.runtime import wire
 from fgsnap.runtime.decoder import Decoder, load_decoder
 from fgsnap.runtime.options import EngineOptions

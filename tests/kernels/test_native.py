@@ -22,7 +22,7 @@ from typing import NamedTuple
 import pytest
 
 from fgsnap.errors import HostError
-from fgsnap.kernels import library, native
+from fgsnap.kernels import library, native, tape
 from fgsnap.kernels.native import Native
 from fgsnap.kernels.ops import ActivationArgs, AttentionArgs, Batch, HeadArgs, NormArgs, Sampling
 
@@ -415,7 +415,7 @@ def test_memory_that_was_let_go_is_used_again_without_mixing_values(ops):
     for _ in range(100):
         x = ops.linear(x, one)
     assert ops.floats(x).tolist() == ops.floats(kept).tolist() == draw(160, 1)
-    assert len(ops._pool.free[native._size_class(640)]) <= 3
+    assert len(ops._pool.free[tape.size_class(640)]) <= 3
 
 
 def test_what_a_record_means_lives_until_it_ran(ops):
