@@ -79,9 +79,8 @@ class StubWorkers:
                 self.fail_starts -= 1
                 raise RuntimeError("no luck")
             engine = Engine(model, eos_token_ids=(ByteText.eos,), token_budget=32)
-            return engine, wire.Ready(
-                "stub", "cpu", "none", model.max_length, model.blocks, model.block_size, token_budget=32
-            )
+            sizes = (model.max_length, model.blocks, model.block_size)
+            return engine, wire.Ready("stub", "cpu", "1 thread", "asked for", "none", *sizes, token_budget=32)
 
         def live():
             with theirs:

@@ -22,17 +22,18 @@ INNER = {
     "fgsnap.layout": ("fgsnap.errors", "fgsnap.spec"),
     "fgsnap.progress": (),
     "fgsnap.atomic": ("fgsnap.errors",),
+    "fgsnap.tokenizer": ("fgsnap.errors",),
     "fgsnap.snapshot": (
         "fgsnap.errors", "fgsnap.spec", "fgsnap.layout", "fgsnap.progress", "fgsnap.atomic", "fgsnap.snapshot",
     ),
     "fgsnap.kernels": ("fgsnap.errors", "fgsnap.kernels"),
     "fgsnap.convert": (
         "fgsnap.errors", "fgsnap.spec", "fgsnap.layout", "fgsnap.progress", "fgsnap.atomic", "fgsnap.snapshot",
-        "fgsnap.convert", "fgsnap",
+        "fgsnap.tokenizer", "fgsnap.convert", "fgsnap",
     ),
     "fgsnap.runtime": (
-        "fgsnap.errors", "fgsnap.spec", "fgsnap.layout", "fgsnap.snapshot", "fgsnap.kernels", "fgsnap.runtime",
-        "fgsnap",
+        "fgsnap.errors", "fgsnap.spec", "fgsnap.layout", "fgsnap.snapshot", "fgsnap.tokenizer", "fgsnap.kernels",
+        "fgsnap.runtime", "fgsnap",
     ),
     "fgsnap.bench.command": ("fgsnap.errors", "fgsnap.cli", "fgsnap.bench", "fgsnap.runtime"),
     "fgsnap.bench": ("fgsnap.errors", "fgsnap.environment", "fgsnap.snapshot", "fgsnap.runtime", "fgsnap.bench"),
@@ -45,6 +46,7 @@ OUTER = {
     "fgsnap.layout": {"msgspec"},
     "fgsnap.progress": set(),
     "fgsnap.atomic": set(),
+    "fgsnap.tokenizer": {"tokenizers"},
     "fgsnap.snapshot": {"msgspec", "blake3"},
     "fgsnap.kernels.reference": {"torch"},
     "fgsnap.kernels.reference_plan": {"torch"},
@@ -127,6 +129,8 @@ NEVER = ("transformers", "huggingface_hub", "torch", "numpy", "fastapi", "openai
         ("fgsnap.runtime.engine", (*NEVER, "starlette", "uvicorn", "fgsnap.convert")),
         ("fgsnap.runtime.worker", (*NEVER, "starlette", "uvicorn", "tokenizers", "minijinja", "fgsnap.convert")),
         ("fgsnap.runtime.server", (*NEVER, "fgsnap.convert", "fgsnap.kernels.native")),
+        ("fgsnap.runtime.service", ("starlette", "anyio", "prometheus_client", "fgsnap.kernels", "fgsnap.runtime.pages")),
+        ("fgsnap.runtime.text", (*NEVER, "fgsnap.kernels", "fgsnap.convert", "uvicorn")),
         ("fgsnap.kernels.native", NEVER),
         ("fgsnap.convert.pipeline", ("torch", "transformers", "fgsnap.runtime")),
     ],
@@ -139,6 +143,9 @@ def test_what_a_module_never_loads(module, forbidden):
 
 def test_the_serve_path_stays_small():
     """Modules loaded by the server process; the usual stack of this field loads 1,543 before torch."""
-    program = "import fgsnap.runtime.launch, fgsnap.runtime.server, fgsnap.runtime.text, sys; print(len(sys.modules))"
+    program = (
+        "import fgsnap.cli, fgsnap.runtime.launch, fgsnap.runtime.service, fgsnap.runtime.text, sys\n"
+        "print(len(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert int(done.stdout) <= 450
+    assert int(done.stdout) <= 340

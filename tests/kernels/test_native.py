@@ -83,8 +83,16 @@ def model(ops, dtype):
 
 def forward(ops, built, caches, batch, block_size, window=None):
     """The logits of the batch's rows, each as bytes."""
+    return rows_in(ops, ops_of(ops, built, caches, ops.plan(batch, block_size), window))
+
+
+def rows_in(ops, logits):
+    values, width = ops.floats(logits), logits.columns
+    return [values[row * width : (row + 1) * width].tobytes() for row in range(logits.rows)]
+
+
+def ops_of(ops, built, caches, plan, window=None):
     args = ATTENTION._replace(window=window)
-    plan = ops.plan(batch, block_size)
     x = ops.embed(plan, built.embed, 2.0)
     for layer, cache in zip(built.layers, caches, strict=True):
         qkv = ops.linear(ops.norm(x, layer["norm"]), layer["qkv"], layer["bias"])
@@ -92,9 +100,7 @@ def forward(ops, built, caches, batch, block_size, window=None):
         x = ops.add(x, ops.linear(ops.attend(q, cache, plan, args), layer["out"]), 0.5)
         inner = ops.activate(ops.linear(ops.norm(x, layer["norm"]), layer["up"]), ActivationArgs("silu"))
         x = ops.add(x, ops.linear(inner, layer["down"]))
-    logits = ops.floats(ops.logits(x, plan, HeadArgs(built.embed, None, VOCABULARY - 1)))
-    row = VOCABULARY - 1
-    return [logits[i * row : (i + 1) * row].tobytes() for i in range(len(batch.rows))]
+    return ops.logits(x, plan, HeadArgs(built.embed, None, VOCABULARY - 1))
 
 
 def alone(tokens, start, table):
@@ -149,6 +155,103 @@ def test_a_batch_has_the_bits_of_its_members_alone(instructions):
     places = [place for member in members for place in range(len(member))]
     batch = Batch(tokens, places, starts, [len(member) for member in members], tables, range(len(tokens)))
     assert forward(ops, built, caches_of(ops, 20, 16), batch, 16) == expected
+
+
+def in_panels(data, shape, item):
+    """Row-major bytes in the layout words32: panels of 32 rows, in them word after word the rows side by side."""
+    rows, words = shape[0], shape[1] * item // 4
+    data = bytes(data) + bytes(-rows % 32 * words * 4)
+    panels = range(0, len(data), 32 * words * 4)
+    at = (panel + (row * words + word) * 4 for panel in panels for word in range(words) for row in range(32))
+    return memoryview(b"".join(data[i : i + 4] for i in at))
+
+
+@pytest.mark.parametrize("instructions", native.instruction_sets())
+@pytest.mark.parametrize("weights, item", [("float32", 4), ("bfloat16", 2)])
+@pytest.mark.parametrize("rows, into, out", [(1, 96, 64), (7, 30, 33), (23, 1100, 95), (64, 2050, 31)])
+def test_packed_matrices_give_the_bits_of_row_major_ones(instructions, weights, item, rows, into, out):
+    for dtype in ("float32", "bfloat16"):
+        ops = Native(dtype, 2, instructions)
+        data = packed(draw(into * out, 5), weights)
+        by_row = ops.weight(data, weights, (out, into))
+        by_panel = ops.weight(in_panels(data, (out, into), item), weights, (out, into), "words32")
+        x = ops.norm(rows_of(ops, draw(rows * into, 6), rows), NormArgs("l2", 1e-5, None, None))
+        found = [ops.floats(ops.linear(x, weight)).tobytes() for weight in (by_row, by_panel)]
+        assert found[0] == found[1]
+
+
+def batch_of(spans, wanted):
+    """Sequence s, in blocks 3 s to 3 s + 2 of 16 tokens, computes tokens spans[s]."""
+    tokens = [PROMPT[place] for span in spans for place in span]
+    starts = [0]
+    for span in spans:
+        starts.append(starts[-1] + len(span))
+    tables = [[3 * s, 3 * s + 1, 3 * s + 2] for s in range(len(spans))]
+    return Batch(tokens, [place for span in spans for place in span], starts, [s.stop for s in spans], tables, wanted)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_tape_gives_the_bits_of_the_ops_it_was_made_from(dtype):
+    ops = Native(dtype, 2)
+    built = model(ops, dtype)
+    batches = [
+        batch_of([range(5)], [4]),
+        batch_of([range(5, 6), range(40)], [0, 3, 40]),
+        batch_of([range(6, 7), range(40, 41), range(48)], range(50)),
+        batch_of([range(7, 8)], []),
+        batch_of([range(8, 9)], [0]),
+    ]
+    caches = caches_of(ops, 9, 16)
+    expected = [forward(ops, built, caches, batch, 16) for batch in batches]
+    caches = caches_of(ops, 9, 16)
+    compute = ops.taped(lambda plan: ops_of(ops, built, caches, plan), 16)
+    found = [rows_in(ops, compute(batch)) for batch in batches]
+    assert found == expected
+    again = [rows_in(ops, compute(batch)) for batch in batches]
+    assert again == expected, "what was in the arena before changes nothing"
+
+
+def test_a_tape_records_once(ops):
+    built, calls = model(ops, "float32"), []
+    caches = caches_of(ops, 9, 16)
+
+    def compute(plan):
+        calls.append(plan)
+        return ops_of(ops, built, caches, plan)
+
+    run = ops.taped(compute, 16)
+    kept = run(batch_of([range(3)], [0, 2]))
+    before = ops.floats(kept).tolist()
+    run(batch_of([range(3, 4), range(9)], [0]))
+    assert len(calls) == 1
+    assert ops.floats(kept).tolist() == before, "logits that are held stay as they are"
+
+
+def test_a_tape_refuses_a_batch_that_does_not_fit_its_caches(ops):
+    built = model(ops, "float32")
+    caches = caches_of(ops, 3, 16)
+    run = ops.taped(lambda plan: ops_of(ops, built, caches, plan), 16)
+    run(batch_of([range(3)], [0]))
+    with pytest.raises(ValueError, match="block 5 of a cache of 3 blocks"):
+        run(batch_of([range(3), range(3)], [0]))
+    assert len(rows_in(ops, run(batch_of([range(3)], [0])))) == 1
+
+
+def test_merged_neighbours_compute_what_they_would_alone(ops):
+    gate_up = ops.weight(packed(draw(2 * 64 * 83, 1), "float32"), "float32", (128, 83))
+    down = ops.weight(packed(draw(83 * 64, 2), "float32"), "float32", (83, 64))
+
+    def mlp(looked_at):
+        x = rows_of(ops, draw(5 * 83, 3), 5)
+        inner = ops.linear(ops.norm(x, NormArgs("rms", 1e-5, None, None)), gate_up)
+        if looked_at:
+            ops.floats(inner)
+        branch = ops.linear(ops.activate(inner, ActivationArgs("silu")), down)
+        if looked_at:
+            ops.floats(branch)
+        return ops.floats(ops.add(x, branch, 0.5)).tolist()
+
+    assert mlp(looked_at=False) == pytest.approx(mlp(looked_at=True), rel=1e-5, abs=1e-6)
 
 
 def test_every_number_of_threads_gives_the_same_bits():

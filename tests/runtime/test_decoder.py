@@ -369,18 +369,26 @@ def test_without_kv_memory_the_cache_leaves_half_of_what_is_available(small, mon
     def blocks():
         return load_decoder(small, backend="reference", device="cpu").blocks
 
-    monkeypatch.setattr(memory, "available", lambda: 128 * 16 * 10)
+    monkeypatch.setattr(memory, "available", lambda weights: 128 * 16 * 10)
     assert blocks() == 5
     for plenty in (64 << 30, None):
-        monkeypatch.setattr(memory, "available", lambda plenty=plenty: plenty)
+        monkeypatch.setattr(memory, "available", lambda weights, plenty=plenty: plenty)
         assert blocks() * 128 * 16 == 2 << 30
 
 
 def test_more_kv_memory_than_the_host_has_is_refused(small, monkeypatch):
-    monkeypatch.setattr(memory, "available", lambda: 3 << 20)
-    with pytest.raises(HostError, match=r"4 MiB[^$]*\n3 MiB"):
+    monkeypatch.setattr(memory, "available", lambda weights: (4 << 20) - weights)
+    weights = (small.path / "rank-00000-of-00001.safetensors").stat().st_size
+    with pytest.raises(HostError, match=r"4 MiB[^$]*\nBeside 0 MiB of weights, 3 MiB"):
         load_decoder(small, backend="reference", device="cpu", kv_memory=4 << 20)
-    assert load_decoder(small, backend="reference", device="cpu", kv_memory=3 << 20).blocks == 1536
+    left = (4 << 20) - weights
+    assert load_decoder(small, backend="reference", device="cpu", kv_memory=left).blocks == left // (128 * 16)
+
+
+def test_weights_that_fill_all_memory_are_refused(small, monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda weights: 0)
+    with pytest.raises(HostError, match=r"no memory for a KV cache"):
+        load_decoder(small, backend="reference", device="cpu")
 
 
 def write(root, files):
@@ -408,6 +416,16 @@ SEPARATE = {
 }
 
 
+LIMITS = "Limit                     Soft Limit           Hard Limit           Units     \n"
+OWN = {
+    "proc/self/status": "Name:\tx\nVmSize:\t    3000 kB\nVmData:\t    1000 kB\n",
+    "proc/self/limits": LIMITS
+    + "Max data size             unlimited            unlimited            bytes     \n"
+    + "Max address space         4096000              unlimited            bytes     \n",
+}
+DATA = LIMITS + "Max data size             2048000              2048000              bytes     \n"
+
+
 @pytest.mark.parametrize(
     ("files", "found"),
     [
@@ -417,12 +435,26 @@ SEPARATE = {
         ({**HOST, **SEPARATE}, 7000 - (6500 - 600)),
         ({**HOST, "proc/self/cgroup": "0::/gone\n"}, 8000 * 1024),
         ({**HOST, **UNIFIED, "sys/fs/cgroup/a/memory.current": "9000\n"}, 0),
+        ({**HOST, **OWN}, 1000 * 1024),
+        ({**OWN, "proc/self/limits": DATA}, 1000 * 1024),
+        ({**HOST, **OWN, "proc/self/limits": LIMITS}, 8000 * 1024),
     ],
-    ids=["nothing", "host", "cgroup 2", "cgroup 1", "no such group", "over its limit"],
-)
+    ids=[
+        "nothing", "host", "cgroup 2", "cgroup 1", "no such group", "over its limit", "address space", "data",
+        "no limits",
+    ],
+)  # fmt: skip
 def test_available_memory_is_the_least_that_anyone_grants(tmp_path, files, found):
     write(tmp_path, files)
-    assert memory.available(tmp_path) == found
+    assert memory.available(root=tmp_path) == found
+
+
+def test_mapped_files_need_memory_but_are_in_the_address_space_already(tmp_path):
+    write(tmp_path, HOST)
+    assert memory.available(1000, tmp_path) == 8000 * 1024 - 1000
+    assert memory.available(1 << 40, tmp_path) == 0
+    write(tmp_path, OWN)
+    assert memory.available(1000, tmp_path) == 1000 * 1024
 
 
 def test_this_host_tells_its_memory():

@@ -23,6 +23,7 @@ from fgsnap.runtime.options import ServeOptions
 from fgsnap.runtime.service import _model_name, _seconds
 from fgsnap.runtime.wire import Phase
 from tests.serving import (
+    SERVE,
     RealService,
     alive,
     ask,
@@ -439,6 +440,13 @@ def test_a_host_without_the_memory_is_one_clear_error(snapshot):
 def test_more_kv_memory_than_there_is_is_one_clear_error(snapshot):
     done = run_serve(snapshot, "--port", "0", "--kv-memory", "1000TiB")
     assert done.returncode == 6 and "1048576000 MiB does not fit" in three_lines(done)
+
+
+def test_a_limit_on_the_process_that_is_too_small_for_the_cache_is_one_clear_error(snapshot):
+    limited = ["sh", "-c", 'ulimit -v 1500000; exec "$@"', "sh", *SERVE, snapshot, "--port", "0", "--kv-memory", "2GiB"]
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 6
+    assert "2048 MiB does not fit" in three_lines(done) and "MiB are available to this process" in done.stderr
 
 
 def test_a_start_that_hangs_is_one_clear_error(snapshot, tmp_path):

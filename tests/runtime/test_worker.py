@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -95,6 +96,16 @@ def tokens_of(server, id="r"):
                 tokens += [token.id for token in output.tokens]
                 if output.finish:
                     return tokens, output.finish
+
+
+def test_a_start_that_left_garbage_alone_collects_it_once_it_serves(serve):
+    gc.disable()
+    try:
+        assert serve(lambda mark: (engine(), READY)).next() == READY
+        assert gc.isenabled()
+    finally:
+        gc.unfreeze()
+        gc.enable()
 
 
 def test_phases_then_ready_then_tokens(serve):
