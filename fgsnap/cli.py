@@ -73,6 +73,24 @@ def engine_options(command: Command) -> Command:
     return command
 
 
+def sampling_options(command: Command) -> Command:
+    """The options that ``run`` and ``chat`` share."""
+    for decorate in reversed(
+        (
+            option("--max-tokens", type=click.IntRange(min=1), default=256, help="Most tokens to generate."),
+            option("--temperature", type=click.FloatRange(0, 2), default=0.0, help="0 is greedy."),
+            option("--top-k", type=click.IntRange(min=0), default=0, help="Sample among the k most likely; 0: off."),
+            option(
+                "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0,
+                help="Sample within this probability.",
+            ),
+            option("--seed", type=int, help="Makes sampling repeatable."),
+        )
+    ):  # fmt: skip
+        command = decorate(command)
+    return command
+
+
 class ByteSize(click.ParamType[int]):
     """Bytes, as ``2GiB``, ``512M`` or a plain number; units are powers of 1024."""
 
@@ -265,11 +283,7 @@ def serve(snapshot: Path, **settings: Any) -> None:
 @click.argument("snapshot", type=click.Path(path_type=Path))
 @click.argument("prompt")
 @engine_options
-@option("--max-tokens", type=click.IntRange(min=1), default=256, help="Most tokens to generate.")
-@option("--temperature", type=click.FloatRange(0, 2), default=0.0, help="0 is greedy.")
-@option("--top-k", type=click.IntRange(min=0), default=0, help="Sample among the k most likely; 0: off.")
-@option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Sample within this probability.")
-@option("--seed", type=int, help="Makes sampling repeatable.")
+@sampling_options
 @option("--stop", type=WholeText(), multiple=True, help="End at this text; may be given several times.")
 @option("--raw", is_flag=True, help="Continue the prompt as plain text, without the chat template.")
 @json_option
@@ -290,6 +304,27 @@ def run(snapshot: Path, prompt: str, **settings: Any) -> None:
     if not prompt:
         raise UsageError("The prompt is empty.", "A model continues at least one token.", "Give it some text.")
     _answer(snapshot, prompt, engine, settings)
+
+
+@cli.command()
+@click.argument("snapshot", type=click.Path(path_type=Path))
+@engine_options
+@sampling_options
+@option("--system", help="What the model is told before the conversation.")
+def chat(snapshot: Path, system: str | None, **settings: Any) -> None:
+    """Hold a conversation on the terminal, without a server.
+
+    Ctrl-C ends an answer, Ctrl-D or an empty line the conversation. Messages may also be piped in, one a line.
+
+    \b
+    Example:
+      fgsnap chat snap/ --system "Answer in one sentence."
+    """
+    from fgsnap.runtime.generate import chat as hold
+    from fgsnap.runtime.request import SamplingParams
+
+    engine = engine_of(settings)
+    hold(snapshot, read=_read_line, emit=_emit, engine=engine, system=system, params=SamplingParams(**settings))
 
 
 @cli.command()
@@ -436,6 +471,19 @@ def _answer(path: Path, prompt: str, engine: EngineOptions, settings: dict[str, 
 def _emit(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def _read_line() -> str | None:
+    """The next message, None when there are no more. A terminal is asked for it, with its own editing of lines."""
+    if sys.stdin.isatty():
+        import contextlib
+
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (input() uses it when it is there)
+    try:
+        return input("> " if sys.stdin.isatty() else "") or None
+    except EOFError:
+        return None
 
 
 def _standard_input() -> str:

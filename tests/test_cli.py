@@ -14,7 +14,7 @@ from fgsnap.cli import EXTRAS, ByteSize, WholeText, cli, run_cli, size
 from tests.commands import every_command
 from tests.snapshots import make_snapshot, tiny_spec
 
-COMMANDS = ("convert", "serve", "run", "inspect", "verify", "export", "bench", "env", "version")
+COMMANDS = ("convert", "serve", "run", "chat", "inspect", "verify", "export", "bench", "env", "version")
 TEXT = {"config.json": b"{}"}
 HEAVY = (
     "torch", "transformers", "huggingface_hub", "numpy", "gguf", "starlette", "uvicorn", "tokenizers", "fgsnap.bench",
@@ -54,7 +54,8 @@ def test_version_is_printed_by_both_spellings_and_as_json():
         (["convert", "x"], 2, "-o DIR"),
         (["serve", "--prt", "1"], 2, "--port"),
         (["serve", "x", "--kv-memory", "lots"], 2, "is not a size"),
-        (["serve", "x", "--tp", "2"], 2, "degree 1"),
+        (["serve", "x", "--tp", "0"], 2, "--tp"),
+        (["chat", "nowhere"], 4, "nowhere"),
         (["inspect", "nowhere"], 4, "nowhere"),
         (["verify", "nowhere"], 4, "nowhere"),
         (["serve", "nowhere"], 4, "nowhere"),

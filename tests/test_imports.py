@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from fgsnap.kernels import native
+from tests.serving import servable_snapshot
+
 PACKAGE = Path(__file__).parent.parent / "fgsnap"
 STDLIB = sys.stdlib_module_names
 
@@ -129,7 +132,10 @@ NEVER = ("transformers", "huggingface_hub", "torch", "numpy", "fastapi", "openai
         ("fgsnap.runtime.engine", (*NEVER, "starlette", "uvicorn", "fgsnap.convert")),
         ("fgsnap.runtime.worker", (*NEVER, "starlette", "uvicorn", "tokenizers", "minijinja", "fgsnap.convert")),
         ("fgsnap.runtime.server", (*NEVER, "fgsnap.convert", "fgsnap.kernels.native")),
-        ("fgsnap.runtime.service", ("starlette", "anyio", "prometheus_client", "fgsnap.kernels", "fgsnap.runtime.pages")),
+        (
+            "fgsnap.runtime.service",
+            ("starlette", "anyio", "prometheus_client", "fgsnap.kernels", "fgsnap.runtime.pages"),
+        ),
         ("fgsnap.runtime.text", (*NEVER, "fgsnap.kernels", "fgsnap.convert", "uvicorn")),
         ("fgsnap.kernels.native", NEVER),
         ("fgsnap.convert.pipeline", ("torch", "transformers", "fgsnap.runtime")),
@@ -149,3 +155,18 @@ def test_the_serve_path_stays_small():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert int(done.stdout) <= 340
+
+
+@pytest.mark.skipif(not native.available()[0], reason="the reference backend is torch")
+@pytest.mark.parametrize("command", [["run", "Hi"], ["chat"]])
+def test_answers_of_the_native_backend_come_without_torch(command, tmp_path):
+    """``serve`` is held to it by its worker's modules, see test_launch."""
+    snapshot = servable_snapshot(tmp_path / "snap")
+    name, *prompt = command
+    program = (
+        "import sys; from fgsnap.cli import run_cli\n"
+        f"code = run_cli({[name, str(snapshot), *prompt, '--backend', 'native', '--max-tokens', '3']!r})\n"
+        f"sys.exit(code or [m for m in {NEVER!r} if m in sys.modules] or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], input="Hi\n", capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

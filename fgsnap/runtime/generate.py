@@ -1,14 +1,16 @@
-"""Answers in this process, without a server: for ``fgsnap run`` and for Python programs."""
+"""Answers in this process, without a server: for ``fgsnap run``, ``fgsnap chat`` and Python programs."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import msgspec
 
-from fgsnap.errors import FgsnapError, RequestError
+from fgsnap.errors import FgsnapError, RequestError, UsageError
 from fgsnap.runtime.engine import Engine
 from fgsnap.runtime.options import EngineOptions
 from fgsnap.runtime.ranks import load_as_chosen
@@ -99,18 +101,85 @@ def answer(
 
     The other arguments are those of SamplingParams.
     """
+    with opened(path, engine) as model:
+        text = model.text
+        ids = text.encode(prompt) if raw or not text.has_chat_template else text.encode_chat([_user(prompt)])
+        return model.answer(ids, SamplingParams(max_tokens, temperature, top_k, top_p, seed), stop, emit)
+
+
+def chat(
+    path: Path | str,
+    *,
+    read: Callable[[], str | None],
+    emit: Callable[[str], None],
+    engine: EngineOptions = _DEFAULT_ENGINE,
+    system: str | None = None,
+    params: SamplingParams,
+) -> None:
+    """Hold a conversation: read a message, answer it, and so on until ``read`` gives None.
+
+    A KeyboardInterrupt during an answer ends the answer and not the conversation; what came of it stays said.
+
+    Raises:
+        UsageError: the snapshot has no chat template.
+        RequestError: the conversation no longer fits the context.
+    """
+    with opened(path, engine) as model:
+        if not model.text.has_chat_template:
+            raise UsageError(
+                "This snapshot has no chat template.",
+                "It was made from a model that continues text.",
+                'Use fgsnap run SNAPSHOT "...".',
+            )
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        while (said := read()) is not None:
+            messages.append(_user(said))
+            answered = _Heard(emit)
+            with contextlib.suppress(KeyboardInterrupt):
+                model.answer(model.text.encode_chat(messages), params, (), answered.add)
+            emit("\n")
+            messages.append({"role": "assistant", "content": answered.text})
+
+
+class _Heard:
+    """What has been shown of an answer so far."""
+
+    def __init__(self, emit: Callable[[str], None]) -> None:
+        self.text = ""
+        self._emit = emit
+
+    def add(self, piece: str) -> None:
+        self.text += piece
+        self._emit(piece)
+
+
+class Model(NamedTuple):
+    """A snapshot that is open and has proved itself."""
+
+    engine: Engine
+    text: Text
+    max_length: int
+
+    def answer(
+        self, prompt: Sequence[int], params: SamplingParams, stop: Sequence[str], emit: Callable[[str], None] | None
+    ) -> Answer:
+        """One answer, of no more tokens than the context has room for. RequestError: it has none."""
+        room = _room(self.max_length, len(prompt))
+        fitting = msgspec.structs.replace(params, max_tokens=min(params.max_tokens, room))
+        return _collect(generate(self.engine, self.text, prompt, fitting, stop), len(prompt), emit)
+
+
+@contextmanager
+def opened(path: Path | str, options: EngineOptions = _DEFAULT_ENGINE) -> Iterator[Model]:
+    """The snapshot at ``path``, loaded and checked by its canary, for one request at a time."""
     snapshot = open_snapshot(path)
     try:
-        decoder = load_as_chosen(snapshot, engine)  # before the tokenizer has threads: it may fork
+        decoder = load_as_chosen(snapshot, options)  # before the tokenizer has threads: it may fork
         text = Text(snapshot)
-        ids = text.encode(prompt) if raw or not text.has_chat_template else text.encode_chat([_user(prompt)])
         check_canary(decoder, snapshot)
-        running = Engine(
-            decoder, eos_token_ids=text.eos_token_ids, token_budget=engine.max_batch_tokens, max_sequences=1
-        )
-        room = _room(decoder.max_length, len(ids))
-        params = SamplingParams(min(max_tokens, room), temperature, top_k, top_p, seed)
-        return _collect(generate(running, text, ids, params, stop), len(ids), emit)
+        budget = options.max_batch_tokens
+        engine = Engine(decoder, eos_token_ids=text.eos_token_ids, token_budget=budget, max_sequences=1)
+        yield Model(engine, text, decoder.max_length)
     finally:
         snapshot.close()
 

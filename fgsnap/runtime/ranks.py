@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import sys
 import threading
@@ -25,7 +26,7 @@ from fgsnap.kernels.ranks import Ranks, rank_memory
 from fgsnap.runtime import wire
 from fgsnap.runtime.decoder import Decoder, load_decoder
 from fgsnap.runtime.options import EngineOptions
-from fgsnap.runtime.worker import die_with
+from fgsnap.runtime.worker import ENDING, die_with
 from fgsnap.snapshot import Snapshot
 
 
@@ -158,6 +159,8 @@ def _be_follower(
 ) -> NoReturn:
     """Live as a rank and end here, without running what the leader has on its stack."""
     code = 1
+    for number in ENDING:  # they reach the whole process group; the leader decides what they mean
+        signal.signal(number, signal.SIG_IGN)
     try:
         if die_with(leader):
             _follow(pipe, ranks, snapshot, options, threads)

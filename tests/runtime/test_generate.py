@@ -5,17 +5,17 @@ from __future__ import annotations
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from fgsnap.errors import FgsnapError, NotFound, RequestError, SnapshotRefused
+from fgsnap.errors import FgsnapError, NotFound, RequestError, SnapshotRefused, UsageError
 from fgsnap.kernels.ops import Batch, Sampling
 from fgsnap.runtime.decoder import load_decoder
 from fgsnap.runtime.engine import Engine
-from fgsnap.runtime.generate import Delta, answer, generate
+from fgsnap.runtime.generate import Delta, answer, chat, generate
 from fgsnap.runtime.options import EngineOptions
 from fgsnap.runtime.request import Request, SamplingParams
 from fgsnap.runtime.text import Text
 from fgsnap.snapshot import TextSection, open_snapshot
 from tests.doubles import ByteText, StubModel
-from tests.serving import servable_snapshot
+from tests.serving import byte_tokenizer, servable_snapshot
 from tests.snapshots import make_snapshot, tiny_spec
 
 TEXT = ByteText()
@@ -149,6 +149,47 @@ def test_sampling_is_repeatable_by_its_seed(snapshot):
 
     assert sampled(1) == sampled(1)
     assert len({sampled(seed) for seed in range(4)}) > 1
+
+
+def test_a_conversation_remembers_what_was_said(snapshot, opened):
+    shown: list[str] = []
+    questions = iter(["Hi", "And?", None])
+    params = SamplingParams(max_tokens=9, temperature=0.0)
+    chat(snapshot, read=lambda: next(questions), emit=shown.append, engine=on_reference(), system="S", params=params)
+    text, messages, expected = Text(opened), [{"role": "system", "content": "S"}], ""
+    for question in ("Hi", "And?"):
+        messages.append({"role": "user", "content": question})
+        said = text.decode(greedy(opened, text.encode_chat(messages), 9))
+        messages.append({"role": "assistant", "content": said})
+        expected += said + "\n"
+    assert "".join(shown) == expected
+
+
+def test_an_interrupt_ends_the_answer_and_not_the_conversation(snapshot, opened):
+    shown: list[str] = []
+    questions = iter(["Hi", "And?", None])
+
+    def emit(piece: str) -> None:
+        shown.append(piece)
+        if len(shown) == 2:
+            raise KeyboardInterrupt
+
+    params = SamplingParams(max_tokens=9, temperature=0.0)
+    chat(snapshot, read=lambda: next(questions), emit=emit, engine=on_reference(), params=params)
+    cut = "".join(shown[: shown.index("\n")])
+    text = Text(opened)
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": cut},
+        {"role": "user", "content": "And?"},
+    ]
+    assert "".join(shown[shown.index("\n") + 1 :]) == text.decode(greedy(opened, text.encode_chat(messages), 9)) + "\n"
+
+
+def test_a_conversation_needs_a_template(tmp_path):
+    make_snapshot(tmp_path / "snap", tiny_spec(vocab_size=258), text_files={"tokenizer.json": byte_tokenizer()})
+    with pytest.raises(UsageError, match="no chat template"):
+        chat(tmp_path / "snap", read=lambda: "Hi", emit=print, engine=on_reference(), params=GREEDY)
 
 
 def test_the_context_ends_an_answer(snapshot):

@@ -20,6 +20,9 @@ namespace {
 constexpr int64_t SMALL = 16384;  // an op on fewer numbers than this is not worth dividing
 constexpr int64_t SHARES = 4;     // grains that a thread's range is worked off in, so that others can help
 
+constexpr size_t NEAR = 4;           // ops from one product to the next one
+constexpr int64_t FETCHED = 64 << 10;  // bytes of it that are fetched before it begins
+
 // All kernels this machine can run, the best first.
 std::vector<const Kernels*> usable() {
     std::vector<const Kernels*> found;
@@ -188,6 +191,21 @@ class Forward : public Job {
             case Kind::reduce: return reduce(as<Reduce>(words));
             case Kind::gather: return gather(as<Gather>(words));
         }
+    }
+
+    // A product begins with a panel that nobody has fetched: have it on its way while the small ops before it run.
+    void meanwhile(size_t phase, int thread) override {
+        if (records_[phase].kind != Kind::linear) return;
+        for (size_t next = phase + 1; next < records_.size() && next <= phase + NEAR; ++next)
+            if (records_[next].kind == Kind::linear) return fetch(as<Linear>(records_[next].words), next, thread);
+    }
+
+    void fetch(const Linear& op, size_t phase, int thread) const {
+        const int64_t unit = first_unit(phase, thread), row = op.in * (op.weight.type == Type::f32 ? 4 : 2);
+        const int64_t head = unit / panels(op.out), rows = op.out * (op.gated ? 2 : 1);
+        const char* const at = op.weight.at + (head * rows + unit % panels(op.out) * PANEL) * row;
+        const int64_t bytes = std::min(FETCHED, std::min(PANEL, op.out) * row);
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
     }
 
     void reduce(const Reduce& op) {

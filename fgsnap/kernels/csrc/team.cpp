@@ -89,6 +89,7 @@ void Team::take_part(Job& job, int self, Scratch& scratch) {
     for (size_t i = 0; i < job.phases_.size(); ++i) {
         const int64_t ranges = job.ranges(job.phases_[i]);
         for (int64_t k = 0; k < ranges; ++k) take_range(job, i, (self + k) % ranges, scratch);
+        job.meanwhile(i, self);
         wait(BETWEEN_PHASES_NS, [&] { return job.done(i).value.load() >= job.phases_[i].units; });
     }
 }

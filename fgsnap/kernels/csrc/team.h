@@ -37,6 +37,9 @@ class Job {
     // Does a share of a phase whose predecessors are done.
     virtual void compute(size_t phase, const Share& share) = 0;
 
+    // What a thread does between its last share of a phase and the others' last ones.
+    virtual void meanwhile(size_t, int) {}
+
     struct alignas(64) Counter {
         std::atomic<int64_t> value{0};
     };
@@ -49,6 +52,13 @@ class Job {
     const int threads_;
     const std::unique_ptr<Counter[]> counters_;
     std::atomic<bool> failed_{false};
+
+   protected:
+    // The first unit of a phase that a thread begins with.
+    int64_t first_unit(size_t phase, int thread) const {
+        const int64_t count = ranges(phases_[phase]);
+        return phases_[phase].units * (thread % count) / count;
+    }
 };
 
 class Team {
