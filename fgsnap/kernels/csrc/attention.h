@@ -5,6 +5,8 @@
 // and a query's sums do not depend on which queries are worked off with it.
 #pragma once
 
+#include <type_traits>
+
 #include "rows.h"
 
 namespace fgsnap {
@@ -30,24 +32,38 @@ struct Places {
     }
 };
 
+// `count` numbers as words of W, the last one filled up with zeros.
 template <class W>
-INLINE void put_key(const Places<W>& places, int64_t block, int64_t slot, int64_t head, const float* key) {
-    char* at = places.keys(block, head, slot / GROUP) + slot % GROUP * 4;
-    const int64_t width = places.cache.head_dim;
-    for (int64_t i = 0; i < places.key_words * W::WORD; ++i)
-        W::put(at + i / W::WORD * LINE + i % W::WORD * W::BYTES, i < width ? key[i] : 0.0f);
+INLINE void to_words(const float* x, int64_t count, char* words) {
+    if (W::BYTES == 4) {
+        std::memcpy(words, x, size_t(count) * 4);
+    } else if (std::is_same<W, BF16>::value) {
+        write_row(Type::bf16, x, count, words, true);
+    } else {
+        for (int64_t i = 0; i < up(count, W::WORD); ++i) W::put(words + i * W::BYTES, i < count ? x[i] : 0.0f);
+    }
 }
 
-// `alone`: nobody writes the other slots of the word in this step, so they are made zeros.
+// `words` has room for the head's words.
+template <class W>
+INLINE void put_key(const Places<W>& places, int64_t block, int64_t slot, int64_t head, const float* key,
+                    char* words) {
+    char* at = places.keys(block, head, slot / GROUP) + slot % GROUP * 4;
+    to_words<W>(key, places.cache.head_dim, words);
+    for (int64_t i = 0; i < places.key_words; ++i) std::memcpy(at + i * LINE, words + 4 * i, 4);
+}
+
+// `alone`: nobody writes the other slots of the word in this step, so they are made zeros. `words` has room for the
+// value's words.
 template <class W>
 INLINE void put_value(const Places<W>& places, int64_t block, int64_t slot, int64_t head, const float* value,
-                      bool alone) {
+                      bool alone, char* words) {
     const int64_t which = slot % W::WORD, lanes = places.value_lanes, width = places.cache.value_dim;
     char* at = places.values(block, head) + slot / W::WORD * lanes * 4;
-    for (int64_t i = 0; i < lanes; ++i) {
-        W::put(at + i * 4 + which * W::BYTES, i < width ? value[i] : 0.0f);
-        if (alone && which == 0 && W::WORD == 2) W::put(at + i * 4 + W::BYTES, 0.0f);
-    }
+    to_words<W>(value, width, words);
+    if (W::WORD == 2 && alone && which == 0) std::memset(at, 0, size_t(lanes) * 4);
+    for (int64_t i = 0; i < width; ++i) std::memcpy(at + i * 4 + which * W::BYTES, words + i * W::BYTES, W::BYTES);
+    for (int64_t i = width; i < lanes; ++i) std::memset(at + i * 4 + which * W::BYTES, 0, W::BYTES);
 }
 
 struct Slot {
@@ -82,7 +98,7 @@ INLINE void prepare_head(const Append& op, const NormRule& rule, const float* x,
 }
 
 template <class W>
-void append_rows(const Append& op, const Step& step, const Share& share, float* turned) {
+void append_rows(const Append& op, const Step& step, const Share& share, float* turned, char* words) {
     const Cache& cache = op.cache;
     const Places<W> places{cache};
     const int64_t dim = cache.head_dim, item = op.q.type == Type::f32 ? 4 : 2;
@@ -102,22 +118,24 @@ void append_rows(const Append& op, const Step& step, const Share& share, float* 
         const Slot at = slot_of(step, cache, t);
         for (int64_t h = 0; h < cache.kv_heads; ++h) {
             prepare_head(op, op.key, keys + h * dim, angles, turned);
-            put_key(places, at.block, at.slot, h, turned);
-            put_value(places, at.block, at.slot, h, values + h * dim, at.alone);
+            put_key(places, at.block, at.slot, h, turned, words);
+            put_value(places, at.block, at.slot, h, values + h * dim, at.alone, words);
         }
     }
 }
 
 // A unit is one token.
 void append(const Append& op, const Step& step, const Share& share) {
-    float* const turned = reinterpret_cast<float*>(share.scratch.need(size_t(op.cache.head_dim) * 4));
-    with_type(op.cache.type, [&](auto type) { append_rows<decltype(type)>(op, step, share, turned); });
+    float* const turned = reinterpret_cast<float*>(share.scratch.need(size_t(op.cache.head_dim) * 8 + 8));
+    char* const words = reinterpret_cast<char*>(turned + op.cache.head_dim);
+    with_type(op.cache.type, [&](auto type) { append_rows<decltype(type)>(op, step, share, turned, words); });
 }
 
 // A unit is one token.
 void latent(const Latent& op, const Step& step, const Share& share) {
     const int64_t rank = op.cache.value_dim, width = op.cache.head_dim;
-    float* const key = reinterpret_cast<float*>(share.scratch.need(size_t(width) * 4));
+    float* const key = reinterpret_cast<float*>(share.scratch.need(size_t(width) * 8 + 8));
+    char* const words = reinterpret_cast<char*>(key + width);
     with_type(op.cache.type, [&](auto type) {
         const Places<decltype(type)> places{op.cache};
         for (int64_t t = share.begin; t < share.end; ++t) {
@@ -126,8 +144,8 @@ void latent(const Latent& op, const Step& step, const Share& share) {
             norm_row(op.rule, x, rank, key);
             turn_pairs(x + rank, angles, op.half, width - rank, key + rank);
             const Slot at = slot_of(step, op.cache, t);
-            put_key(places, at.block, at.slot, 0, key);
-            put_value(places, at.block, at.slot, 0, key, at.alone);
+            put_key(places, at.block, at.slot, 0, key, words);
+            put_value(places, at.block, at.slot, 0, key, at.alone, words);
         }
     });
 }
