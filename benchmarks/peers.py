@@ -31,7 +31,8 @@ from common import smollm2_gguf
 from engines import llama_cpp
 from engines.environment import PEERS
 from measures import curve, loading, machine, memory, models, setting, speed, startup
-from measures.setting import Setting, tell
+from measures.models import Model
+from measures.setting import Homes, Setting, tell
 from measures.verdict import verdict
 
 from fgsnap.bench import record
@@ -46,36 +47,36 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one round of little work, to see that it runs")
     parser.add_argument("--install", action="store_true", help="install the peers and make the models, no more")
     parser.add_argument("--build", type=Path, default=PEERS / "models", help="folder for models and logs")
-    parser.add_argument("--output", type=Path, help="folder of the result")
+    parser.add_argument("--output", type=Path, help="folder of the result; that of a --quick run stays in --build")
     options = parser.parse_args()
     if unknown := set(options.only) - set(PARTS):
         parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
     all_parts = options.only == list(PARTS)
-    prepared = prepare(options.build, smollm2_gguf(), options.quick)
+    homes, small = prepare(options.build, smollm2_gguf())
     if options.install:
         return
-    file = (options.output or options.build) / ("peers-quick.json" if options.quick else "peers.json")
+    flags, llama_bench = llama_cpp.best_flags(homes.llama, small.gguf(), options.quick)
+    given = Setting(homes, options.build, small, flags, llama_bench, options.quick)
+    file = (options.build if options.quick else options.output or options.build) / "peers.json"
     result = {} if options.fresh else _earlier(file)
     for name in options.only:
         if all_parts and name in result.get("parts", {}):
             tell(f"{name} is there already")
             continue
         began = time.monotonic()
-        found = PARTS[name](prepared)
+        found = PARTS[name](given)
         parts = {**result.get("parts", {}), name: found | {"minutes": round((time.monotonic() - began) / 60, 1)}}
-        result = _result(prepared, {each: parts[each] for each in PARTS if each in parts})
+        result = _result(given, {each: parts[each] for each in PARTS if each in parts})
         file.parent.mkdir(parents=True, exist_ok=True)
         record.write(file, result)
     print(json.dumps({key: result[key] for key in ("benchmark", "date", "machine", "peers", "verdict")}))
 
 
-def prepare(build: Path, source: Path, quick: bool) -> Setting:
-    """Everything that is made once: environments, SmolLM2 in every format, the fastest of llama.cpp's flags."""
-    build.mkdir(parents=True, exist_ok=True)
+def prepare(build: Path, source: Path) -> tuple[Homes, Model]:
+    """Everything that is made once: the peers' environments, and SmolLM2 in every format."""
     homes = setting.installed()
-    small = models.small(build / "small", source)
-    flags, _ = llama_cpp.best_flags(homes.llama, small.gguf())
-    return Setting(homes, build, source, small, flags, quick)
+    build.mkdir(parents=True, exist_ok=True)
+    return homes, models.small(build / "small", source)
 
 
 def measure_startup(given: Setting) -> dict[str, Any]:
@@ -90,9 +91,7 @@ def measure_speed(given: Setting) -> dict[str, Any]:
         **setting.others(given, given.small),
     }
     jobs = speed.QUICK_JOBS if given.quick else speed.JOBS
-    found = speed.measure(given.small, starters, jobs, given.rounds(5), machine.compiled(given.build))
-    flags, rates = llama_cpp.best_flags(given.homes.llama, given.small.gguf())
-    return found | {"llama_cpp_flags": flags._asdict(), "llama_bench": rates}
+    return speed.measure(given.small, starters, jobs, given.rounds(5), machine.compiled(given.build))
 
 
 def measure_curve(given: Setting) -> dict[str, Any]:
@@ -115,7 +114,7 @@ def measure_load(given: Setting) -> dict[str, Any]:
 
 def measure_large(given: Setting) -> dict[str, Any]:
     layers = 2 if given.quick else models.LARGE_LAYERS
-    model = models.large(given.build / f"large-{layers}", given.source, given.small.checkpoint, layers)
+    model = models.large(given.build / f"large-{layers}", smollm2_gguf(), given.small.checkpoint, layers)
     starters = setting.servers(given, model, kv_mebibytes=1024) | setting.inside(given, model)
     jobs = speed.QUICK_JOBS if given.quick else speed.LARGE_JOBS
     return {
@@ -140,8 +139,18 @@ def _earlier(file: Path) -> dict[str, Any]:
 
 def _result(given: Setting, parts: Mapping[str, Any]) -> dict[str, Any]:
     """The whole result, with the verdict of the parts that there are."""
-    peers = setting.versions(given.homes)
-    return record.record("peers", {"quick": given.quick, "peers": peers, "parts": parts, "verdict": verdict(parts)})
+    return record.record(
+        "peers",
+        {
+            "quick": given.quick,
+            "peers": setting.versions(given.homes),
+            "llama_cpp_flags": given.flags._asdict(),
+            "llama_bench": given.llama_bench,
+            "llama_cpp_compiled_with": llama_cpp.instruction_sets(given.homes.llama, given.small.gguf()),
+            "parts": parts,
+            "verdict": verdict(parts),
+        },
+    )
 
 
 if __name__ == "__main__":

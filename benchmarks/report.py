@@ -11,9 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from report_peers import peers
+from tables import spread, table
 
 ROOT = Path(__file__).parent.parent
 FIGURES = ROOT / "docs" / "figures.md"
@@ -71,8 +73,9 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     results = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
-    if results["convert"]["quick"]:
-        sys.exit("benchmarks/results/convert.json is of a --quick run, which measures nothing")
+    for name, result in results.items():
+        if result.get("quick"):
+            sys.exit(f"benchmarks/results/{name}.json is of a --quick run, which measures nothing")
     pages = {FIGURES: page(results), README: with_headline(README.read_text(), headline(results))}
     for path, text in pages.items():
         if not options.check:
@@ -103,8 +106,9 @@ def with_headline(readme: str, sentence: str) -> str:
 
 
 def page(results: dict[str, dict[str, Any]]) -> str:
-    sections = {"startup": startup, "cli": commands, "convert": conversion, "parity": parity}
-    parts = [section(results[name]) + measured_on(name, results[name]) for name, section in sections.items()]
+    sections = {"startup": startup, "peers": peers, "cli": commands, "convert": conversion, "parity": parity}
+    known = {name: section for name, section in sections.items() if name in results}
+    parts = [section(results[name]) + measured_on(name, results[name]) for name, section in known.items()]
     return "\n".join([INTRODUCTION, *parts])
 
 
@@ -171,18 +175,10 @@ def parity(result: dict[str, Any]) -> str:
 
 def measured_on(name: str, result: dict[str, Any]) -> str:
     machine = result["machine"]
-    versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items())
+    measured = {**machine["versions"], **result.get("peers", {})}
+    versions = ", ".join(f"{package} {version}" for package, version in measured.items())
     host = f"{machine['cpus']} cores of {machine['cpu']}, {machine['memory']}, Python {machine['python']}"
     return f"\n`python benchmarks/{name}.py`, {result['date']}: {host}, {versions}.\n"
-
-
-def spread(value: dict[str, float], digits: int = 2) -> str:
-    return f"{value['median']:.{digits}f} ({value['min']:.{digits}f} to {value['max']:.{digits}f})"
-
-
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 if __name__ == "__main__":

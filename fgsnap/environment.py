@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from fgsnap import __version__
+from fgsnap.errors import UsageError
+from fgsnap.kernels import library
 
 _PACKAGES = (
     "torch",
@@ -28,9 +30,6 @@ _CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "
 
 def describe() -> dict[str, str | list[str]]:
     """Name and value of everything that a bug report about this host should carry. Secrets are named, never shown."""
-    from fgsnap.kernels import native
-
-    works, reason = native.available()
     return {
         "fgsnap": __version__,
         "python": f"{platform.python_version()} ({sys.executable})",
@@ -38,12 +37,37 @@ def describe() -> dict[str, str | list[str]]:
         "cpu": _cpu_model(),
         "cpu features": [name for name in _CPU_FEATURES if name in _cpu_flags()],
         "cpus usable": str(len(os.sched_getaffinity(0))),
+        "numa nodes": _numa_nodes(Path("/sys/devices/system/node")),
+        "threads": _threads(),
         "memory": _memory(),
-        "backend native": "yes" if works else f"no: {reason}",
+        "backend native": _native_backend(),
         "backend reference": _reference_backend(),
         "packages": [f"{name} {found}" for name in _PACKAGES if (found := installed(name))],
         "environment": [f"{name}={_shown(name)}" for name in sorted(os.environ) if name.startswith(("FGSNAP_", "HF_"))],
     }
+
+
+def _native_backend() -> str:
+    works, reason = library.available()
+    if not works:
+        return f"no: {reason}"
+    _, *others = library.instruction_sets()
+    return f"yes: {reason}" + (f", could use {', '.join(others)}" if others else "")
+
+
+def _threads() -> str:
+    """How many a serving process would start, and what sets that number."""
+    try:
+        count, reason = min(library.thread_limits(), key=lambda limit: limit[0])
+    except UsageError as error:
+        return f"cannot be told: {error.what}"
+    return f"{count}: {reason}"
+
+
+def _numa_nodes(root: Path) -> list[str]:
+    """Each memory node with its processors, such as "0: 0-31"; empty where the kernel knows of none."""
+    lists = sorted(root.glob("node[0-9]*/cpulist"), key=lambda path: int(path.parent.name.removeprefix("node")))
+    return [f"{path.parent.name.removeprefix('node')}: {path.read_text().strip()}" for path in lists]
 
 
 def _reference_backend() -> str:

@@ -1,13 +1,22 @@
-"""A snapshot's tokenizer: text to tokens and back, ready in a millisecond however large the vocabulary.
+"""A snapshot's tokenizer: text to tokens and back, ready in milliseconds however large the vocabulary.
 
 The `tokenizers` library takes a tenth of a second to read a ``tokenizer.json`` of 49,000 tokens and more than a second
-for one of 262,000, most of it for vocabulary and merges. So conversion writes ``tokenizer.msgpack`` beside it: the same
+for one of 262,000, most of it for vocabulary and merges. So conversion writes ``tokenizer.tables`` beside it: the same
 tokenizer cut in two. The *frame* is a tokenizer.json whose model knows single characters and no merges; the library
 reads it at once, and does with it what it always does: added tokens, normalisation, cutting into words, characters that
 are not in the vocabulary. It gives the characters of each word as tokens, and these are merged here, in C++, over
 tables that are used as they lie in the file. Both ways give the same tokens.
 
 Where the snapshot has no such file, or no compiler built the merge loop, the library does it all.
+
+The file is a row of little-endian 32-bit integers, then the texts of all tokens, then the frame:
+
+    V, M, bytes of the texts, bytes of the frame
+    ends    V      for each id, where its text ends; an id without a token has an empty text
+    starts  V + 1  for each id, the first row of the pairs that begin with it, and at the end M
+    rights  M      of each pair that merges the second token; pairs are sorted by first and then second
+    ranks   M      of each pair; the lowest is merged first
+    merged  M      what each pair becomes
 """
 
 from __future__ import annotations
@@ -15,13 +24,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import struct
 import sys
 from array import array
 from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any, Protocol
-
-import msgspec
 
 # One prompt is tokenized at a time, on one thread; the library's pool would only compete with the engine for cores.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -30,31 +38,9 @@ from tokenizers import Tokenizer as Library
 
 from fgsnap.errors import SnapshotRefused
 
-SOURCE, CUT = "tokenizer.json", "tokenizer.msgpack"
-WORD = 4
-"""Bytes of an integer in a table."""
-
-
-class CutTokenizer(msgspec.Struct, frozen=True):
-    """What tokenizer.msgpack holds. Tables are columns of little-endian 32-bit integers.
-
-    Attributes:
-        frame: a tokenizer.json without merges, whose vocabulary is what merging starts from.
-        texts: the UTF-8 texts of all tokens one after the other, in the order of their ids.
-        ends: for each id, where its text ends. An id without a token has an empty text.
-        starts: for each id the first row of the pairs that begin with it, and at the end the number of rows.
-        rights: a row for each pair that merges: its second token. Rows are sorted by first and then second token.
-        ranks: of each pair; the lowest is merged first.
-        merged: what each pair becomes.
-    """
-
-    frame: bytes
-    texts: bytes
-    ends: bytes
-    starts: bytes
-    rights: bytes
-    ranks: bytes
-    merged: bytes
+SOURCE, CUT = "tokenizer.json", "tokenizer.tables"
+HEAD, WORD = 16, 4
+"""Bytes of the counts that the tables begin with, and of an integer."""
 
 
 class Tokenizer(Protocol):
@@ -78,7 +64,7 @@ class Tokenizer(Protocol):
         ...
 
 
-def load(read: Callable[[str], bytes], names: Container[str]) -> Tokenizer:
+def load_tokenizer(read: Callable[[str], bytes], names: Container[str]) -> Tokenizer:
     """The tokenizer among the files ``names`` of a snapshot, whose contents ``read`` gives.
 
     Raises:
@@ -96,6 +82,7 @@ class Whole:
     def __init__(self, data: bytes) -> None:
         self._library = _read(data, SOURCE)
         self.byte_level = _is_byte_level(self._library)
+        self.size: int = self._library.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
         # As a batch of one: only batches let other threads run meanwhile, and a long prompt takes seconds.
@@ -113,22 +100,19 @@ Merge = Callable[..., int]
 
 
 class Cut:
-    """The library for the frame, and the merge loop, from a tokenizer.msgpack."""
+    """The library for the frame, and the merge loop, from a tokenizer.tables."""
 
     def __init__(self, data: bytes, merge: Merge) -> None:
-        tables = _tables(data)
-        self._frame = _read(tables.frame, CUT)
+        tokens, texts, frame = _parts(data)
+        self._frame = _read(data[frame], CUT)
         self.byte_level = _is_byte_level(self._frame)
         self._decoder = self._frame.decoder
         self._added = self._frame.get_added_tokens_decoder()
         self._special = frozenset(token.content for token in self._added.values() if token.special)
-        self._texts = tables.texts
-        self._ends = array("I", tables.ends)
+        self._ends = memoryview(data)[HEAD : HEAD + tokens * WORD].cast("I")
+        self._texts = memoryview(data)[texts]
         self._pieces: dict[int, str | None] = {}
-        rows = len(tables.rights) // WORD
-        self._merge = functools.partial(
-            merge, tables.starts, tables.rights, tables.ranks, tables.merged, len(self._ends), rows
-        )
+        self._merge = functools.partial(merge, data)
 
     def encode(self, text: str) -> list[int]:
         spelled = self._frame.encode_batch([text], add_special_tokens=False)[0]
@@ -151,7 +135,7 @@ class Cut:
         if not 0 <= id < len(self._ends):
             return None
         begin = self._ends[id - 1] if id else 0
-        return self._texts[begin : self._ends[id]].decode(errors="replace") or None
+        return str(self._texts[begin : self._ends[id]], "utf-8", "replace") or None
 
 
 @functools.cache
@@ -164,23 +148,21 @@ def merge_loop() -> Merge | None:
     except (OSError, AttributeError):  # of another machine, or another version
         return None
     if merge is not None:
-        table, place, number = ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64
-        merge.argtypes = [table, table, table, table, number, number, place, place, number]
-        merge.restype = number
+        merge.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+        merge.restype = ctypes.c_int64
     return merge  # type: ignore[no-any-return]
 
 
-def _tables(data: bytes) -> CutTokenizer:
-    """The file's tables, of lengths that fit one another."""
+def _parts(data: bytes) -> tuple[int, slice, slice]:
+    """How many ids the tables are for, and where texts and frame lie; both end where the counts say."""
     try:
-        tables = msgspec.msgpack.decode(data, type=CutTokenizer)
-    except (msgspec.MsgspecError, RecursionError) as error:
+        tokens, pairs, texts, frame = struct.unpack_from("<4I", data)
+    except struct.error as error:
         raise _unreadable(CUT, str(error)) from error
-    of_ids = {len(tables.ends), len(tables.starts) - WORD}
-    of_pairs = {len(tables.rights), len(tables.ranks), len(tables.merged)}
-    if any(len(lengths) != 1 or lengths.pop() % WORD for lengths in (of_ids, of_pairs)):
-        raise _unreadable(CUT, "Its tables do not fit together.")
-    return tables
+    begin = HEAD + (2 * tokens + 1 + 3 * pairs) * WORD
+    if len(data) != begin + texts + frame:
+        raise _unreadable(CUT, f"It has {len(data)} bytes, and its tables {begin + texts + frame}.")
+    return tokens, slice(begin, begin + texts), slice(begin + texts, len(data))
 
 
 def _read(data: bytes, name: str) -> Any:
@@ -195,7 +177,7 @@ def _read(data: bytes, name: str) -> Any:
 
 
 def _is_byte_level(library: Any) -> bool:
-    return b'"ByteLevel"' in bytes(library.decoder.__getstate__())
+    return library.decoder is not None and b'"ByteLevel"' in bytes(library.decoder.__getstate__())
 
 
 def _unreadable(name: str, why: str) -> SnapshotRefused:

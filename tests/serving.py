@@ -257,7 +257,8 @@ def servable_snapshot(
     return path
 
 
-SERVE = (sys.executable, "-P", "-m", "fgsnap", "serve")  # as installed: nothing comes from the working directory
+FGSNAP = ("-P", "-m", "fgsnap")  # as installed: nothing comes from the working directory
+SERVE = (sys.executable, *FGSNAP, "serve")
 ROOT = Path(__file__).parents[1]
 
 
@@ -265,11 +266,16 @@ class RealService:
     """``fgsnap serve`` in its own process."""
 
     def __init__(
-        self, snapshot: Path, *options: str, environment: dict[str, str] | None = None, directory: Path = ROOT
+        self,
+        snapshot: Path,
+        *options: str,
+        environment: dict[str, str] | None = None,
+        directory: Path = ROOT,
+        python: str = sys.executable,
     ) -> None:
         self.began = time.monotonic()
         self.process = subprocess.Popen(
-            [*SERVE, str(snapshot), "--port", "0", *options],
+            [python, *FGSNAP, "serve", str(snapshot), "--port", "0", *options],
             stderr=subprocess.PIPE,
             text=True,
             cwd=directory,

@@ -16,7 +16,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jsonschema
@@ -205,6 +205,36 @@ def test_a_file_is_mapped_once_and_descriptors_do_not_leak(tmp_path: Path) -> No
         assert snapshot.id
     assert len(names(Path("/proc/self/fd"))) == before
     assert "rank-0000" not in Path("/proc/self/maps").read_text()
+
+
+def append(rank: Path) -> None:
+    with rank.open("ab") as file:
+        file.write(b"x")
+
+
+def write_the_same(rank: Path) -> None:
+    rank.write_bytes(rank.read_bytes())
+
+
+def cut(rank: Path) -> None:
+    os.truncate(rank, 4096)
+
+
+@pytest.mark.parametrize("change", [append, write_the_same, cut])
+def test_a_rank_file_that_changes_under_its_mapping_is_refused(tmp_path: Path, change: Callable[[Path], None]) -> None:
+    make_snapshot(tmp_path / "s", tiny_spec(), 2)
+    with open_snapshot(tmp_path / "s") as snapshot:
+        snapshot.check_unchanged()
+        rank = tmp_path / "s" / "rank-00001-of-00002.safetensors"
+        shutil.copy(rank, tmp_path / "copy")
+        (tmp_path / "copy").replace(rank)  # another file by the same name: the mapped one is as it was
+        snapshot.check_unchanged()
+    os.utime(rank, (0, 0))  # the clock of file systems may be some milliseconds coarse
+    with open_snapshot(tmp_path / "s") as snapshot:
+        change(rank)
+        with pytest.raises(SnapshotRefused, match=r"changed while it was in use") as refused:
+            snapshot.check_unchanged()
+        assert "rank-00001-of-00002" in refused.value.why
 
 
 def test_text_files(tmp_path: Path) -> None:

@@ -56,9 +56,11 @@ def version(home: Environment) -> str:
     return " ".join((said.stdout + said.stderr).split())
 
 
-def instruction_sets(log: str) -> list[str]:
-    """What a program's ``system_info`` line says it was compiled with."""
-    line = next((line for line in log.splitlines() if line.startswith("system_info")), "")
+def instruction_sets(home: Environment, gguf: Path) -> list[str]:
+    """What it was compiled with, as its own ``system_info`` line says."""
+    command = [program(home, "llama-completion"), "-m", str(gguf), "-p", "x", "-n", "1", "-no-cnv"]
+    said = subprocess.run(command, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL).stderr
+    line = next(line for line in said.splitlines() if "system_info" in line)
     return re.findall(r"(\w+) = 1", line)
 
 
@@ -78,7 +80,7 @@ def serve(home: Environment, gguf: Path, port: int, flags: Flags, *, context: in
             program(home, "llama-server"), "-m", str(gguf), "--host", HOST, "--port", str(port), "--alias", MODEL,
             "--threads", str(threads()), "--parallel", str(sequences), "--ctx-size", str(context * sequences),
             "--no-kv-unified", "--no-cache-prompt", "--cache-ram", "0", "--no-ui", "--no-slots", "--fit", "off",
-            "--no-warmup", *flags.words(),
+            "--no-warmup", "--log-verbosity", "2", *flags.words(),
         ]
     )  # fmt: skip
 
@@ -90,25 +92,25 @@ def run(home: Environment, gguf: Path, flags: Flags) -> Launch:
     return Launch([home.python, runner, program(home, "llama-batched-bench"), str(gguf), *words])
 
 
-def best_flags(home: Environment, gguf: Path) -> tuple[Flags, dict[str, dict[str, float]]]:
-    """The flags that are fastest on this host, and what each choice of flash attention measured.
+def best_flags(home: Environment, gguf: Path, quick: bool = False) -> tuple[Flags, dict[str, dict[str, float]]]:
+    """The flags that are fastest on this host, and the rates with flash attention off and on by llama-bench.
 
-    Mapped or read makes no difference once the weights are there; ``mapped`` is decided where start-up is measured.
+    Mapped or read makes no difference once the weights are there; it is start-up that measures both.
     """
-    rates = {name: _bench(home, gguf, flash=name == "on") for name in ("off", "on")}
+    rates = {name: _bench(home, gguf, name == "on", quick) for name in ("off", "on")}
     better = sum(rates["on"][each] >= rates["off"][each] for each in rates["on"])
     return Flags(flash=2 * better >= len(rates["on"]), mapped=True), rates
 
 
-def _bench(home: Environment, gguf: Path, *, flash: bool) -> dict[str, float]:
-    """llama-bench's own rates in tokens a second."""
+def _bench(home: Environment, gguf: Path, flash: bool, quick: bool) -> dict[str, float]:
+    """Tokens a second of a prompt and of one sequence's decode."""
+    prompt, decode, rounds = ("64", "8", "1") if quick else ("1024", "64", "3")
     command = [
-        program(home, "llama-bench"), "-m", str(gguf), "-t", str(threads()), "-p", "512,2048", "-n", "64", "-r", "2",
+        program(home, "llama-bench"), "-m", str(gguf), "-t", str(threads()), "-p", prompt, "-n", decode, "-r", rounds,
         "-fa", "1" if flash else "0", "-o", "json",
     ]  # fmt: skip
     rows = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    names = {(512, 0): "prefill_512", (2048, 0): "prefill_2048", (0, 64): "decode_1"}
-    return {names[row["n_prompt"], row["n_gen"]]: round(row["avg_ts"], 1) for row in rows}
+    return {("prefill" if row["n_prompt"] else "decode"): round(row["avg_ts"], 1) for row in rows}
 
 
 def threads() -> int:

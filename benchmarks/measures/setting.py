@@ -40,16 +40,15 @@ class Setting(NamedTuple):
 
     Attributes:
         build: a folder for models, compiled programs and logs.
-        source: the GGUF file that SmolLM2 comes from.
-        flags: the best of llama.cpp's.
+        flags: the best of llama.cpp's, and ``llama_bench`` the rates that they were chosen by.
         quick: a trial of the code, which measures nothing.
     """
 
     homes: Homes
     build: Path
-    source: Path
     small: Model
     flags: Flags
+    llama_bench: Mapping[str, Mapping[str, float]]
     quick: bool
 
     def rounds(self, wanted: int) -> int:

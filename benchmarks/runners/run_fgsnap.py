@@ -11,10 +11,10 @@ import jobs
 TOLD = jobs.results_apart()
 
 from fgsnap.bench import local  # noqa: E402
-from fgsnap.runtime.decoder import load_as_chosen  # noqa: E402
 from fgsnap.runtime.engine import Engine  # noqa: E402
 from fgsnap.runtime.generate import generate  # noqa: E402
 from fgsnap.runtime.options import EngineOptions  # noqa: E402
+from fgsnap.runtime.ranks import load_as_chosen  # noqa: E402
 from fgsnap.runtime.request import SamplingParams  # noqa: E402
 from fgsnap.runtime.text import Text  # noqa: E402
 from fgsnap.runtime.worker import check_canary  # noqa: E402
@@ -25,8 +25,8 @@ class Fgsnap:
     def __init__(self, snapshot: Path, context: int, kv_mebibytes: int) -> None:
         options = EngineOptions(max_model_len=context, kv_memory=kv_mebibytes << 20)
         self._snapshot = open_snapshot(snapshot)
+        decoder = load_as_chosen(self._snapshot, options)  # before the tokenizer has threads: it may fork
         self._text = Text(self._snapshot)
-        decoder = load_as_chosen(self._snapshot, options)
         check_canary(decoder, self._snapshot)
         self._engine = Engine(decoder, eos_token_ids=self._text.eos_token_ids, token_budget=options.max_batch_tokens)
 

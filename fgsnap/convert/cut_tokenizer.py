@@ -1,4 +1,4 @@
-"""tokenizer.msgpack: a tokenizer.json of byte pair encoding, cut so that start-up has next to nothing to build.
+"""tokenizer.tables: a tokenizer.json of byte pair encoding, cut so that start-up has next to nothing to build.
 
 ``fgsnap.tokenizer`` tells what the parts are and how they give the same tokens as the whole. What it takes for that to
 hold of every text is checked here, and then that it does hold of some; a tokenizer that does not pass stays whole.
@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer as Library
 from tokenizers.models import BPE
 
-from fgsnap.tokenizer import CUT, SOURCE, Cut, CutTokenizer, Tokenizer, Whole, merge_loop
+from fgsnap.tokenizer import CUT, SOURCE, Cut, Tokenizer, Whole, merge_loop
 
 Pair = tuple[str, str]
 LARGEST_ID = 1 << 24
@@ -35,18 +35,17 @@ TEXTS = (
 def cut_tokenizer(files: Mapping[str, bytes]) -> dict[str, bytes]:
     """The file to lie beside the checkpoint's tokenizer.json, by its name; none where the library has to do it all."""
     data = files.get(SOURCE)
-    parts = None if data is None else _cut(data)
-    if data is None or parts is None:
+    cut = None if data is None else _cut(data)
+    if data is None or cut is None:
         return {}
-    packed = msgspec.msgpack.encode(parts)
     merge = merge_loop()
-    if merge is not None and not _agree(Whole(data), Cut(packed, merge), parts):
+    if merge is not None and not _agree(Whole(data), Cut(cut, merge)):
         return {}
-    return {CUT: packed}
+    return {CUT: cut}
 
 
-def _cut(data: bytes) -> CutTokenizer | None:
-    """The parts, if this is a tokenizer whose merges can be left for last."""
+def _cut(data: bytes) -> bytes | None:
+    """The file, if this is a tokenizer whose merges can be left for last."""
     try:
         library = Library.from_buffer(data)
         whole = msgspec.json.decode(data, type=dict[str, Any])
@@ -69,7 +68,7 @@ def _cut(data: bytes) -> CutTokenizer | None:
         "padding": None,
         "model": {**model, "vocab": known, "merges": []},
     }
-    return CutTokenizer(msgspec.json.encode(frame), *_texts(vocabulary), *_pairs(vocabulary, merges))
+    return _file(vocabulary, merges, msgspec.json.encode(frame))
 
 
 def _pair(merge: Any) -> Pair:
@@ -124,34 +123,35 @@ def _whole_words(model: Mapping[str, Any], merges: list[Pair]) -> frozenset[str]
     )
 
 
-def _texts(vocabulary: Mapping[str, int]) -> tuple[bytes, bytes]:
-    """``texts`` and ``ends``."""
-    texts = [b""] * (max(vocabulary.values()) + 1)
+def _file(vocabulary: Mapping[str, int], merges: list[Pair], frame: bytes) -> bytes:
+    """Everything in its place. Of a pair that stands twice among the merges the later rank counts."""
+    ids = max(vocabulary.values()) + 1
+    texts = [b""] * ids
     for token, id in vocabulary.items():
         texts[id] = token.encode()
-    return b"".join(texts), np.cumsum([len(text) for text in texts]).astype("<u4").tobytes()
-
-
-def _pairs(vocabulary: Mapping[str, int], merges: list[Pair]) -> tuple[bytes, bytes, bytes, bytes]:
-    """``starts``, ``rights``, ``ranks`` and ``merged``. Of a pair that stands twice the later rank counts."""
     rows = {(vocabulary[a], vocabulary[b]): (rank, vocabulary[a + b]) for rank, (a, b) in enumerate(merges)}
-    table = np.array([(*pair, *rows[pair]) for pair in sorted(rows)], "<u4").reshape(-1, 4)
-    starts = np.searchsorted(table[:, 0], np.arange(max(vocabulary.values()) + 2))
-    rights, ranks, merged = (table[:, column].tobytes() for column in (1, 2, 3))
-    return starts.astype("<u4").tobytes(), rights, ranks, merged
+    pairs = np.array([(*pair, *rows[pair]) for pair in sorted(rows)], np.uint32).reshape(-1, 4)
+    blob = b"".join(texts)
+    columns = (
+        [ids, len(pairs), len(blob), len(frame)],
+        np.cumsum([len(text) for text in texts]),
+        np.searchsorted(pairs[:, 0], np.arange(ids + 1)),
+        *(pairs[:, column] for column in (1, 2, 3)),
+    )
+    return b"".join([*(np.asarray(column, "<u4").tobytes() for column in columns), blob, frame])
 
 
-def _agree(whole: Tokenizer, cut: Tokenizer, parts: CutTokenizer) -> bool:
+def _agree(whole: Whole, cut: Tokenizer) -> bool:
     """Whether both give the same tokens for every sample, and the same text for its tokens."""
     return all(
         (ids := whole.encode(text)) == cut.encode(text) and whole.decode(ids) == cut.decode(ids)
-        for text in _samples(whole, len(parts.ends) // 4)
+        for text in _samples(whole)
     )
 
 
-def _samples(tokenizer: Tokenizer, vocabulary: int) -> Iterator[str]:
+def _samples(tokenizer: Whole) -> Iterator[str]:
     """Fixed texts, and what tokens from all over the vocabulary spell."""
     yield from TEXTS
-    ids = range(0, vocabulary, max(1, vocabulary // SAMPLE))
+    ids = range(0, tokenizer.size, max(1, tokenizer.size // SAMPLE))
     for start in range(0, len(ids), 64):
         yield tokenizer.decode(ids[start : start + 64])

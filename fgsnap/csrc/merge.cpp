@@ -3,43 +3,31 @@
 // leftmost; the algorithm is Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units" (2016).
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <new>
 #include <vector>
 
 namespace {
 
-// Columns of little-endian 32-bit integers that may lie at any address.
-class Column {
- public:
-  explicit Column(const char* data) : data_(data) {}
-  uint32_t operator[](int64_t row) const {
-    uint32_t value;
-    std::memcpy(&value, data_ + row * sizeof value, sizeof value);
-    return value;
-  }
-
- private:
-  const char* data_;
-};
-
-// All pairs of tokens that merge, sorted by left and then right token. Nothing in a file is believed: whatever the
-// columns hold, no row outside them is read.
+// All pairs of tokens that merge, sorted by left and then right token. That the columns are as long as the counts say
+// was checked when the file was read; whatever else they hold, no row outside them is looked at.
 struct Pairs {
-  Column starts, rights, ranks, merged;
   int64_t tokens, rows;
+  const uint32_t *starts, *rights, *ranks, *merged;
+
+  explicit Pairs(const uint32_t* file) : tokens(file[0]), rows(file[1]) {
+    starts = file + 4 + tokens;
+    rights = starts + tokens + 1;
+    ranks = rights + rows;
+    merged = ranks + rows;
+  }
 
   // The row of a pair, or -1.
   int64_t find(uint32_t left, uint32_t right) const {
     if (left >= tokens) return -1;
-    int64_t low = std::min<int64_t>(starts[left], rows), end = std::min<int64_t>(starts[left + 1], rows);
-    int64_t high = end;
-    while (low < high) {
-      const int64_t middle = low + (high - low) / 2;
-      if (rights[middle] < right) low = middle + 1;
-      else high = middle;
-    }
-    return low < end && rights[low] == right ? low : -1;
+    const int64_t begin = std::min<int64_t>(starts[left], rows), end = std::min<int64_t>(starts[left + 1], rows);
+    if (begin >= end) return -1;
+    const uint32_t* found = std::lower_bound(rights + begin, rights + end, right);
+    return found != rights + end && *found == right ? found - rights : -1;
   }
 };
 
@@ -123,11 +111,10 @@ class Merger {
 #endif
 
 // Merge every run of `tokens` that has one number in `words`, in place. Returns how many tokens are left, or -1 when
-// there is not the memory for it. The columns are those of fgsnap/tokenizer.py; the 1 counts changes of this interface.
-EXPORT int64_t fgsnap_merge_words_1(const char* starts, const char* rights, const char* ranks, const char* merged,
-                                    int64_t table_tokens, int64_t rows, uint32_t* tokens, const uint32_t* words,
-                                    int64_t count) {
-  const Pairs pairs{Column(starts), Column(rights), Column(ranks), Column(merged), table_tokens, rows};
+// there is not the memory for it. `file` is a tokenizer.tables as fgsnap/tokenizer.py tells of it; the 1 counts changes
+// of this interface.
+EXPORT int64_t fgsnap_merge_words_1(const uint32_t* file, uint32_t* tokens, const uint32_t* words, int64_t count) {
+  const Pairs pairs(file);
   try {
     Merger merger(pairs);
     int64_t left = 0;

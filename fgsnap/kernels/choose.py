@@ -95,10 +95,12 @@ def _reference(device: str, needed: frozenset[str], dtype: str, threads: int | N
     if importlib.util.find_spec("torch") is None:
         raise missing_extra("torch", "torch", "The reference backend")
     from fgsnap.kernels.library import default_threads
+
+    threads = threads or default_threads()  # before torch is loaded, which has words of its own for a wrong setting
     from fgsnap.kernels.reference import Reference
 
     _refuse_unsupported("reference", Reference.supports, needed)
-    return Reference(device, dtype, threads or default_threads())
+    return Reference(device, dtype, threads)
 
 
 def _native(dtype: str, threads: int | None, ranks: Ranks | None) -> Ops:

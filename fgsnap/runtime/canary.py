@@ -75,10 +75,9 @@ def prompt(snapshot: Snapshot) -> list[int]:
 def _sentence_ids(snapshot: Snapshot) -> list[int]:
     if "tokenizer.json" not in snapshot.manifest.files:
         return []
-    from tokenizers import Tokenizer
+    from fgsnap.tokenizer import load_tokenizer
 
-    tokenizer = Tokenizer.from_str(snapshot.read_text("tokenizer.json").decode())
-    return list(tokenizer.encode(SENTENCE, add_special_tokens=False).ids)
+    return load_tokenizer(snapshot.read_text, snapshot.manifest.files).encode(SENTENCE)
 
 
 class _Counting:

@@ -257,9 +257,9 @@ def _settled_memory(asked: int | None, weights: int, device: str) -> int:
         return DEFAULT_KV_MEMORY if asked is None else asked
     if there == 0:
         raise HostError(
-            "The weights do not fit into this host's memory.",
-            f"They take {weights >> 20} MiB, and nothing is left for a KV cache.",
-            "Use a host with more memory, or raise the limit of this process or its control group.",
+            "There is no memory for a KV cache.",
+            f"The weights take {weights >> 20} MiB, and what this process may have leaves nothing beside them.",
+            "Use a host with more memory, or raise the limit on this process (ulimit -v) or its control group.",
         )
     if asked is None:
         return min(DEFAULT_KV_MEMORY, there // 2)

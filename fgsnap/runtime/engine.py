@@ -8,7 +8,7 @@ library. It is not thread-safe: one thread submits, aborts and steps.
 from __future__ import annotations
 
 import math
-import secrets
+import os
 from collections.abc import Collection
 from itertools import accumulate
 from typing import Any, Protocol
@@ -67,7 +67,7 @@ class Engine:
         """Queue a request. RequestError if it is malformed or could never run, whatever else is running."""
         self._check(request)
         seed = request.params.seed
-        sequence = Sequence(request, secrets.randbits(64) if seed is None else seed)
+        sequence = Sequence(request, int.from_bytes(os.urandom(8)) if seed is None else seed)
         self._live[request.id] = sequence
         self._scheduler.add(sequence)
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-from fgsnap.errors import FgsnapError, RequestError
+from fgsnap.errors import FgsnapError, RequestError, SnapshotRefused
 from fgsnap.runtime import wire
 from fgsnap.runtime.process import Worker
 from fgsnap.runtime.request import EngineStats, Output, Request
@@ -42,6 +42,7 @@ class Link:
         tell: takes a line for the operator.
         on_phase: takes each phase of a worker's start.
         on_ready: called whenever an engine begins to serve.
+        damage: what has become of the snapshot since it was opened; None: nothing.
         stall_seconds: how long a worker that has work may say nothing before it counts as hung.
         start_seconds: the same for a worker that starts, which tells of every phase it has done.
     """
@@ -53,6 +54,7 @@ class Link:
         tell: Callable[[str], None],
         on_phase: Callable[[wire.Phase], None] = lambda phase: None,
         on_ready: Callable[[wire.Ready], None] = lambda ready: None,
+        damage: Callable[[], SnapshotRefused | None] = lambda: None,
         stall_seconds: float = STALL_SECONDS,
         start_seconds: float = START_SECONDS,
     ) -> None:
@@ -64,6 +66,7 @@ class Link:
         self._tell = tell
         self._on_phase = on_phase
         self._on_ready = on_ready
+        self._damage = damage
         self._stall_seconds = stall_seconds
         self._start_seconds = start_seconds
         self._settled = asyncio.Event()  # set while there is nothing to wait for: ready, failed or stopping
@@ -100,7 +103,8 @@ class Link:
         """Keep a worker alive, ``worker`` first, until cancelled or closed.
 
         Raises:
-            FgsnapError: the first worker could not start, or its replacements cannot, time after time.
+            FgsnapError: the first worker could not start, its replacements cannot, time after time, or the snapshot
+                was refused: it would be by every other worker too.
         """
         failed_starts = 0
         while True:
@@ -113,9 +117,10 @@ class Link:
             if self.state == "stopping":
                 return
             failed_starts = 0 if self.engine is not None else failed_starts + 1
-            error = self._failure or _died(how)
-            if failed_starts > (RETRIES if self.restarts else 0):
-                self._lose_all("The engine cannot start.")
+            error = self._damage() or self._failure or _died(how)
+            refused = error.exit_code == SnapshotRefused.exit_code
+            if refused or failed_starts > (RETRIES if self.restarts else 0):
+                self._lose_all("The snapshot is damaged." if refused else "The engine cannot start.")
                 self._settle("failed")
                 raise error
             self._bury(error)

@@ -1,4 +1,4 @@
-"""How much memory this process may still have: what the host says, and every cgroup around the process."""
+"""How much memory this process may still have: what the host says, every cgroup around the process, and its limits."""
 
 from __future__ import annotations
 
@@ -6,9 +6,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def available(root: Path = Path("/")) -> int | None:
-    """Bytes that can be had without swapping; None where the host does not tell. ``root`` is where it is asked."""
-    return min((*_of_host(root), *_of_groups(root)), default=None)
+def available(mapped: int = 0, root: Path = Path("/")) -> int | None:
+    """Bytes that can be had without swapping; None where the host does not tell.
+
+    Args:
+        mapped: bytes of files that this process has mapped and reads all the time. They may lie in memory already, but
+            count as available, for they would make room.
+        root: where it is asked.
+    """
+    there = min((*_of_host(root), *_of_groups(root)), default=None)
+    own = min(_of_limits(root), default=None)  # mapped files are counted in what is used of these
+    if there is not None:
+        there = max(there - mapped, 0)
+    return min((found for found in (there, own) if found is not None), default=None)
 
 
 def _of_host(root: Path) -> Iterator[int]:
@@ -32,6 +42,21 @@ def _of_groups(root: Path) -> Iterator[int]:
         for folder in (group, *group.parents):
             if folder.is_relative_to(top):
                 yield from _of_group(folder, *(OLD_NAMES if old else NAMES))
+
+
+LIMITS = {"Max address space": "VmSize:", "Max data size": "VmData:"}
+
+
+def _of_limits(root: Path) -> Iterator[int]:
+    """What the process's own limits leave, which ulimit -v and -d set."""
+    used = _table(root / "proc/self/status")
+    try:
+        rows = [(line[:25].strip(), line[25:].split()) for line in (root / "proc/self/limits").read_text().splitlines()]
+    except OSError:
+        return
+    for name, columns in rows:
+        if name in LIMITS and columns and columns[0].isdecimal():
+            yield max(int(columns[0]) - used.get(LIMITS[name], 0) * 1024, 0)
 
 
 NAMES = ("memory.max", "memory.current", "")

@@ -24,6 +24,10 @@ sys.path.append(sys.argv.pop(1))
 from fgsnap.runtime.worker import main
 sys.exit(main(sys.argv[1:]))
 """
+USUAL_REASONS = {
+    signal.SIGKILL: "out of memory is the usual reason",
+    signal.SIGBUS: "a page of a mapped file could not be read",
+}
 LINGER_SECONDS = 1.0  # a worker whose pipe is closed gets so long to end by itself
 
 
@@ -65,8 +69,8 @@ class _Child:
             else:
                 time.sleep(0.005)
         if self._status < 0:
-            killed = " (out of memory is the usual reason)" if self._status == -signal.SIGKILL else ""
-            return f"was killed by {signal.Signals(-self._status).name}{killed}"
+            usual = USUAL_REASONS.get(-self._status)
+            return f"was killed by {signal.Signals(-self._status).name}{f' ({usual})' if usual else ''}"
         return f"ended with exit code {self._status}"
 
 

@@ -26,6 +26,7 @@ from fgsnap.kernels.ranks import Ranks, rank_memory
 from fgsnap.runtime import wire
 from fgsnap.runtime.decoder import Decoder, load_decoder
 from fgsnap.runtime.options import EngineOptions
+from fgsnap.runtime.startup import collect_garbage
 from fgsnap.runtime.worker import ENDING, die_with
 from fgsnap.snapshot import Snapshot
 
@@ -70,7 +71,7 @@ def settled_degree(snapshot: Snapshot, options: EngineOptions) -> int:
     own = snapshot.manifest.tp
     if options.tp is None:
         able = options.backend != "reference" and options.device in ("auto", "cpu") and available()[0]
-        return own if able and own <= default_threads() else 1
+        return own if able and own <= (options.threads or default_threads()) else 1
     if options.tp not in (1, own):
         raise UsageError(
             f"This snapshot cannot be served at tensor parallel degree {options.tp}.",
@@ -191,6 +192,7 @@ def _follow(pipe: socket.socket, ranks: Ranks, snapshot: Snapshot, options: Engi
                     threads=threads,
                     ranks=ranks,
                 )
+                collect_garbage()
             else:
                 step = _decode_step(body)
                 decoder.forward(Batch(*(getattr(step, name) for name in Batch._fields)))

@@ -17,7 +17,7 @@ import uvicorn
 import uvicorn.lifespan.off  # uvicorn would import it in the middle of its start
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from fgsnap.errors import UsageError
+from fgsnap.errors import SnapshotRefused, UsageError
 from fgsnap.runtime import startup, wire
 from fgsnap.runtime.link import STALL_SECONDS, START_SECONDS, Link
 from fgsnap.runtime.server import App, Identity, TextSide
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 HEADER_LIMIT = 1 << 16
 INTERRUPT_GRACE_SECONDS = 2.0  # who presses Ctrl-C does not want to wait
+DAMAGE_SECONDS = 1.0  # between two looks at files that nobody should change
 CLOSE_SECONDS = 2  # for connections to take what was written to them, after the last request
 LOOPBACK = ("127.", "localhost", "::1")
 
@@ -88,6 +89,7 @@ class Service:
             tell=_tell,
             on_phase=self._note_phase,
             on_ready=self._note_ready,
+            damage=self._damage,
             stall_seconds=_seconds("FGSNAP_STALL_SECONDS", STALL_SECONDS),
             start_seconds=_seconds("FGSNAP_START_SECONDS", START_SECONDS),
         )
@@ -154,13 +156,26 @@ class Service:
             await asyncio.sleep(0.02)
 
     async def _checked_while_serving(self) -> None:
-        """With --verify touch, hash everything once the engine serves; SnapshotRefused ends the service."""
+        """Look after the snapshot for as long as it is served; SnapshotRefused ends the service.
+
+        The engine looks after every step, so nothing wrong is answered; this is for a service that is not asked. With
+        --verify touch everything is hashed once the engine serves.
+        """
         if self._options.verify == "touch":
             from fgsnap.snapshot import verify
 
             await self._link.until_ready()
             await asyncio.to_thread(verify, self._options.snapshot, self._go_on)
-        await asyncio.Event().wait()
+        while not (damage := self._damage()):
+            await asyncio.sleep(DAMAGE_SECONDS)
+        raise damage
+
+    def _damage(self) -> SnapshotRefused | None:
+        try:
+            self._snapshot.check_unchanged()
+        except SnapshotRefused as damage:
+            return damage
+        return None
 
     def _go_on(self, done: int, total: int) -> None:
         """Called as the check proceeds; it must not hold up the end of the service."""

@@ -47,7 +47,10 @@ def opened(path: Path, name: str) -> Iterator[int]:
 
 def _unreadable(path: Path, name: str, error: OSError) -> HostError:
     reason = os.strerror(error.errno) if error.errno else str(error)
-    return HostError(f"Cannot read {path / name}.", f"{reason}.", "Check the file's permissions and the disk.")
+    remedy = "Check the file's permissions and the disk."
+    if error.errno == errno.ENOMEM:
+        remedy = "Raise the limit on this process's address space (ulimit -v)."
+    return HostError(f"Cannot read {path / name}.", f"{reason}.", remedy)
 
 
 def present(path: Path, name: str) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import mmap
 import os
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -39,18 +40,37 @@ _LARGEST_JSON = 64 << 20
 T = TypeVar("T")
 
 
+class RankFile:
+    """A mapped rank file, and when it was last written to before it was opened.
+
+    Its descriptor stays open, so that what becomes of the file can be seen whatever has its name by then.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.written = os.fstat(descriptor).st_mtime_ns
+        self.data = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+        self.descriptor = os.dup(descriptor)
+        self._let_go = weakref.finalize(self, os.close, self.descriptor)
+
+    def close(self) -> None:
+        """Unmap, unless some view is still in use."""
+        self._let_go()
+        with contextlib.suppress(BufferError):
+            self.data.close()
+
+
 class Snapshot:
     """An opened snapshot: the manifest, and read-only views of tensors over one mapping a rank file."""
 
     def __init__(
-        self, path: Path, manifest: Manifest, identity: str, canary: Canary | None, maps: dict[str, mmap.mmap]
+        self, path: Path, manifest: Manifest, identity: str, canary: Canary | None, ranks: dict[str, RankFile]
     ) -> None:
         self.path = path
         self.manifest = manifest
         self.id = identity
         self.canary = canary
-        self._maps = maps
-        self._views = {name: memoryview(mapped) for name, mapped in maps.items()}
+        self._ranks = ranks
+        self._views = {name: memoryview(rank.data) for name, rank in ranks.items()}
         self._slices: dict[str, list[tuple[TensorEntry, Segment]]] = {}
 
     def __enter__(self) -> Self:
@@ -82,13 +102,38 @@ class Snapshot:
             self._slices = _index(self.manifest.tensors)
         return self._slices[logical]
 
+    def check_unchanged(self) -> None:
+        """Whether the mapped bytes can still be believed: a call a rank file, no reading.
+
+        A mapping shows what is written to its file, zeros where the last page of a truncated file ends, and what lay
+        on pages beyond kills who reads it (SIGBUS). A file that another one replaced by name stays as it was. On
+        network file systems a change made elsewhere may be seen some seconds late.
+
+        Raises:
+            SnapshotRefused: a rank file was written to, or changed its size, since it was opened.
+        """
+        for name, rank in self._ranks.items():
+            now, size = os.fstat(rank.descriptor), self.manifest.files[name].bytes
+            if now.st_size != size:
+                raise _touched(self.path, f"{name} now has {now.st_size} bytes, not {size}.")
+            if now.st_mtime_ns != rank.written:
+                raise _touched(self.path, f"{name} was written to.")
+
     def close(self) -> None:
         """Unmap. Views that are still in use keep their mapping alive until they go."""
-        for name, view in self._views.items():
+        for view in self._views.values():
             view.release()
-            with contextlib.suppress(BufferError):
-                self._maps[name].close()
-        self._views, self._maps = {}, {}
+        for rank in self._ranks.values():
+            rank.close()
+        self._views, self._ranks = {}, {}
+
+
+def _touched(path: Path, why: str) -> SnapshotRefused:
+    return SnapshotRefused(
+        f"The snapshot {path} was changed while it was in use.",
+        why,
+        "Run 'fgsnap verify' on it. Give a new snapshot a directory of its own, and never write into one.",
+    )
 
 
 def _index(tensors: Iterable[TensorEntry]) -> dict[str, list[tuple[TensorEntry, Segment]]]:
@@ -141,31 +186,29 @@ def open_snapshot(path: Path | str, *, committed: bool = True) -> Snapshot:
     return Snapshot(path, manifest, identity, canary, _map_ranks(path, manifest))
 
 
-def _map_ranks(path: Path, manifest: Manifest) -> dict[str, mmap.mmap]:
+def _map_ranks(path: Path, manifest: Manifest) -> dict[str, RankFile]:
     headers = rank_headers(manifest)
-    maps: dict[str, mmap.mmap] = {}
+    ranks: dict[str, RankFile] = {}
     try:
         for name, entry in manifest.files.items():
             if name in headers:
-                maps[name] = _map_rank(path, name, entry, headers[name])
+                ranks[name] = _map_rank(path, name, entry)
+                if ranks[name].data[: len(headers[name])] != headers[name]:
+                    raise refused(path, f"The header of {name} is not the one that {MANIFEST} implies.")
             else:
                 _check_file(path, name, entry.bytes)
     except BaseException:
-        for mapped in maps.values():
-            mapped.close()
+        for rank in ranks.values():
+            rank.close()
         raise
-    return maps
+    return ranks
 
 
-def _map_rank(path: Path, name: str, entry: FileEntry, header: bytes) -> mmap.mmap:
+def _map_rank(path: Path, name: str, entry: FileEntry) -> RankFile:
     _check_file(path, chunks_file(name), chunks_size(entry.bytes))
     with opened(path, name) as descriptor:
         check_size(path, name, descriptor, entry.bytes)
-        mapped = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
-    if mapped[: len(header)] != header:
-        mapped.close()
-        raise refused(path, f"The header of {name} is not the one that {MANIFEST} implies.")
-    return mapped
+        return RankFile(descriptor)
 
 
 def _check_file(path: Path, name: str, size: int) -> None:

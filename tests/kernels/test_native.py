@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import pytest
 
-from fgsnap.errors import HostError
+from fgsnap.errors import HostError, UsageError
 from fgsnap.kernels import library, native, tape
 from fgsnap.kernels.native import Native
 from fgsnap.kernels.ops import ActivationArgs, AttentionArgs, Batch, HeadArgs, NormArgs, Sampling
@@ -567,8 +567,15 @@ THREADS = "from fgsnap.kernels.library import default_threads as d; print(d())"
 
 def test_default_threads_follow_the_affinity_mask_and_the_environment():
     assert run_python("import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); " + THREADS) == ["1"]
-    assert run_python(THREADS, OMP_NUM_THREADS="1") == ["1"]
-    assert run_python(THREADS, OMP_NUM_THREADS="no number")[0].isdigit()
+    assert run_python(THREADS, OMP_NUM_THREADS="1") == run_python(THREADS, OMP_NUM_THREADS=" 1 ,4") == ["1"]
+    assert run_python(THREADS, OMP_NUM_THREADS="") == run_python(THREADS, OMP_NUM_THREADS="100000")
+
+
+@pytest.mark.parametrize("setting", ["0", "-1", "no number", ",2", "1.5", " ", "\N{SUPERSCRIPT TWO}"])
+def test_an_omp_num_threads_that_is_no_number_of_threads_is_refused_by_name(monkeypatch, setting):
+    monkeypatch.setenv("OMP_NUM_THREADS", setting)
+    with pytest.raises(UsageError, match="OMP_NUM_THREADS"):
+        library.default_threads()
 
 
 @pytest.mark.parametrize(
@@ -646,7 +653,10 @@ def test_the_library_is_found_in_the_other_folder_of_an_editable_install(monkeyp
     (tmp_path / "_native.so").write_bytes(b"")
     monkeypatch.setattr(library, "__file__", str(Path(tmp_path, "elsewhere", "library.py")))
     monkeypatch.setattr(sys.modules["fgsnap.kernels"], "__path__", [str(tmp_path)])
+    monkeypatch.delenv("FGSNAP_NATIVE_LIBRARY", raising=False)
     assert library._find() == tmp_path / "_native.so"
+    monkeypatch.setenv("FGSNAP_NATIVE_LIBRARY", "another.so")
+    assert library._find() == Path("another.so")
 
 
 def test_an_unknown_dtype_or_instruction_set_is_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 
 import msgspec
@@ -383,6 +384,17 @@ def test_more_kv_memory_than_the_host_has_is_refused(small, monkeypatch):
         load_decoder(small, backend="reference", device="cpu", kv_memory=4 << 20)
     left = (4 << 20) - weights
     assert load_decoder(small, backend="reference", device="cpu", kv_memory=left).blocks == left // (128 * 16)
+
+
+def test_a_forward_over_weights_that_were_written_to_is_refused(small):
+    rank = small.path / "rank-00000-of-00001.safetensors"
+    os.utime(rank, (0, 0))  # the clock of file systems may be some milliseconds coarse
+    decoder = load_decoder(open_snapshot(small.path), backend="reference", device="cpu", kv_memory=1 << 18)
+    one = Batch([1], [0], [0, 1], [1], [[0]], [0])
+    decoder.forward(one)
+    rank.write_bytes(rank.read_bytes())
+    with pytest.raises(SnapshotRefused, match="changed while it was in use"):
+        decoder.forward(one)
 
 
 def test_weights_that_fill_all_memory_are_refused(small, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -327,6 +328,24 @@ def test_a_long_prompt_does_not_keep_others_waiting_while_it_is_tokenized(snapsh
         assert max(waits) < took / 2, (max(waits), took)  # nearly all of it, when tokenizing holds the interpreter
 
 
+def test_health_answers_while_a_long_step_runs(snapshot):
+    """One forward reads eight prompts of 2000 tokens; the server's process has nothing to do with it."""
+    with real_service(snapshot, *SMALL, "--max-batch-tokens", "16384") as service:
+        until(lambda: samples(service.url)["fgsnap_ready"] == 1)
+        body = {"prompt": [[1] * 2000] * 8, "max_tokens": 1, "ignore_eos": True}
+        answers, waits, began = [], [], time.monotonic()
+        long = threading.Thread(target=lambda: answers.append(ask(service.url, "POST", "/v1/completions", body)))
+        long.start()
+        while not answers:
+            asked = time.monotonic()
+            assert ask(service.url, "GET", "/health").status == 200
+            waits.append(time.monotonic() - asked)
+        took = time.monotonic() - began
+        long.join()
+        assert answers[0].status == 200 and answers[0].json()["usage"]["completion_tokens"] == 8
+        assert len(waits) > 5 and max(waits) < took / 2, (max(waits), took)
+
+
 def test_a_second_signal_ends_it_at_once(snapshot):
     with real_service(snapshot, *SMALL, "--grace", "60") as service:
         os.kill(service.worker(), signal.SIGSTOP)
@@ -394,6 +413,54 @@ def test_a_hung_worker_is_replaced(snapshot):
         assert ask(service.url, "POST", "/v1/completions", {"prompt": "x", "max_tokens": 2}).status == 200
 
 
+def test_a_worker_that_could_not_read_a_page_is_replaced_while_the_files_are_as_they_were(snapshot):
+    with real_service(snapshot, *SMALL) as service:
+        os.kill(service.worker(), signal.SIGBUS)
+        until(lambda: any("ready again" in line for line in service.lines), 20)
+        assert any("SIGBUS (a page of a mapped file could not be read)" in line for line in service.lines)
+
+
+# -------------------------------------------------------------------------------- files that change while they serve
+
+
+def cut_to_nothing(rank):
+    os.truncate(rank, 0)
+
+
+def cut_by_a_byte(rank):
+    os.truncate(rank, rank.stat().st_size - 1)
+
+
+def overwrite(rank):
+    with rank.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\x11" * (rank.stat().st_size - 4096))
+
+
+@pytest.mark.parametrize("change", [cut_to_nothing, cut_by_a_byte, overwrite])
+@pytest.mark.parametrize("busy", [True, False], ids=["busy", "idle"])
+def test_a_rank_file_that_changes_ends_the_service_and_no_answer_is_wrong(tmp_path, change, busy):
+    """Under a mapping a cut file kills its reader, or shows zeros; one that is overwritten shows other weights."""
+    path = servable_snapshot(tmp_path / "snap", max_length=2048)
+    with real_service(path, *SMALL) as service, client(service.url) as api:
+        arguments = {"prompt": "x", "model": MODEL, "max_tokens": 2000, "temperature": 0}
+        ask_for = {**arguments, "extra_body": {"ignore_eos": True}}
+        right = api.completions.create(**ask_for).choices[0].text
+        said = ""
+        if busy:
+            chunks = iter(api.completions.create(stream=True, **ask_for))
+            said = next(chunks).choices[0].text
+        change(path / "rank-00000-of-00001.safetensors")
+        with contextlib.suppress(openai.APIError):
+            said += "".join(chunk.choices[0].text for chunk in (chunks if busy else ()))
+        assert right.startswith(said)
+        assert service.ended() == 3
+    what, why, next_step = service.lines[-3:]
+    assert what == f"Error: The snapshot {path} was changed while it was in use."
+    assert why.startswith("rank-00000-of-00001.safetensors ") and "fgsnap verify" in next_step
+    assert not any("Restarting" in line for line in service.lines)
+
+
 # ---------------------------------------------------------------------------------------------- what cannot start
 
 
@@ -440,6 +507,18 @@ def test_a_host_without_the_memory_is_one_clear_error(snapshot):
 def test_more_kv_memory_than_there_is_is_one_clear_error(snapshot):
     done = run_serve(snapshot, "--port", "0", "--kv-memory", "1000TiB")
     assert done.returncode == 6 and "1048576000 MiB does not fit" in three_lines(done)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_no_threads_are_a_usage_error_that_names_where_they_were_asked_for(snapshot, backend):
+    arguments = ("--port", "0", "--backend", backend)
+    for setting in ("0", "two"):
+        done = run_serve(snapshot, *arguments, environment={"OMP_NUM_THREADS": setting})
+        assert done.returncode == 2 and f"OMP_NUM_THREADS is '{setting}'." in three_lines(done)
+    assert run_serve(snapshot, *arguments, "--threads", "0").returncode == 2
+    with real_service(snapshot, *SMALL, "--backend", backend, environment={"OMP_NUM_THREADS": "0"}) as service:
+        assert service.url, "--threads comes before the environment"
+        assert " 1 thread" in service.lines[-1]
 
 
 def test_a_limit_on_the_process_that_is_too_small_for_the_cache_is_one_clear_error(snapshot):
