@@ -32,7 +32,7 @@ from engines import llama_cpp
 from engines.environment import PEERS
 from measures import curve, loading, machine, memory, models, setting, speed, startup
 from measures.models import Model
-from measures.setting import Homes, Setting, tell
+from measures.setting import TRANSFORMERS, Homes, Setting, tell
 from measures.verdict import verdict
 
 from fgsnap.bench import record
@@ -84,14 +84,11 @@ def measure_startup(given: Setting) -> dict[str, Any]:
 
 
 def measure_speed(given: Setting) -> dict[str, Any]:
-    starters = {
-        **setting.servers(given, given.small),
-        **setting.quantised(given, given.small),
-        **setting.inside(given, given.small),
-        **setting.others(given, given.small),
-    }
+    rivals = setting.servers(given, given.small) | setting.inside(given, given.small)
+    more = setting.quantised(given, given.small) | setting.others(given, given.small)
     jobs = speed.QUICK_JOBS if given.quick else speed.JOBS
-    return speed.measure(given.small, starters, jobs, given.rounds(5), machine.compiled(given.build))
+    program = machine.compiled(given.build)
+    return speed.measure(given.small, rivals | more, jobs, given.rounds(5), program, {*more, TRANSFORMERS})
 
 
 def measure_curve(given: Setting) -> dict[str, Any]:
@@ -117,9 +114,10 @@ def measure_large(given: Setting) -> dict[str, Any]:
     model = models.large(given.build / f"large-{layers}", smollm2_gguf(), given.small.checkpoint, layers)
     starters = setting.servers(given, model, kv_mebibytes=1024) | setting.inside(given, model)
     jobs = speed.QUICK_JOBS if given.quick else speed.LARGE_JOBS
+    program = machine.compiled(given.build)
     return {
-        "startup": startup.measure(given, model, given.rounds(6), all_engines=False),
-        "speed": speed.measure(model, starters, jobs, given.rounds(3), machine.compiled(given.build)),
+        "startup": startup.measure(given, model, given.rounds(4), all_engines=False),
+        "speed": speed.measure(model, starters, jobs, given.rounds(3), program, {TRANSFORMERS}),
     }
 
 

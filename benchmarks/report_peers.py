@@ -45,8 +45,8 @@ of each process's highest resident set. Every round gives each engine its turn w
 """
 
 HOST = """\
-The host read {bytes} GB/s and did {operations} bfloat16 operations/s x 10^9 ({kind}) in the same rounds. One sequence's
-decode is {decode} of that bandwidth, prefill of 512 tokens {prefill} of that rate.
+In the same rounds the host read {bytes} GB/s and did {operations} x 10^9 operations/s ({kind}).
+fgsnap's decode of one sequence is {decode} of that bandwidth, its prefill of 512 tokens {prefill} of that rate.
 """
 
 CURVE = """\
@@ -143,7 +143,7 @@ def _speed_rows(contestants: Mapping[str, Part], jobs: Sequence[str]) -> Iterato
         else:
             failed = row.get("failures", {})
             cells = (spread(row[job], 0) if row[job] else f"failed: {failed.get(job)}" for job in jobs)
-            yield (name, *cells, str(row["peak_mebibytes"]))
+            yield (name, *cells, str(row.get("peak_mebibytes", "")))
 
 
 def curve(part: Part) -> str:

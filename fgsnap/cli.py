@@ -65,7 +65,7 @@ def engine_options(command: Command) -> Command:
             ),
             option("--max-model-len", type=click.IntRange(min=1), help="Longest context; default: the model's."),
             option("--max-batch-tokens", type=click.IntRange(min=1), default=512, help="Token budget of one forward."),
-            option("--kv-memory", type=ByteSize(), help="KV cache; default: 2GiB, or half of what is free if less."),
+            option("--kv-memory", type=ByteSize(), help="KV cache; default: 2GiB, or half of what the weights leave."),
             option("--threads", type=click.IntRange(min=1), help="CPU threads; default: what this process may use."),
         )
     ):  # fmt: skip

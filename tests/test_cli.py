@@ -11,6 +11,7 @@ import pytest
 
 from fgsnap import __version__
 from fgsnap.cli import EXTRAS, ByteSize, WholeText, cli, run_cli, size
+from fgsnap.environment import _numa_nodes
 from tests.commands import every_command
 from tests.snapshots import make_snapshot, tiny_spec
 
@@ -160,6 +161,21 @@ def test_env_names_backends_and_hides_secrets():
     assert report["backend native"].startswith(("yes", "no: "))
     assert "hf_secret_value" not in done.stdout
     assert "HF_TOKEN=(set)" in report["environment"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "threads"), [("1,2", "1: OMP_NUM_THREADS"), ("none", "cannot be told: OMP_NUM_THREADS is 'none'.")]
+)
+def test_env_says_how_many_threads_there_would_be_and_why(setting, threads):
+    assert json.loads(fgsnap("env", "--json", OMP_NUM_THREADS=setting).stdout)["threads"] == threads
+
+
+def test_memory_nodes_are_listed_in_their_order(tmp_path):
+    for number, processors in ((0, "0-15"), (10, "32-47"), (2, "16-31")):
+        (tmp_path / f"node{number}").mkdir()
+        (tmp_path / f"node{number}" / "cpulist").write_text(processors + "\n")
+    assert _numa_nodes(tmp_path) == ["0: 0-15", "2: 16-31", "10: 32-47"]
+    assert _numa_nodes(tmp_path / "none") == []
 
 
 @pytest.mark.parametrize(("text", "value"), [("2GiB", 2 << 30), ("512M", 512 << 20), ("4096", 4096), ("1.5kb", 1536)])

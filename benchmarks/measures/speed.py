@@ -6,7 +6,7 @@ next one goes through them backwards, so a drift of the machine meets all. What 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,13 +40,19 @@ Rates = dict[str, dict[str, list[float | None]]]
 
 
 def measure(
-    model: Model, starters: Mapping[str, Start], jobs: Sequence[Job], rounds: int, program: Path
+    model: Model,
+    starters: Mapping[str, Start],
+    jobs: Sequence[Job],
+    rounds: int,
+    program: Path,
+    seldom: Collection[str] = (),
 ) -> dict[str, Any]:
     """Every contestant's figures, and the host's limits in the same rounds.
 
     Args:
         starters: the contestants; one that cannot start or answer gets a ``failure`` instead of figures.
         program: measures the host.
+        seldom: contestants that take part in every other round only, to save time.
     """
     rates: Rates = {}
     rows: dict[str, dict[str, Any]] = {}
@@ -63,9 +69,15 @@ def measure(
             host.append(limits(program))
             order = list(running) if number % 2 == 0 else list(reversed(running))
             for name in order:
-                _turn(name, running[name], jobs, number, rates.setdefault(name, {}), rows[name])
+                of_name = rates.setdefault(name, {})
+                if name in seldom and number % 2:
+                    for job in jobs:
+                        of_name[job.name].append(None)
+                else:
+                    _turn(name, running[name], jobs, number, of_name, rows[name])
         for name, contestant in running.items():
-            rows[name]["peak_mebibytes"] = contestant.group.peak() >> 20
+            if rows[name]["answer"]:  # else the model is in programs that have ended
+                rows[name]["peak_mebibytes"] = contestant.group.peak() >> 20
     for name, of_name in rates.items():
         rows[name] |= {job: _summary(values) for job, values in of_name.items()}
     return {

@@ -54,10 +54,10 @@ def _sooner(what: str, part: Part) -> Iterator[Promise]:
     rival = min((name for name in seconds if name.startswith(LLAMA)), key=lambda name: float(seconds[name]["median"]))
     longer = startup.ratios(times, rival)
     spread = (round(1 / longer["max"], 3), round(1 / longer["min"], 3))
-    yield Promise(f"{what}: seconds / {LLAMA}'s", round(1 / longer["median"], 3), 1.0, True, spread)
+    yield Promise(f"{what}: seconds / those of {LLAMA}", round(1 / longer["median"], 3), 1.0, True, spread)
     for peer, goal in ((VLLM, 150.0), (TRANSFORMERS, 15.0)):
         if peer in seconds:
-            yield _of(f"{what}: {peer}'s seconds / fgsnap's", startup.ratios(times, peer), goal)
+            yield _of(f"{what}: seconds of {peer} / fgsnap's", startup.ratios(times, peer), goal)
 
 
 def _speed(part: Part) -> Iterator[Promise]:
@@ -75,7 +75,7 @@ def _faster(what: str, part: Part, goals: Mapping[str, Mapping[str, float]]) -> 
         found = speed.ratios(part["rates"], OURS, peer)
         for job, goal in of_peer.items():
             if job in found:
-                yield _of(f"{what}{job}: rate / {peer}'s", found[job], goal)
+                yield _of(f"{what}{job}: rate / that of {peer}", found[job], goal)
 
 
 def _curve(part: Part) -> Iterator[Promise]:
@@ -85,7 +85,7 @@ def _curve(part: Part) -> Iterator[Promise]:
         for peer, goal in ((VLLM, 2.5), (LLAMA, 1.5)):
             theirs = curve.effective(curves[peer], middle)
             if theirs:
-                yield Promise(f"effective throughput, {lengths}: / {peer}'s", round(own / theirs, 3), goal)
+                yield Promise(f"effective throughput, {lengths}: / that of {peer}", round(own / theirs, 3), goal)
 
 
 def _memory(part: Part) -> Iterator[Promise]:

@@ -113,6 +113,8 @@ class Link:
             finally:
                 if self.state in ("stalled", "stopping"):
                     worker.kill()
+            if self.state == "ready":  # it is no more, however it ended; who comes now waits for the next one
+                self._settle("restarting")
             how = await asyncio.to_thread(worker.wait)
             if self.state == "stopping":
                 return

@@ -69,8 +69,9 @@ class _Child:
             else:
                 time.sleep(0.005)
         if self._status < 0:
-            usual = USUAL_REASONS.get(-self._status)
-            return f"was killed by {signal.Signals(-self._status).name}{f' ({usual})' if usual else ''}"
+            killer = signal.Signals(-self._status)
+            usual = USUAL_REASONS.get(killer)
+            return f"was killed by {killer.name}{f' ({usual})' if usual else ''}"
         return f"ended with exit code {self._status}"
 
 

@@ -158,11 +158,14 @@ class Divider {
 
 class Forward : public Job {
    public:
-    Forward(Engine& engine, const Step& step, std::vector<Record> records, std::vector<Phase> phases)
+    // `records` lie in `words`.
+    Forward(Engine& engine, const Step& step, std::vector<int64_t> words, std::vector<Record> records,
+            std::vector<Phase> phases)
         : Job(std::move(phases), engine.team.threads()),
           kernels_(engine.kernels),
           ranks_(engine.ranks.get()),
           step_(step),
+          words_(std::move(words)),
           records_(std::move(records)) {}
 
     // Whether another rank has given up; to be asked when the job is done.
@@ -224,6 +227,7 @@ class Forward : public Job {
     const Kernels& kernels_;
     Ranks* const ranks_;
     const Step step_;
+    const std::vector<int64_t> words_;
     const std::vector<Record> records_;
     std::atomic<bool> alone_{false};
 };
@@ -263,12 +267,14 @@ Outcome run(Engine& engine, const std::shared_ptr<Job>& job) {
     return job->failed() ? NO_MEMORY : DONE;
 }
 
-Outcome run_program(Engine& engine, const int64_t* words, int64_t count, const Step& step) {
+Outcome run_program(Engine& engine, const int64_t* program, int64_t count, const Step& step) {
     const Divider divider(step, engine.team.threads());
+    // The job's own, for a late thread may look at them when the caller has let go of its program.
+    std::vector<int64_t> words(program, program + count);
     std::vector<Record> records;
     std::vector<Job::Phase> phases;
     for (int64_t at = 0; at < count;) {
-        const Record record{words + at, Kind(words[at])};
+        const Record record{&words[size_t(at)], Kind(words[size_t(at)])};
         const int64_t own = length(record.kind);
         if (own == 0 || own > count - at) return NO_PROGRAM;
         const Job::Phase phase = divider.divide(record);
@@ -278,7 +284,8 @@ Outcome run_program(Engine& engine, const int64_t* words, int64_t count, const S
         }
         at += own;
     }
-    const auto forward = std::make_shared<Forward>(engine, step, std::move(records), std::move(phases));
+    const auto forward =
+        std::make_shared<Forward>(engine, step, std::move(words), std::move(records), std::move(phases));
     const Outcome outcome = run(engine, forward);
     return forward->alone() ? NO_RANKS : outcome;
 }
