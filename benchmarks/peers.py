@@ -8,10 +8,11 @@ safetensors and as GGUF. Parts:
 
     startup   exec to the first token
     speed     decode of 1, 8 and 32 sequences, prefill of 512 and 2048 tokens; the host's bandwidth and bfloat16 rate
-    curve     closed-loop clients: throughput, latency, effective throughput
     memory    what is resident while serving, with one replica and with two
     load      2.4 GB mapped and touched, warm and cold
     large     startup and speed again with a model of 1.9 GB of random weights
+    curve-1200-60, curve-1900-128, curve-500-500
+              closed-loop clients with such prompts and answers: throughput, latency, effective throughput
 
 Each part is written to the result as soon as it is done, and a run skips what is there already, unless it is named by
 --only or all is asked for anew by --fresh. The last line is JSON: every promised ratio, and whether it is met.
@@ -22,8 +23,11 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
+import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +53,7 @@ def main() -> None:
     parser.add_argument("--build", type=Path, default=PEERS / "models", help="folder for models and logs")
     parser.add_argument("--output", type=Path, help="folder of the result; that of a --quick run stays in --build")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the contestants on its way out
     if unknown := set(options.only) - set(PARTS):
         parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
     all_parts = options.only == list(PARTS)
@@ -80,7 +85,7 @@ def prepare(build: Path, source: Path) -> tuple[Homes, Model]:
 
 
 def measure_startup(given: Setting) -> dict[str, Any]:
-    return startup.measure(given, given.small, given.rounds(9), all_engines=True)
+    return startup.measure(given, given.small, given.rounds(7), all_engines=True)
 
 
 def measure_speed(given: Setting) -> dict[str, Any]:
@@ -88,12 +93,14 @@ def measure_speed(given: Setting) -> dict[str, Any]:
     more = setting.quantised(given, given.small) | setting.others(given, given.small)
     jobs = speed.QUICK_JOBS if given.quick else speed.JOBS
     program = machine.compiled(given.build)
-    return speed.measure(given.small, rivals | more, jobs, given.rounds(5), program, {*more, TRANSFORMERS})
+    return speed.measure(given.small, rivals | more, jobs, given.rounds(4), program, {*more, TRANSFORMERS})
 
 
-def measure_curve(given: Setting) -> dict[str, Any]:
-    lengths, levels = (curve.QUICK_LENGTHS, curve.QUICK_LEVELS) if given.quick else (curve.LENGTHS, curve.LEVELS)
-    return curve.measure(setting.servers(given, given.small), lengths, levels)
+def measure_curve(given: Setting, lengths: tuple[int, int]) -> dict[str, Any]:
+    servers = setting.servers(given, given.small)
+    if given.quick:
+        return curve.measure(servers, (100, 10), (1, 2))
+    return curve.measure(servers, lengths, curve.LEVELS)
 
 
 def measure_memory(given: Setting) -> dict[str, Any]:
@@ -116,7 +123,7 @@ def measure_large(given: Setting) -> dict[str, Any]:
     jobs = speed.QUICK_JOBS if given.quick else speed.LARGE_JOBS
     program = machine.compiled(given.build)
     return {
-        "startup": startup.measure(given, model, given.rounds(4), all_engines=False),
+        "startup": startup.measure(given, model, given.rounds(3), all_engines=False),
         "speed": speed.measure(model, starters, jobs, given.rounds(3), program, {TRANSFORMERS}),
     }
 
@@ -124,10 +131,12 @@ def measure_large(given: Setting) -> dict[str, Any]:
 PARTS: Mapping[str, Part] = {
     "startup": measure_startup,
     "speed": measure_speed,
-    "curve": measure_curve,
     "memory": measure_memory,
     "load": measure_load,
     "large": measure_large,
+    **{
+        f"curve-{prompt}-{answer}": partial(measure_curve, lengths=(prompt, answer)) for prompt, answer in curve.LENGTHS
+    },
 }
 
 

@@ -28,8 +28,9 @@ def main() -> None:
     if not RESULT.exists():
         sys.exit(f"there is no {RESULT.relative_to(ROOT)} yet: run make peers")
     parts = json.loads(RESULT.read_text())["parts"]
-    for lengths, curves in parts.get("curve", {"curves": {}})["curves"].items():
-        draw({name: _one_sla(levels) for name, levels in curves.items()}, _picture(f"curve-{lengths}"))
+    for name, part in parts.items():
+        if name.startswith("curve"):
+            draw({engine: _one_sla(levels) for engine, levels in part["curves"].items()}, _picture(name))
     models = [part for part in (parts.get("speed"), parts.get("large", {}).get("speed")) if part]
     for name, part in zip(("speed", "speed-large"), models, strict=False):
         bars(part, _picture(name))
@@ -70,7 +71,7 @@ def _one_sla(levels: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _picture(name: str) -> Path:
-    return DOCS / f"peers-{name.replace('/', '-')}.png"
+    return DOCS / f"peers-{name}.png"
 
 
 if __name__ == "__main__":

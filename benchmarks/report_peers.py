@@ -88,12 +88,13 @@ def peers(result: Mapping[str, Any]) -> str:
     sections = {
         "startup": lambda part: STARTUP + startup(part),
         "speed": lambda part: SPEED + speed(part),
-        "curve": curve,
         "memory": memory,
         "load": load,
         "large": large,
     }
     written = [section(parts[name]) for name, section in sections.items() if name in parts]
+    if curves := [part for name, part in parts.items() if name.startswith("curve")]:
+        written.append(under_load(curves))
     sets = ", ".join(each for each in result["llama_cpp_compiled_with"] if each.startswith("AVX"))
     return INTRODUCTION.format(sets=sets) + PROMISES + promises(result["verdict"]) + "\n" + "\n".join(written)
 
@@ -146,19 +147,20 @@ def _speed_rows(contestants: Mapping[str, Part], jobs: Sequence[str]) -> Iterato
             yield (name, *cells, str(row.get("peak_mebibytes", "")))
 
 
-def curve(part: Part) -> str:
-    rates = [sla["generation_rate"] for sla in part["slas"]]
+def under_load(parts: Sequence[Part]) -> str:
+    rates = [sla["generation_rate"] for sla in parts[0]["slas"]]
     heads = ("prompt/answer", "", *(f"{rate:g} tokens/s" for rate in rates), "all answers")
     rows = []
     pictures = []
-    for lengths, curves in part["curves"].items():
+    for part in parts:
+        lengths = f"{part['prompt']}/{part['answer']}"
         pictures.append(f"![Throughput and latency, {lengths}](peers-curve-{lengths.replace('/', '-')}.png)\n")
-        for name, levels in curves.items():
+        for name, levels in part["curves"].items():
             best = [max(level["effective"][i]["requests_per_second"] for level in levels) for i in range(len(rates))]
             most = max(level["requests_per_second"] for level in levels)
             rows.append((lengths, name, *(f"{value:.2f}" for value in (*best, most))))
     asked = " or ".join(f"{rate:g}" for rate in rates)
-    return CURVE.format(context=part["context"], rates=asked) + table(heads, rows) + "\n" + "\n".join(pictures)
+    return CURVE.format(context=parts[0]["context"], rates=asked) + table(heads, rows) + "\n" + "\n".join(pictures)
 
 
 def memory(part: Part) -> str:

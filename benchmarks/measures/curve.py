@@ -7,7 +7,7 @@ request a client that is not counted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -21,18 +21,14 @@ from measures.setting import Start, tell
 
 LENGTHS = ((1200, 60), (1900, 128), (500, 500))
 LEVELS = (1, 2, 4, 8, 16, 32)
-QUICK_LENGTHS, QUICK_LEVELS = ((100, 10),), (1, 2)
 CONTEXT = 2048
 FEWEST = 6  # requests of a level
 SLAS = tuple(Sla(512.0, rate) for rate in (2.0, 4.0, 6.0))
 WARM = Work([1000] * 8, 8, 2)
 
 
-def measure(
-    starters: Mapping[str, Start], lengths: tuple[tuple[int, int], ...], levels: tuple[int, ...]
-) -> dict[str, Any]:
-    """Rows of ``load.row``, for each length and server."""
-    curves: dict[str, dict[str, list[dict[str, Any]]]] = {}
+def measure(starters: Mapping[str, Start], lengths: tuple[int, int], levels: Sequence[int]) -> dict[str, Any]:
+    """For each server a row of ``load.row`` a level; ``lengths`` are the means of prompt and answer."""
     with ExitStack() as stack:
         running: dict[str, Server] = {}
         for name, start in starters.items():
@@ -42,12 +38,12 @@ def measure(
             tell(f"{name} is up: {server.answer()!r}")
             server.group.pause()
             running[name] = server
-        for prompt, answer in lengths:
-            of_lengths = curves.setdefault(f"{prompt}/{answer}", {name: [] for name in running})
-            for clients in levels:
-                for name, server in running.items():
-                    of_lengths[name].append(_level(name, server, prompt, answer, clients))
-    return {"context": CONTEXT, "slas": [sla._asdict() for sla in SLAS], "curves": curves}
+        curves: dict[str, list[dict[str, Any]]] = {name: [] for name in running}
+        for clients in levels:
+            for name, server in running.items():
+                curves[name].append(_level(name, server, *lengths, clients))
+    slas = [sla._asdict() for sla in SLAS]
+    return {"prompt": lengths[0], "answer": lengths[1], "context": CONTEXT, "slas": slas, "curves": curves}
 
 
 def effective(rows: list[dict[str, Any]], sla: int) -> float:

@@ -55,48 +55,42 @@ double bytes_per_second(int threads, std::size_t bytes, double wanted) {
   return best;
 }
 
-constexpr int SUMS = 24;
-constexpr long STEPS = 2'000'000;
+constexpr long STEPS = 4'000'000;
+constexpr int SUMS = 12;  // independent, so that latency does not count; all loops over them unroll, so that they are registers
 
 #if defined(__AVX512BF16__)
 constexpr const char* KIND = "AVX-512-BF16 dot products";
-constexpr double OPERATIONS = 64;  // 32 products and 32 additions an instruction
-void multiply_and_add() {
-  __m512 sums[SUMS];
-  for (auto& sum : sums) sum = _mm512_setzero_ps();
+constexpr double OPERATIONS = 64;  // an instruction: 32 products and 32 additions
+using Vector = __m512;
+Vector next(Vector sum) {
   const __m512bh a = (__m512bh)_mm512_set1_epi16(0x3c00), b = (__m512bh)_mm512_set1_epi16(0x3c01);
-  for (long i = 0; i < STEPS; i++) {
-#pragma GCC unroll 24
-    for (int j = 0; j < SUMS; j++) {
-      sums[j] = _mm512_dpbf16_ps(sums[j], a, b);
-      asm volatile("" : "+v"(sums[j]));
-    }
-  }
-  for (int j = 1; j < SUMS; j++) sums[0] = _mm512_add_ps(sums[0], sums[j]);
-  sink = static_cast<std::uint64_t>(_mm512_reduce_add_ps(sums[0]));
+  return _mm512_dpbf16_ps(sum, a, b);
 }
 #elif defined(__FMA__)
 constexpr const char* KIND = "float32 multiply-adds";
 constexpr double OPERATIONS = 16;
-void multiply_and_add() {
-  __m256 sums[12];
-  for (auto& sum : sums) sum = _mm256_setzero_ps();
-  const __m256 a = _mm256_set1_ps(0.5f), b = _mm256_set1_ps(0.25f);
-  for (long i = 0; i < STEPS * 2; i++) {
-#pragma GCC unroll 12
-    for (int j = 0; j < 12; j++) {
-      sums[j] = _mm256_fmadd_ps(a, b, sums[j]);
-      asm volatile("" : "+x"(sums[j]));
-    }
-  }
-  float out[8];
-  for (int j = 1; j < 12; j++) sums[0] = _mm256_add_ps(sums[0], sums[j]);
-  _mm256_storeu_ps(out, sums[0]);
-  sink = static_cast<std::uint64_t>(out[0]);
-}
+using Vector = __m256;
+Vector next(Vector sum) { return _mm256_fmadd_ps(_mm256_set1_ps(0.5f), _mm256_set1_ps(0.25f), sum); }
 #else
 #error "this host's peak rate is not written yet"
 #endif
+
+void multiply_and_add() {
+  Vector sums[SUMS];
+#pragma GCC unroll 12
+  for (int j = 0; j < SUMS; j++) sums[j] = Vector{};
+  for (long i = 0; i < STEPS; i++) {
+#pragma GCC unroll 12
+    for (int j = 0; j < SUMS; j++) {
+      sums[j] = next(sums[j]);
+      asm volatile("" : "+v"(sums[j]));
+    }
+  }
+  float total = 0;
+#pragma GCC unroll 12
+  for (int j = 0; j < SUMS; j++) total += sums[j][0];
+  sink = static_cast<std::uint64_t>(total);
+}
 
 double operations_per_second(int threads, double wanted) {
   double best = 0;

@@ -76,10 +76,9 @@ class Model(NamedTuple):
 def small(folder: Path, source: Path) -> Model:
     """SmolLM2 from the GGUF file at ``source``, whose quantised blocks become bfloat16."""
     model = Model("SmolLM2-135M-Instruct", folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    convert(source, model)
     if not model.gguf().exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        fgsnap("convert", str(source), "-o", str(model.snapshot), "--target", "cpu")
         fgsnap("export", str(model.snapshot), "-o", str(model.checkpoint))
         write_gguf(model.checkpoint, source, model.gguf("F16"), np.dtype(np.float16))
         write_gguf(model.checkpoint, source, model.gguf(), None)
@@ -93,20 +92,25 @@ def large(folder: Path, source: Path, text: Path, layers: int = LARGE_LAYERS) ->
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         random_checkpoint(model.checkpoint, text, layers)
-        fgsnap("convert", str(model.checkpoint), "-o", str(model.snapshot), "--target", "cpu")
         write_gguf(model.checkpoint, source, model.gguf(), None)
+    convert(model.checkpoint, model)
     return model
 
 
 def loaded(folder: Path, text: Path, layers: int = LOADED_LAYERS) -> Model:
     """A larger one of which only the checkpoint and the snapshot are needed."""
     model = Model(f"random Llama, {layers} layers of width 2048", folder)
-    if not (model.snapshot / "snapshot.json").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        random_checkpoint(model.checkpoint, text, layers)
-        fgsnap("convert", str(model.checkpoint), "-o", str(model.snapshot), "--target", "cpu", "--no-canary")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    random_checkpoint(model.checkpoint, text, layers)
+    convert(model.checkpoint, model, "--no-canary")
     return model
+
+
+def convert(source: Path, model: Model, *options: str) -> None:
+    """The model's snapshot for CPUs, made anew by the fgsnap that is measured."""
+    shutil.rmtree(model.snapshot, ignore_errors=True)
+    fgsnap("convert", str(source), "-o", str(model.snapshot), "--target", "cpu", *options)
 
 
 def random_checkpoint(path: Path, text: Path, layers: int) -> None:

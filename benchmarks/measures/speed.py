@@ -118,10 +118,12 @@ def _turn(
     rates: dict[str, list[float | None]],
     row: dict[str, Any],
 ) -> None:
-    """One contestant's part of a round; the first round begins with a trial that is not counted."""
+    """One contestant's part of a round, after a trial that is not counted: a host may have dropped idle pages."""
     contestant.group.resume()
-    if number == 0:
-        _rate(contestant, Job(2, 4), 999)
+    try:
+        _rate(contestant, Job(2, 4), 999 + number)
+    except (Failed, Ended) as error:
+        tell(f"{name} failed its trial: {error}")
     for index, job in enumerate(jobs):
         try:
             rate: float | None = _rate(contestant, job, 100 * number + index)

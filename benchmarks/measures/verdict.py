@@ -33,7 +33,7 @@ def verdict(parts: Mapping[str, Part]) -> list[dict[str, Any]]:
     rules = {
         "startup": _startup,
         "speed": _speed,
-        "curve": _curve,
+        **{name: _curve for name in parts if name.startswith("curve")},
         "memory": _memory,
         "large": _large,
         "load": _load,
@@ -80,12 +80,12 @@ def _faster(what: str, part: Part, goals: Mapping[str, Mapping[str, float]]) -> 
 
 def _curve(part: Part) -> Iterator[Promise]:
     middle = 1  # 4 tokens/s
-    for lengths, curves in part["curves"].items():
-        own = curve.effective(curves[OURS], middle)
-        for peer, goal in ((VLLM, 2.5), (LLAMA, 1.5)):
-            theirs = curve.effective(curves[peer], middle)
-            if theirs:
-                yield Promise(f"effective throughput, {lengths}: / that of {peer}", round(own / theirs, 3), goal)
+    lengths, curves = f"{part['prompt']}/{part['answer']}", part["curves"]
+    own = curve.effective(curves[OURS], middle)
+    for peer, goal in ((VLLM, 2.5), (LLAMA, 1.5)):
+        theirs = curve.effective(curves[peer], middle)
+        if theirs:  # else nothing of the peer's was within the SLA
+            yield Promise(f"effective throughput, {lengths}: / that of {peer}", round(own / theirs, 3), goal)
 
 
 def _memory(part: Part) -> Iterator[Promise]:
