@@ -14,12 +14,17 @@ def main() -> NoReturn:
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
     # What is imported stays. Looking for garbage in it, again and again while it grows, takes a tenth of the time.
     gc.disable()
+    begun = None
+    if sys.argv[1:2] == ["serve"]:  # its second process has things to do while this one reads the command line
+        from fgsnap.runtime import launch
+
+        begun = launch.begin()
     from fgsnap.cli import run_cli
 
     gc.freeze()
     gc.enable()
     signal.signal(signal.SIGINT, handler)
-    sys.exit(run_cli(sys.argv[1:]))
+    sys.exit(run_cli(sys.argv[1:], begun))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from fgsnap import __version__
 from fgsnap.errors import FgsnapError, UsageError, missing_extra
 
 if TYPE_CHECKING:
+    from fgsnap.runtime.launch import Begun
     from fgsnap.runtime.options import EngineOptions
     from fgsnap.snapshot import Manifest, Snapshot
 
@@ -276,7 +277,8 @@ def serve(snapshot: Path, **settings: Any) -> None:
     from fgsnap.runtime.options import ServeOptions
 
     engine = engine_of(settings)
-    sys.exit(run_server(ServeOptions(snapshot=str(snapshot), engine=engine, **_plain(settings))))
+    begun = click.get_current_context().obj
+    sys.exit(run_server(ServeOptions(snapshot=str(snapshot), engine=engine, **_plain(settings)), begun))
 
 
 @cli.command()
@@ -555,11 +557,14 @@ def _bar(wanted: bool | None, title: str) -> Callable[[int, int], None] | None:
     return advance
 
 
-def run_cli(arguments: Sequence[str]) -> int:
-    """Run one command line and return its exit code; every foreseen error is at most three lines on stderr."""
+def run_cli(arguments: Sequence[str], begun: Begun | None = None) -> int:
+    """Run one command line and return its exit code; every foreseen error is at most three lines on stderr.
+
+    ``begun`` is a service that has been begun ahead of the command line.
+    """
     as_json = "--json" in arguments
     try:
-        result = cli.main(list(arguments), prog_name="fgsnap", standalone_mode=False)
+        result = cli.main(list(arguments), prog_name="fgsnap", standalone_mode=False, obj=begun)
         return result if isinstance(result, int) else 0
     except FgsnapError as error:
         return _fail(error, error.lines(), error.exit_code, as_json)

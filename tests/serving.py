@@ -350,12 +350,13 @@ def _environment(more: dict[str, str] | None) -> dict[str, str]:
 
 
 def hanging_import(folder: Path, module: str) -> dict[str, str]:
-    """The environment in which a Python process stands still as soon as it imports ``module``."""
+    """The environment in which a Python process that imports ``module`` leaves a file ``hanging`` and stands still."""
     (folder / "sitecustomize.py").write_text(
         "import sys, time\n"
         "class Hang:\n"
         "    def find_spec(self, name, path, target=None):\n"
         f"        if name == {module!r}:\n"
+        f"            open({str(folder / 'hanging')!r}, 'w').close()\n"
         "            time.sleep(600)\n"
         "sys.meta_path.insert(0, Hang())\n"
     )

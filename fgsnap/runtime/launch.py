@@ -1,9 +1,11 @@
 """``fgsnap serve``: two processes from one, in the order that gives the first token soonest.
 
-    open the snapshot, bind the port, fork the engine worker, and only then import what HTTP and text need
+    fork the engine worker, read the command line, open the snapshot, tell the worker of it, bind the port, and only
+    then import what HTTP and text need
 
-The listening socket exists from the beginning, so clients that come early are queued by the kernel and answered when
-the engine is ready. This module imports nothing that the worker has no use for.
+The worker is forked before it is known what to serve, so that each process imports its own program on a core of its
+own. The listening socket exists before anything slow is done, so clients that come early are queued by the kernel and
+answered when the engine is ready. This module imports nothing that the worker has no use for.
 """
 
 from __future__ import annotations
@@ -15,18 +17,36 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from fgsnap.errors import HostError, NotFound, UsageError
-from fgsnap.runtime import process, startup
+from fgsnap.runtime import process, startup, wire
 from fgsnap.runtime.options import ServeOptions
-from fgsnap.runtime.worker import ENDING, WorkerOptions
+from fgsnap.runtime.worker import ENDING
 from fgsnap.snapshot import open_snapshot
 
 BACKLOG = 2048
 
 
-def serve(options: ServeOptions) -> int:
-    """Serve until a signal ends it; returns the exit code.
+class Begun(NamedTuple):
+    """A service whose worker has been forked, and its phases so far."""
+
+    clock: startup.Clock
+    worker: process.Worker
+
+
+def begin() -> Begun:
+    """Fork the engine worker, which ends with this process if there is nothing to serve."""
+    clock = startup.Clock(startup.process_start())
+    clock.mark(startup.BEFORE_FORK)
+    gc.disable()  # until there is anything but what stays, in this process and the worker
+    worker = process.fork(clock.last)
+    clock.mark("fork")
+    return Begun(clock, worker)
+
+
+def serve(options: ServeOptions, begun: Begun | None = None) -> int:
+    """Serve until a signal ends it; returns the exit code. ``begun`` is what ``begin`` returned, if it was called.
 
     Raises:
         SnapshotRefused, NotFound: the snapshot cannot be opened.
@@ -34,39 +54,35 @@ def serve(options: ServeOptions) -> int:
         UsageError: an option points nowhere.
     """
     with _leaving_on_signals():
-        return _serve(options)
+        return _serve(options, *(begun or begin()))
 
 
-def _serve(options: ServeOptions) -> int:
-    clock = startup.Clock(startup.process_start())
-    clock.mark("interpreter")
-    gc.disable()  # until there is anything but what stays, in this process and the worker
-    keys = _read_keys(options.api_key_file)
-    _check_report(options.startup_report)
-    snapshot = open_snapshot(Path(options.snapshot))
-    clock.mark("open")
-    listener = _listen(options.host, options.port)
-    clock.mark("listen")
-    worker_options = WorkerOptions(
-        snapshot=str(Path(options.snapshot).absolute()), id=snapshot.id, engine=options.engine, verify=options.verify
-    )
-    child = process.fork(worker_options, snapshot, clock.last, not_theirs=listener)
-    clock.mark("fork")
+def _serve(options: ServeOptions, clock: startup.Clock, child: process.Worker) -> int:
     try:
-        import asyncio
+        clock.mark("command line")
+        gc.disable()
+        keys = _read_keys(options.api_key_file)
+        _check_report(options.startup_report)
+        snapshot = open_snapshot(Path(options.snapshot))
+        place = str(Path(options.snapshot).absolute())
+        what = wire.Begin(snapshot=place, id=snapshot.id, engine=options.engine, verify=options.verify)
+        process.tell(child, what)
+        clock.mark("open")
+        with _listen(options.host, options.port) as listener:
+            clock.mark("listen")
+            import asyncio
 
-        from fgsnap.runtime import service
+            from fgsnap.runtime import service
 
-        clock.mark("import http")
-        from fgsnap.runtime.text import Text
+            clock.mark("import http")
+            from fgsnap.runtime.text import Text
 
-        text = Text(snapshot)
-        clock.mark("tokenizer")
-        running = service.Service(options, snapshot, text, keys, clock, lambda: process.spawn(worker_options))
-        return asyncio.run(running.run(listener, child))
+            text = Text(snapshot)
+            clock.mark("tokenizer")
+            running = service.Service(options, snapshot, text, keys, clock, lambda: process.tell(process.spawn(), what))
+            return asyncio.run(running.run(listener, child))
     finally:
         child.kill()
-        listener.close()
 
 
 @contextmanager

@@ -12,10 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
-
-from fgsnap.runtime.worker import ENDING, WorkerOptions, live
-from fgsnap.snapshot import Snapshot
+from fgsnap.runtime import wire
+from fgsnap.runtime.worker import ENDING, live
 
 # Where fgsnap is not installed, it is found where this process found it.
 BOOT = """
@@ -75,14 +73,17 @@ class _Child:
         return f"ended with exit code {self._status}"
 
 
-def fork(options: WorkerOptions, snapshot: Snapshot, started: float, *, not_theirs: socket.socket) -> Worker:
+def tell(worker: Worker, begin: wire.Begin) -> Worker:
+    """Say what to serve. A worker that has ended already is noticed by who listens to it."""
+    with contextlib.suppress(BrokenPipeError):
+        worker.pipe.sendall(wire.frame(begin))
+    return worker
+
+
+def fork(started: float) -> Worker:
     """Start the first worker: a copy of this process, which so far has one thread and few imports.
 
-    Args:
-        options: for the worker.
-        snapshot: opened; the worker goes on with the same mapping.
-        started: when its first phase begins.
-        not_theirs: a socket that the worker must not hold on to.
+    Its first phase begins at ``started``. It waits to be told what to serve.
     """
     ours, theirs = socket.socketpair()
     parent = os.getpid()
@@ -90,21 +91,20 @@ def fork(options: WorkerOptions, snapshot: Snapshot, started: float, *, not_thei
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     pid = os.fork()
     if pid == 0:
-        _become_worker(lambda: live(theirs, options, snapshot, started, parent), (ours, not_theirs), before)
+        _become_worker(lambda: live(theirs, started, parent), ours, before)
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
     theirs.close()
     return _worker(ours, pid)
 
 
-def _become_worker(be: Callable[[], int], not_ours: tuple[socket.socket, ...], mask: set[int | signal.Signals]) -> None:
+def _become_worker(be: Callable[[], int], not_ours: socket.socket, mask: set[int | signal.Signals]) -> None:
     """In the child: live and end here, whatever happens, without running what the parent has on its stack."""
     code = 1
     try:
         for number in ENDING:
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for end in not_ours:
-            end.close()
+        not_ours.close()
         code = be()
     except BaseException as error:
         print(f"fgsnap: the engine worker failed: {error!r}", file=sys.stderr)
@@ -113,14 +113,14 @@ def _become_worker(be: Callable[[], int], not_ours: tuple[socket.socket, ...], m
         os._exit(code)
 
 
-def spawn(options: WorkerOptions) -> Worker:
+def spawn() -> Worker:
     """Start a worker in a fresh interpreter: the server has threads by now, and may no longer fork.
 
     The interpreter is told not to look for modules in the working directory, as ``-m`` alone would make it.
     """
     ours, theirs = socket.socketpair()
     theirs.set_inheritable(True)
-    arguments = [str(theirs.fileno()), str(os.getpid()), msgspec.json.encode(options).decode()]
+    arguments = [str(theirs.fileno()), str(os.getpid())]
     command = [sys.executable, "-P", "-c", BOOT, str(Path(__file__).parents[2]), *arguments]
     try:
         pid = os.posix_spawn(sys.executable, command, os.environ)

@@ -1,7 +1,7 @@
 """Start-up accounted for: phases that tile the time from exec to the first token, in both processes.
 
 Every process marks the end of a phase, and the next begins at that very moment, so nothing can fall between two. The
-worker's first phase begins where the server's ``listen`` ends: at the fork.
+worker's first phase begins where the server's ``interpreter`` ends: at the fork.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import msgspec
 
 from fgsnap.runtime.wire import Phase
 
-BEFORE_FORK = ("interpreter", "open", "listen")
+BEFORE_FORK = "interpreter"
 WAIT = "wait for engine"
 IDLE = "idle"
 
@@ -68,7 +68,7 @@ def critical_path(server: Sequence[Phase], worker: Sequence[Phase]) -> list[tupl
     at = next((i for i, phase in enumerate(server) if phase.name == WAIT), None)
     if at is None or not worker or worker[-1].end <= server[at].begin:
         return path
-    before = [step for step in path if step[1].name in BEFORE_FORK]
+    before = [step for step in path if step[1].name == BEFORE_FORK]
     handover = Phase("handover", worker[-1].end, server[at].end)
     return [*before, *(("worker", phase) for phase in worker), ("server", handover), *path[at + 1 :]]
 

@@ -10,9 +10,19 @@ from collections.abc import Iterator
 
 import msgspec
 
+from fgsnap.runtime.options import EngineOptions
 from fgsnap.runtime.request import EngineStats, Output, Request
 
 MAX_FRAME = 64 << 20
+
+
+class Begin(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """The first message: what to serve. ``id`` is the snapshot's; a worker that starts later must find the same one."""
+
+    snapshot: str
+    id: str
+    engine: EngineOptions = EngineOptions()
+    verify: str = "manifest"
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
@@ -80,7 +90,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     exit_code: int
 
 
-ToWorker = Submit | Abort | Stop
+ToWorker = Begin | Submit | Abort | Stop
 FromWorker = Phase | Ready | Outputs | Refused | Failed
 
 _encoder = msgspec.msgpack.Encoder()

@@ -1,12 +1,13 @@
 """The engine's process: map, bind, check the canary, then step while there is work and listen to the pipe.
 
-It is forked before the server imports anything for HTTP, and started anew in a fresh interpreter when one has died; see
-``process``. It never outlives its parent.
+It is forked before the command line is read, and imports its program meanwhile; when one has died, another is started
+in a fresh interpreter; see ``process``. It never outlives its parent.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 import os
 import signal
@@ -16,11 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from fgsnap.errors import FgsnapError, RequestError, SnapshotRefused
 from fgsnap.runtime import startup, wire
-from fgsnap.runtime.options import EngineOptions
 
 if TYPE_CHECKING:
     from fgsnap.runtime.decoder import Decoder
@@ -32,13 +30,8 @@ ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """The signals that ask a service to end."""
 
 
-class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker needs to know. ``id`` is the snapshot's: a worker that starts later must find the same one."""
-
-    snapshot: str
-    id: str
-    engine: EngineOptions = EngineOptions()
-    verify: str = "manifest"
+AHEAD = ("fgsnap.snapshot", "fgsnap.kernels.native", "fgsnap.runtime.canary")
+"""Modules that are most likely needed, and imported while it is not yet known what to serve."""
 
 
 class ParentGone(Exception):
@@ -57,6 +50,12 @@ class Pipe:
             self._end.sendall(wire.frame(message))
         except OSError as error:
             raise ParentGone from error
+
+    def begin(self) -> wire.Begin:
+        """What to serve: the first message, which this waits for."""
+        (message,) = self.receive(wait=True)
+        assert isinstance(message, wire.Begin)
+        return message
 
     def receive(self, *, wait: bool) -> list[wire.ToWorker]:
         """Every whole message that has arrived; with ``wait`` sleep until some bytes do."""
@@ -108,7 +107,8 @@ def _serve(pipe: Pipe, engine: Engine) -> None:
         pipe.send(wire.Outputs(outputs, engine.stats()))
 
 
-def _take(pipe: Pipe, engine: Engine, message: wire.Submit | wire.Abort) -> None:
+def _take(pipe: Pipe, engine: Engine, message: wire.ToWorker) -> None:
+    assert isinstance(message, wire.Submit | wire.Abort)
     if isinstance(message, wire.Abort):
         engine.abort(message.request)
         return
@@ -131,25 +131,32 @@ def _phases(pipe: Pipe, started: float) -> Callable[[str], None]:
     return mark
 
 
-def begin_engine(
-    options: WorkerOptions, opened: Snapshot | None, mark: Callable[[str], None]
-) -> tuple[Engine, wire.Ready]:
+def begin_engine(told: Callable[[], wire.Begin], mark: Callable[[str], None]) -> tuple[Engine, wire.Ready]:
     """Everything between a bare process and a model that has proved itself.
+
+    Args:
+        told: waits until it is known what to serve; everything that can be done without is done first.
+        mark: marks the end of a phase.
 
     Raises:
         SnapshotRefused: damaged, not the one that was served before, or its canary does not match.
         FgsnapError: whatever decoder and backend refuse.
     """
-    snapshot = opened or _open(options)
+    from fgsnap.runtime.engine import Engine
+    from fgsnap.runtime.ranks import load_as_chosen
+
+    for module in AHEAD:
+        importlib.import_module(module)
+    mark("import engine")
+    options = told()
+    mark("wait for command line")
+    snapshot = _open(options)
+    mark("open")
     if options.verify == "full":
         from fgsnap.snapshot import verify
 
         verify(options.snapshot)
         mark("verify")
-    from fgsnap.runtime.engine import Engine
-    from fgsnap.runtime.ranks import load_as_chosen
-
-    mark("import engine")
     decoder = load_as_chosen(snapshot, options.engine)
     mark("map and bind")
     canary = check_canary(decoder, snapshot)
@@ -169,7 +176,7 @@ def begin_engine(
     )
 
 
-def _open(options: WorkerOptions) -> Snapshot:
+def _open(options: wire.Begin) -> Snapshot:
     from fgsnap.snapshot import open_snapshot
 
     snapshot = open_snapshot(Path(options.snapshot))
@@ -230,14 +237,15 @@ def _show(error: Exception) -> None:
         traceback.print_exception(error)
 
 
-def live(end: socket.socket, options: WorkerOptions, opened: Snapshot | None, started: float, parent: int) -> int:
+def live(end: socket.socket, started: float, parent: int) -> int:
     """Be a worker of the process ``parent`` until it is done, and return the exit code."""
     # The server decides when to stop; a Ctrl-C and a hangup reach the whole process group.
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
     if not die_with(parent):
         return 0
-    return run(Pipe(end), lambda mark: begin_engine(options, opened, mark), started)
+    pipe = Pipe(end)
+    return run(pipe, lambda mark: begin_engine(pipe.begin, mark), started)
 
 
 def die_with(parent: int) -> bool:
@@ -253,7 +261,6 @@ def die_with(parent: int) -> bool:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Live in an interpreter of its own. The arguments: the socket's descriptor, the parent, the options as JSON."""
-    descriptor, parent, options = arguments
-    end = socket.socket(fileno=int(descriptor))
-    return live(end, msgspec.json.decode(options, type=WorkerOptions), None, time.monotonic(), int(parent))
+    """Live in an interpreter of its own. The arguments: the socket's descriptor and the parent."""
+    descriptor, parent = map(int, arguments)
+    return live(socket.socket(fileno=descriptor), time.monotonic(), parent)

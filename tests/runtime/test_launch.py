@@ -185,13 +185,13 @@ def phases(*rows):
 
 
 def test_the_critical_path_goes_through_whom_the_other_waits_for():
-    server = phases(("interpreter", 0, 1), ("open", 1, 2), ("listen", 2, 3), ("fork", 3, 4), ("import http", 4, 6),
+    server = phases(("interpreter", 0, 3), ("fork", 3, 4), ("command line", 4, 5), ("import http", 5, 6),
                     ("wait for engine", 6, 9), ("first token", 9, 10))  # fmt: skip
     slow, quick = phases(("map", 3, 5), ("canary", 5, 8)), phases(("map", 3, 4), ("canary", 4, 5))
     names = [(process, phase.name) for process, phase in startup.critical_path(server, slow)]
     assert names == [
-        ("server", "interpreter"), ("server", "open"), ("server", "listen"), ("worker", "map"), ("worker", "canary"),
-        ("server", "handover"), ("server", "first token"),
+        ("server", "interpreter"), ("worker", "map"), ("worker", "canary"), ("server", "handover"),
+        ("server", "first token"),
     ]  # fmt: skip
     path = [phase for _, phase in startup.critical_path(server, slow)]
     assert all(one.end == two.begin for one, two in pairwise(path))
@@ -259,7 +259,8 @@ def test_a_signal_before_the_event_loop_runs_ends_it_with_its_code_and_no_trace(
     """An exit code and not a death by signal: the kernel would not kill the first process of a container."""
     environment = hanging_import(tmp_path, "fgsnap.runtime.service")
     with real_service(snapshot, *SMALL, environment=environment) as service:
-        (worker,) = until(service.children, 20)
+        until((tmp_path / "hanging").exists, 20)
+        (worker,) = service.children()
         service.signal(number)
         assert service.ended() == code and service.lines == []
         until(lambda: not alive(worker))

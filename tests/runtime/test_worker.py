@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 
-import msgspec
 import pytest
 
 from fgsnap.errors import HostError, SnapshotRefused
@@ -224,32 +223,37 @@ def snapshot(tmp_path_factory):
 def options(path, **settings):
     with open_snapshot(path) as opened:
         engine = EngineOptions(kv_memory=1 << 20, threads=1)
-        return worker.WorkerOptions(**{"snapshot": str(path), "id": opened.id, "engine": engine, **settings})
+        return wire.Begin(**{"snapshot": str(path), "id": opened.id, "engine": engine, **settings})
+
+
+def begin(told, mark=lambda name: None):
+    return worker.begin_engine(lambda: told, mark)
 
 
 @pytest.mark.parametrize("verify", ["manifest", "full"])
 def test_a_real_start(snapshot, verify):
     marks = []
-    made, ready = worker.begin_engine(options(snapshot, verify=verify), None, marks.append)
-    assert marks == [*(["verify"] if verify == "full" else []), "import engine", "map and bind", "canary"]
+    made, ready = begin(options(snapshot, verify=verify), marks.append)
+    before, after = ["import engine", "wait for command line", "open"], ["map and bind", "canary"]
+    assert marks == [*before, *(["verify"] if verify == "full" else []), *after]
     assert ready.canary.startswith("canary ") and ready.max_length == 256 and ready.token_budget == 512
     assert not made.has_work() and made.stats().kv_blocks == ready.kv_blocks > 0
 
 
 def test_another_snapshot_at_the_same_place_is_refused(snapshot):
     with pytest.raises(SnapshotRefused, match="another snapshot"):
-        worker.begin_engine(options(snapshot, id="0" * 64), None, lambda name: None)
+        begin(options(snapshot, id="0" * 64))
 
 
 def test_a_canary_that_does_not_match_is_refused(tmp_path):
     path = servable_snapshot(tmp_path / "snap", canary="wrong")
     with pytest.raises(SnapshotRefused, match="does not compute what it should"):
-        worker.begin_engine(options(path), None, lambda name: None)
+        begin(options(path))
 
 
 def test_without_a_canary_the_logits_have_to_be_finite(tmp_path):
     path = servable_snapshot(tmp_path / "snap", canary="none")
-    _, ready = worker.begin_engine(options(path), None, lambda name: None)
+    _, ready = begin(options(path))
     assert ready.canary == "no canary recorded, logits finite"
 
 
@@ -261,14 +265,14 @@ def test_full_verification_finds_a_flipped_byte(tmp_path):
     data[-1] ^= 1
     rank.write_bytes(data)
     with pytest.raises(SnapshotRefused):
-        worker.begin_engine(chosen, None, lambda name: None)
+        begin(chosen)
 
 
 def start_process(snapshot, parent):
     ours, theirs = socket.socketpair()
     with theirs:
-        arguments = [str(theirs.fileno()), str(parent), msgspec.json.encode(options(snapshot)).decode()]
-        command = [sys.executable, "-c", BOOT, ".", *arguments]
+        command = [sys.executable, "-c", BOOT, ".", str(theirs.fileno()), str(parent)]
+        ours.sendall(wire.frame(options(snapshot)))
         return ours, subprocess.Popen(command, pass_fds=[theirs.fileno()])
 
 
@@ -294,13 +298,12 @@ def test_a_worker_whose_parent_is_already_gone_does_not_start(snapshot):
         assert process.wait(20) == 0
 
 
-def test_a_fork_whose_parent_is_already_gone_ends_without_a_word(snapshot):
+def test_a_fork_whose_parent_is_already_gone_ends_without_a_word():
     program = (
         "import socket\n"
         "from fgsnap.runtime import process, worker\n"
         "ours, theirs = socket.socketpair()\n"
-        f"options = worker.WorkerOptions(snapshot={str(snapshot)!r}, id='')\n"
-        "process._become_worker(lambda: worker.live(theirs, options, None, 0.0, parent=1), (ours,), set())\n"
+        "process._become_worker(lambda: worker.live(theirs, 0.0, parent=1), ours, set())\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
