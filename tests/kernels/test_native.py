@@ -180,6 +180,31 @@ def test_packed_matrices_give_the_bits_of_row_major_ones(instructions, weights, 
         assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("instructions", native.instruction_sets())
+@pytest.mark.parametrize("weights, item", [("float32", 4), ("bfloat16", 2)])
+def test_many_rows_by_many_panels_have_the_bits_of_each_alone(instructions, weights, item):
+    """Packed panels are worked off in groups, and rows that begin 4096 bytes apart are gathered first."""
+    rows, into, inner = 23, 2048, 96
+    for dtype in ("float32", "bfloat16"):
+        ops = Native(dtype, 1, instructions)
+        data = packed(draw(2 * inner * into, 5), weights)
+        shape = (2 * inner, into)
+        layouts = [
+            ops.weight(data, weights, shape),
+            ops.weight(in_panels(data, shape, item), weights, shape, "words32"),
+        ]
+        numbers = draw(rows * into, 6)
+
+        def mlp(weight, first, count, ops=ops, numbers=numbers):
+            x = rows_of(ops, numbers[first * into : (first + count) * into], count)
+            x = ops.norm(x, NormArgs("l2", 1e-5, None, None))
+            return ops.floats(ops.activate(ops.linear(x, weight), ActivationArgs("silu"))).tobytes()
+
+        alone = b"".join(mlp(layouts[0], row, 1) for row in range(rows))
+        for weight in layouts:
+            assert mlp(weight, 0, rows) == alone
+
+
 def batch_of(spans, wanted):
     """Sequence s, in blocks 3 s to 3 s + 2 of 16 tokens, computes tokens spans[s]."""
     tokens = [PROMPT[place] for span in spans for place in span]

@@ -158,12 +158,14 @@ void expert_up_panels(const ExpertUp& op, const Step& step, const Share& share) 
         const char* const lift = op.weight.at + (row + op.inner) * bytes;
         const char* const next = unit + 1 < share.until ? op.weight.at + (row + PANEL) * bytes : nullptr;
         const char* panel = panel_of(op.weight, row, rows, bytes, op.gated ? lift : next, space);
-        panel_product<M>(panel, words, x, sums, op.weight.packed, op.gated ? lift : next);
+        const Panel gates{panel, op.gated ? lift : next, sums};
+        product<M>(&gates, 1, words, x, op.weight.packed);
         float bias[2 * PANEL];
         read_bias(op.bias, row, rows, bias);
         if (op.gated) {
             panel = panel_of(op.weight, row + op.inner, rows, bytes, next, space);
-            panel_product<M>(panel, words, x, lifts, op.weight.packed, next);
+            const Panel lifted{panel, next, lifts};
+            product<M>(&lifted, 1, words, x, op.weight.packed);
             read_bias(op.bias, row + op.inner, rows, bias + PANEL);
         }
         const int64_t item = op.y.type == Type::f32 ? 4 : 2;
@@ -205,7 +207,8 @@ void expert_down_panels(const ExpertDown& op, const Step& step, const Share& sha
                 copy_input<M>(op.x.type, row_of(step, op.x, entries.at[i], op.in), op.in, inputs + i * copied);
             const int64_t row = expert * op.out + first;
             const char* panel = panel_of(op.weight, row, rows, bytes, nullptr, space);
-            panel_product<M>(panel, words, {inputs, copied, entries.count}, sums, op.weight.packed, nullptr);
+            const Panel downs{panel, nullptr, sums};
+            product<M>(&downs, 1, words, {inputs, copied, entries.count}, op.weight.packed);
             float bias[PANEL];
             read_bias(op.bias, row, rows, bias);
             for (int64_t i = 0; i < entries.count; ++i) {

@@ -9,6 +9,10 @@ namespace {
 // Words of a panel that are worked off for all rows before the next ones: a tile's rows of x then stay in the first-
 // level cache, and the panel's part in the second.
 constexpr int64_t DEPTH = 512;
+// Panels that many rows of x are multiplied by at once: as many as fit the second level beside their sums.
+constexpr int64_t TOGETHER = 4;
+// Rows that begin a multiple of CROWDED bytes apart share the sets of a first-level cache, which hold WAYS lines each.
+constexpr int64_t CROWDED = 4096, WAYS = 8;
 
 // --- activations ----------------------------------------------------------------------------------------------------
 
@@ -92,26 +96,44 @@ INLINE void copy_input(Type type, const char* from, int64_t in, char* to) {
     }
 }
 
-// sums[row][0..PANEL) = rows of x times one panel. Memory from `next` on, which is wanted afterwards, is fetched
-// meanwhile, as much as this panel is long; null: nothing.
+// A panel of a product.
+struct Panel {
+    const char* at;
+    const char* next;  // memory that is wanted afterwards and is fetched meanwhile, as much as a panel is long; or null
+    float* sums;       // [row][0..PANEL)
+};
+
+// `rows` parts of rows of x side by side in `space`, with a pitch that spreads them over a cache.
+INLINE const char* gathered(const char* from, int64_t pitch, int64_t rows, int64_t bytes, char* space) {
+    for (int64_t t = 0; t < rows; ++t) std::memcpy(space + t * (bytes + LINE), from + t * pitch, size_t(bytes));
+    return space;
+}
+
+// The sums of each panel = rows of x times it. What is read of x serves all `number` panels. `fetch`: also what follows
+// in a panel is fetched before it is needed.
 template <class M>
-void panel_product(const char* panel, int64_t words, const Rows& x, float* sums, bool fetch, const char* next) {
+void product(const Panel* panels, int64_t number, int64_t words, const Rows& x, bool fetch) {
+    alignas(LINE) char space[TOKENS * (DEPTH * M::X_BYTES + LINE)];
     const int64_t most = rows_at_once(x.count);
+    const bool several = x.count > most, crowded = TOKENS > WAYS / 2 && several && x.pitch % CROWDED == 0;
     for (int64_t done = 0; done < words; done += DEPTH) {
-        const int64_t depth = words - done < DEPTH ? words - done : DEPTH;
-        const char* const w = panel + done * 2 * LINE;
-        const char* const ahead = done + depth < words ? w + depth * 2 * LINE : next;
-        const bool wanted = fetch && ahead != nullptr;
+        const int64_t depth = least(words - done, DEPTH);
         for (int64_t first = 0; first < x.count; first += most) {
-            const int64_t rows = x.count - first < most ? x.count - first : most;
-            const int64_t pass = first / most;
-            Ahead part{ahead, 0};
-            if (wanted && x.count <= most) part.lines = 2;
-            if (wanted && x.count > most && pass < 2) part = {ahead + pass * depth * LINE, 1};
+            const int64_t rows = least(x.count - first, most);
             const char* from = x.at + first * x.pitch + done * M::X_BYTES;
-            with_count(rows, [&](auto count) {
-                tile<M, count.value>(w, depth, from, x.pitch, sums + first * PANEL, done > 0, part);
-            });
+            const int64_t bytes = depth * M::X_BYTES, pitch = crowded ? bytes + LINE : x.pitch;
+            if (crowded) from = gathered(from, x.pitch, rows, bytes, space);
+            for (const Panel* panel = panels; panel < panels + number; ++panel) {
+                const char* const w = panel->at + done * 2 * LINE;
+                const char* const ahead = done + depth < words ? w + depth * 2 * LINE : panel->next;
+                const int64_t pass = first / most;
+                Ahead part{ahead, 0};
+                if (fetch && ahead != nullptr && !several) part.lines = 2;
+                if (fetch && ahead != nullptr && several && pass < 2) part = {ahead + pass * depth * LINE, 1};
+                with_count(rows, [&](auto count) {
+                    tile<M, count.value>(w, depth, from, pitch, panel->sums + first * PANEL, done > 0, part);
+                });
+            }
         }
     }
 }
@@ -177,21 +199,25 @@ template <class M>
 void linear_panels(const Linear& op, const Step& step, const Share& share) {
     const int64_t count = op.selected ? step.rows : step.tokens, panels = (op.out + PANEL - 1) / PANEL;
     const int64_t bytes = op.in * M::Number::BYTES, words = words_of<M>(op.in);
-    const int64_t panel_bytes = words * PANEL * 4, copied = copied_bytes<M>(op.in);
-    const bool direct = readable<M>(op.x.type, op.in);
-    const int64_t x_item = op.x.type == Type::f32 ? 4 : 2;
-    char* space = share.scratch.need(size_t(2 * panel_bytes + 2 * count * PANEL * 4 + (direct ? 0 : count * copied)));
+    const int64_t panel_bytes = words * PANEL * 4, copied = copied_bytes<M>(op.in), sides = op.gated ? 2 : 1;
+    const bool direct = readable<M>(op.x.type, op.in), together = op.weight.packed && count > TOKENS;
+    const int64_t x_item = op.x.type == Type::f32 ? 4 : 2, most = together ? TOGETHER / sides : 1;
+    char* space = share.scratch.need(
+        size_t(2 * panel_bytes + most * sides * count * PANEL * 4 + (direct ? 0 : count * copied)));
     float* const sums = reinterpret_cast<float*>(space + 2 * panel_bytes);
-    float* const lifts = sums + count * PANEL;
-    char* const copies = reinterpret_cast<char*>(lifts + count * PANEL);
-    const auto row = [&](int64_t unit) {
-        const int64_t head = unit / panels;
-        return head * op.out * (op.gated ? 2 : 1) + unit % panels * PANEL;
+    char* const copies = reinterpret_cast<char*>(sums + most * sides * count * PANEL);
+    // A gate's panel and that of its lift are two sides of a unit.
+    const auto row = [&](int64_t unit, int64_t side) {
+        return (unit / panels * sides + side) * op.out + unit % panels * PANEL;
     };
+    const auto at = [&](int64_t unit, int64_t side) {
+        return unit < share.until ? op.weight.at + row(unit, side) * bytes : nullptr;
+    };
+    const auto outputs = [&](int64_t unit) { return least(PANEL, op.out - unit % panels * PANEL); };
     int64_t copied_head = -1;
-    for (int64_t unit = share.begin; unit < share.end; ++unit) {
-        const int64_t head = unit / panels, first = unit % panels * PANEL;
-        const int64_t rows = op.out - first < PANEL ? op.out - first : PANEL;
+    for (int64_t unit = share.begin, number; unit < share.end; unit += number) {
+        const int64_t head = unit / panels;
+        number = least(most, least(share.end - unit, panels - unit % panels));
         const char* from = step.registers[op.x.at] + head * op.x_step * x_item;
         Rows x{from, row_bytes(op.x.type, op.x_pitch), count};
         if (!direct) {
@@ -200,18 +226,24 @@ void linear_panels(const Linear& op, const Step& step, const Share& share) {
             copied_head = head;
             x = {copies, copied, count};
         }
-        float bias[2 * PANEL];
-        const char* const next = unit + 1 < share.until ? op.weight.at + row(unit + 1) * bytes : nullptr;
-        const char* const lift = op.weight.at + (row(unit) + op.out) * bytes;
-        const char* panel = panel_of(op.weight, row(unit), rows, bytes, op.gated ? lift : next, space);
-        panel_product<M>(panel, words, x, sums, op.weight.packed, op.gated ? lift : next);
-        read_bias(op.bias, row(unit), rows, bias);
-        if (op.gated) {
-            panel = panel_of(op.weight, row(unit) + op.out, rows, bytes, next, space + panel_bytes);
-            panel_product<M>(panel, words, x, lifts, op.weight.packed, next);
-            read_bias(op.bias, row(unit) + op.out, rows, bias + PANEL);
+        Panel group[TOGETHER];
+        for (int64_t i = 0; i < number * sides; ++i) {
+            const int64_t own = unit + i / sides, side = i % sides;
+            const char* const following = side + 1 < sides ? at(own, side + 1) : at(own + 1, 0);
+            const char* const packed =
+                panel_of(op.weight, row(own, side), outputs(own), bytes, following, space + side * panel_bytes);
+            group[i] = {packed, together ? at(own + number, side) : following, sums + i * count * PANEL};
+            if (!together) product<M>(group + i, 1, words, x, op.weight.packed);
         }
-        linear_outputs(op, step, sums, lifts, bias, count, head * op.y_step + first, rows);
+        if (together) product<M>(group, number * sides, words, x, true);
+        for (int64_t i = 0; i < number; ++i) {
+            const int64_t own = unit + i;
+            float bias[2 * PANEL];
+            for (int64_t side = 0; side < sides; ++side)
+                read_bias(op.bias, row(own, side), outputs(own), bias + side * PANEL);
+            linear_outputs(op, step, group[i * sides].sums, group[i * sides + sides - 1].sums, bias, count,
+                           head * op.y_step + own % panels * PANEL, outputs(own));
+        }
     }
 }
 

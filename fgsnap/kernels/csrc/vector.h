@@ -220,6 +220,7 @@ INLINE float element(const Vector& v, int64_t index) {
 }
 
 INLINE int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // --- rows of activations --------------------------------------------------------------------------------------------
 
