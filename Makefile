@@ -67,6 +67,7 @@ bench: $(BENCH)/.installed
 # PEERS_ARGS='--only startup,speed' measures these parts anew, --fresh all of them.
 peers: $(BENCH)/.installed
 	$(BENCH)/bin/python benchmarks/peers.py --output benchmarks/results $(PEERS_ARGS)
+	$(BENCH)/bin/python benchmarks/tokenizer_loading.py --output benchmarks/results
 	$(BENCH)/bin/python benchmarks/plots.py
 	$(BENCH)/bin/python benchmarks/report.py
 
@@ -82,10 +83,10 @@ wheel: setup
 define sanitized
 	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps --upgrade --target build/$(1) -C build-dir=build/$(1)-objects \
 	  -C install.strip=false -C cmake.define.FGSNAP_SANITIZE=$(2) .
-	FGSNAP_NATIVE_LIBRARY=$(CURDIR)/build/$(1)/fgsnap/kernels/_native.so $(3) \
-	  LD_PRELOAD=$$($(CXX) -print-file-name=lib$(1).so) $(BIN)/python -m pytest -q --capture=sys tests/kernels -k native
+	FGSNAP_NATIVE_LIBRARY=$(CURDIR)/build/$(1)/fgsnap/kernels/_native.so \
+	  FGSNAP_MERGE_LIBRARY=$(CURDIR)/build/$(1)/fgsnap/_merge.so $(3) LD_PRELOAD=$$($(CXX) -print-file-name=lib$(1).so) \
+	  $(BIN)/python -m pytest -q --capture=sys tests/kernels tests/test_tokenizer.py -k 'native or tokenizer'
 endef
-COMMA := ,
 
 sanitize: setup
 	$(call sanitized,asan,address$(COMMA)undefined,ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1)

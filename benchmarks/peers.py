@@ -14,8 +14,9 @@ safetensors and as GGUF. Parts:
     curve-1200-60, curve-1900-128, curve-500-500
               closed-loop clients with such prompts and answers: throughput, latency, effective throughput
 
-Each part is written to the result as soon as it is done, and a run skips what is there already, unless it is named by
---only or all is asked for anew by --fresh. The last line is JSON: every promised ratio, and whether it is met.
+Each part is written to the result as soon as it is done, with its date and commit. A run skips what this commit has
+measured already; --only measures the parts that it names, and --fresh all. The last line is JSON: every promised ratio,
+and whether it is met.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import argparse
 import json
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -64,13 +66,21 @@ def main() -> None:
     given = Setting(homes, options.build, small, flags, llama_bench, options.quick)
     file = (options.build if options.quick else options.output or options.build) / "peers.json"
     result = {} if options.fresh else _earlier(file)
+    if result and _host(result["machine"]) != _host(record.machine()):
+        parser.error(f"{file} is of another machine: say --fresh, or another --output")
+    commit = _commit()
     for name in options.only:
-        if all_parts and name in result.get("parts", {}):
+        if all_parts and result.get("parts", {}).get(name, {}).get("commit") == commit:
             tell(f"{name} is there already")
             continue
         began = time.monotonic()
         found = PARTS[name](given)
-        parts = {**result.get("parts", {}), name: found | {"minutes": round((time.monotonic() - began) / 60, 1)}}
+        stamp = {
+            "date": time.strftime("%Y-%m-%d"),
+            "commit": commit,
+            "minutes": round((time.monotonic() - began) / 60, 1),
+        }
+        parts = {**result.get("parts", {}), name: found | stamp}
         result = _result(given, {each: parts[each] for each in PARTS if each in parts})
         file.parent.mkdir(parents=True, exist_ok=True)
         record.write(file, result)
@@ -138,6 +148,17 @@ PARTS: Mapping[str, Part] = {
         f"curve-{prompt}-{answer}": partial(measure_curve, lengths=(prompt, answer)) for prompt, answer in curve.LENGTHS
     },
 }
+
+
+def _commit() -> str:
+    """What is measured: the commit of this repository, "-dirty" where files differ from it."""
+    command = ["git", "-C", str(PEERS.parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def _host(machine: Mapping[str, Any]) -> tuple[Any, ...]:
+    return machine["cpu"], machine["cpus"], machine["system"]
 
 
 def _earlier(file: Path) -> dict[str, Any]:

@@ -58,6 +58,14 @@ imports. The canary is computed by a process of its own, which has torch loaded.
 
 """
 
+TOKENIZERS = """\
+## Loading tokenizers
+
+Milliseconds of CPU time to load a tokenizer, imports left out, and microseconds a token of a long English text: from
+`tokenizer.json` by the library, and from the `tokenizer.tables` that conversion makes of it. The tokens are the same.
+
+"""
+
 PARITY = """\
 ## Parity with transformers
 
@@ -106,7 +114,14 @@ def with_headline(readme: str, sentence: str) -> str:
 
 
 def page(results: dict[str, dict[str, Any]]) -> str:
-    sections = {"startup": startup, "peers": peers, "cli": commands, "convert": conversion, "parity": parity}
+    sections = {
+        "startup": startup,
+        "peers": peers,
+        "cli": commands,
+        "tokenizer_loading": tokenizers,
+        "convert": conversion,
+        "parity": parity,
+    }
     known = {name: section for name, section in sections.items() if name in results}
     parts = [section(results[name]) + measured_on(name, results[name]) for name, section in known.items()]
     return "\n".join([INTRODUCTION, *parts])
@@ -137,6 +152,21 @@ def commands(result: dict[str, Any]) -> str:
     names = {"python": "`python -c pass`"}
     rows = [(names.get(name, f"`fgsnap {name}`"), spread(each, 3)) for name, each in result["seconds"].items()]
     return f"## Commands\n\nWall time of a whole process.\n\n{table(('', 'seconds'), rows)}"
+
+
+def tokenizers(result: dict[str, Any]) -> str:
+    heads = ("", "tokens", "merges", "`tokenizer.json`", "`tokenizer.tables`", "a token", "a token, from tables")
+    rows = [
+        (
+            row["name"],
+            f"{row['tokens']:,}",
+            f"{row['merges']:,}",
+            *(spread(row[way]["load_milliseconds"], 1) for way in ("whole", "cut")),
+            *(spread(row[way]["encode_microseconds_a_token"], 2) for way in ("whole", "cut")),
+        )
+        for row in result["tokenizers"]
+    ]
+    return TOKENIZERS + table(heads, rows)
 
 
 def conversion(result: dict[str, Any]) -> str:

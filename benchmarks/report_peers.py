@@ -61,8 +61,8 @@ numbers of clients.
 MEMORY = """\
 ### Memory
 
-MiB while serving, after a batch of eight, with a KV cache of {kv} MiB (vLLM: 1 GiB, its least). The weights' file has
-{weights} MiB. Pss counts pages that processes share once.
+MiB while serving, with nine tenths of a KV cache of {kv} MiB in use (vLLM: 1 GiB, its least). The weights' file has
+{weights} MiB. Pss counts pages that processes share once: a second replica of fgsnap adds {second} MiB.
 
 """
 
@@ -70,7 +70,7 @@ LOAD = """\
 ### Loading {gigabytes:.1f} GB
 
 Seconds to map the weights and touch every page. Before a cold run, mincore finds no page of the file in memory, and
-after it all of them.
+after it at least nine tenths of them: a host may take idle memory back.
 
 """
 
@@ -95,8 +95,16 @@ def peers(result: Mapping[str, Any]) -> str:
     written = [section(parts[name]) for name, section in sections.items() if name in parts]
     if curves := [part for name, part in parts.items() if name.startswith("curve")]:
         written.append(under_load(curves))
+    stamps = ", ".join(f"{name} {part['date']} at {part['commit']}" for name, part in parts.items())
     sets = ", ".join(each for each in result["llama_cpp_compiled_with"] if each.startswith("AVX"))
-    return INTRODUCTION.format(sets=sets) + PROMISES + promises(result["verdict"]) + "\n" + "\n".join(written)
+    return (
+        INTRODUCTION.format(sets=sets)
+        + PROMISES
+        + promises(result["verdict"])
+        + "\n"
+        + "\n".join(written)
+        + f"\nMeasured: {stamps}.\n"
+    )
 
 
 def promises(verdict: Sequence[Part]) -> str:
@@ -104,7 +112,8 @@ def promises(verdict: Sequence[Part]) -> str:
     for row in verdict:
         low_high = " ({:.3g} to {:.3g})".format(*row["spread"]) if row["spread"] else ""
         goal = f"{'at most' if row['most'] else 'at least'} {row['goal']:g}"
-        rows.append((row["name"], f"{row['value']:.3g}{low_high}", goal, "yes" if row["met"] else "**no**"))
+        value = "the peer has none" if row["value"] is None else f"{row['value']:.3g}{low_high}"
+        rows.append((row["name"], value, goal, "yes" if row["met"] else "**no**"))
     return table(("", "measured", "promised", "met"), rows)
 
 
@@ -169,9 +178,10 @@ def memory(part: Part) -> str:
         (name, count, *(f"{found[count][column] / (1 << 20):.0f}" for column in columns))
         for name, found in part["servers"].items()
         for count in ("one", "two")
+        if count in found
     ]
     heads = ("", "replicas", "resident", "Pss", "Pss, files", "Pss, anonymous")
-    sizes = {"kv": part["kv_bytes"] >> 20, "weights": part["weight_bytes"] >> 20}
+    sizes = {name: part[f"{name}_bytes"] >> 20 for name in ("kv", "weights", "second")}
     return MEMORY.format(**sizes) + table(heads, rows)
 
 

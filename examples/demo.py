@@ -24,7 +24,7 @@ def main(checkpoint: str, snapshot: str, prompt: str) -> None:
     if Path(snapshot).exists():
         fgsnap("verify", snapshot)
     else:
-        fgsnap("convert", checkpoint, "-o", snapshot)
+        fgsnap("convert", checkpoint, "-o", snapshot, "--target", "cpu")
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "startup.json"
         port = free_port()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import signal
 import sys
@@ -18,7 +19,8 @@ def main() -> NoReturn:
     if sys.argv[1:2] == ["serve"]:  # its second process has things to do while this one reads the command line
         from fgsnap.runtime import launch
 
-        begun = launch.begin()
+        with contextlib.suppress(OSError):  # it is tried again where errors are told
+            begun = launch.begin()
     from fgsnap.cli import run_cli
 
     gc.freeze()

@@ -25,10 +25,8 @@ import ctypes
 import functools
 import os
 import struct
-import sys
 from array import array
 from collections.abc import Callable, Container, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 # One prompt is tokenized at a time, on one thread; the library's pool would only compete with the engine for cores.
@@ -36,6 +34,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from tokenizers import Tokenizer as Library
 
+from fgsnap.built import built_library
 from fgsnap.errors import SnapshotRefused
 
 SOURCE, CUT = "tokenizer.json", "tokenizer.tables"
@@ -141,8 +140,7 @@ class Cut:
 @functools.cache
 def merge_loop() -> Merge | None:
     """The function in C++, or None where it was not built."""
-    folders = [Path(__file__).parent, *map(Path, sys.modules[__package__].__path__)]
-    path = next((folder / "_merge.so" for folder in folders if (folder / "_merge.so").is_file()), None)
+    path = built_library("_merge.so", "fgsnap", "FGSNAP_MERGE_LIBRARY")
     try:
         merge: Any = None if path is None else ctypes.CDLL(str(path)).fgsnap_merge_words_1
     except (OSError, AttributeError):  # of another machine, or another version

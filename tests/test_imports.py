@@ -24,12 +24,13 @@ INNER = {
     "fgsnap.spec": ("fgsnap.errors",),
     "fgsnap.layout": ("fgsnap.errors", "fgsnap.spec"),
     "fgsnap.progress": (),
+    "fgsnap.built": (),
     "fgsnap.atomic": ("fgsnap.errors",),
-    "fgsnap.tokenizer": ("fgsnap.errors",),
+    "fgsnap.tokenizer": ("fgsnap.errors", "fgsnap.built"),
     "fgsnap.snapshot": (
         "fgsnap.errors", "fgsnap.spec", "fgsnap.layout", "fgsnap.progress", "fgsnap.atomic", "fgsnap.snapshot",
     ),
-    "fgsnap.kernels": ("fgsnap.errors", "fgsnap.kernels"),
+    "fgsnap.kernels": ("fgsnap.errors", "fgsnap.built", "fgsnap.kernels"),
     "fgsnap.convert": (
         "fgsnap.errors", "fgsnap.spec", "fgsnap.layout", "fgsnap.progress", "fgsnap.atomic", "fgsnap.snapshot",
         "fgsnap.tokenizer", "fgsnap.convert", "fgsnap",
@@ -48,6 +49,7 @@ OUTER = {
     "fgsnap.spec": {"msgspec"},
     "fgsnap.layout": {"msgspec"},
     "fgsnap.progress": set(),
+    "fgsnap.built": set(),
     "fgsnap.atomic": set(),
     "fgsnap.tokenizer": {"tokenizers"},
     "fgsnap.snapshot": {"msgspec", "blake3"},
@@ -134,7 +136,7 @@ NEVER = ("transformers", "huggingface_hub", "torch", "numpy", "fastapi", "openai
         ("fgsnap.runtime.server", (*NEVER, "fgsnap.convert", "fgsnap.kernels.native")),
         (
             "fgsnap.runtime.service",
-            ("starlette", "anyio", "prometheus_client", "fgsnap.kernels", "fgsnap.runtime.pages"),
+            ("starlette", "anyio", "prometheus_client", "fgsnap.kernels", "fgsnap.runtime.routes"),
         ),
         ("fgsnap.runtime.text", (*NEVER, "fgsnap.kernels", "fgsnap.convert", "uvicorn")),
         ("fgsnap.kernels.native", NEVER),
@@ -160,7 +162,7 @@ def test_the_serve_path_stays_small():
 @pytest.mark.skipif(not native.available()[0], reason="the reference backend is torch")
 @pytest.mark.parametrize("command", [["run", "Hi"], ["chat"]])
 def test_answers_of_the_native_backend_come_without_torch(command, tmp_path):
-    """``serve`` is held to it by its worker's modules, see test_launch."""
+    """As test_launch asks of ``serve``."""
     snapshot = servable_snapshot(tmp_path / "snap")
     name, *prompt = command
     program = (

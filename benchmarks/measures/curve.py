@@ -1,8 +1,8 @@
 """Closed-loop clients on the three servers: throughput over latency, and effective throughput.
 
 The method of ``fgsnap bench serve`` with the lengths of DeepSpeed-FastGen's figures, scaled to SmolLM2's context. All
-servers get the same requests, level by level in turn; those that wait are stopped. A level begins with one short
-request a client that is not counted.
+servers get the same requests, level by level in turn, in the other order at every second level; those that wait are
+stopped. A level begins with one short request a client that is not counted, and is measured once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from engines.contest import MODEL, Server
+from engines.contest import MODEL, Failed, Server
+from engines.process import Ended
 
 from fgsnap.bench import load
 from fgsnap.bench.client import Asking
@@ -22,7 +23,7 @@ from measures.setting import Start, tell
 LENGTHS = ((1200, 60), (1900, 128), (500, 500))
 LEVELS = (1, 2, 4, 8, 16, 32)
 CONTEXT = 2048
-FEWEST = 6  # requests of a level
+FEWEST, EACH = 6, 2  # requests of a level, and of each of its clients
 SLAS = tuple(Sla(512.0, rate) for rate in (2.0, 4.0, 6.0))
 WARM = Work([1000] * 8, 8, 2)
 
@@ -31,19 +32,26 @@ def measure(starters: Mapping[str, Start], lengths: tuple[int, int], levels: Seq
     """For each server a row of ``load.row`` a level; ``lengths`` are the means of prompt and answer."""
     with ExitStack() as stack:
         running: dict[str, Server] = {}
+        failures: dict[str, str] = {}
         for name, start in starters.items():
             server = start()
             assert isinstance(server, Server)
             stack.callback(server.close)
-            tell(f"{name} is up: {server.answer()!r}")
+            try:
+                tell(f"{name} is up: {server.answer()!r}")
+            except (Failed, Ended) as error:
+                failures[name] = str(error)
+                tell(f"{name} failed: {error}")
+                continue
             server.group.pause()
             running[name] = server
         curves: dict[str, list[dict[str, Any]]] = {name: [] for name in running}
-        for clients in levels:
-            for name, server in running.items():
-                curves[name].append(_level(name, server, *lengths, clients))
+        for index, clients in enumerate(levels):
+            for name in list(running) if index % 2 == 0 else list(reversed(running)):
+                curves[name].append(_level(name, running[name], *lengths, clients))
     slas = [sla._asdict() for sla in SLAS]
-    return {"prompt": lengths[0], "answer": lengths[1], "context": CONTEXT, "slas": slas, "curves": curves}
+    shape = {"prompt": lengths[0], "answer": lengths[1], "context": CONTEXT, "slas": slas}
+    return {**shape, "curves": curves, "failures": failures}
 
 
 def effective(rows: list[dict[str, Any]], sla: int) -> float:
@@ -53,7 +61,7 @@ def effective(rows: list[dict[str, Any]], sla: int) -> float:
 
 def _level(name: str, server: Server, prompt: int, answer: int, clients: int) -> dict[str, Any]:
     counted = works(
-        of_ids(COMMON_IDS), max(clients, FEWEST), prompt_mean=prompt, answer_mean=answer, context=CONTEXT,
+        of_ids(COMMON_IDS), max(EACH * clients, FEWEST), prompt_mean=prompt, answer_mean=answer, context=CONTEXT,
         seed=f"{prompt}/{answer}/{clients}",
     )  # fmt: skip
     server.group.resume()

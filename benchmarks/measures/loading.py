@@ -1,7 +1,8 @@
 """Mapping 2.4 GB of weights and touching every page, warm and cold.
 
 Warm, beside safetensors' own mapping of the same tensors. Cold, beside ``dd`` of the same file: before each run its
-pages are dropped from the page cache, and mincore must find none; after it, all of them.
+pages are dropped from the page cache, and mincore must find none; after it, all of them but the few that a host which
+takes idle memory back may have dropped already.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import Any
 from fgsnap.bench.record import summary
 from measures.models import Model
 from measures.setting import tell
+
+MOST = 0.9
 
 TOUCH = """
 import sys, time
@@ -76,7 +79,6 @@ def measure(model: Model, rounds: int) -> dict[str, Any]:
         "seconds": {name: summary(values) for name, values in times.items()},
         "warm_ratio": summary(warm, 3),
         "cold_share_of_dd": summary(cold, 3),
-        "resident": "none before and all after each cold run, by mincore",
     }
 
 
@@ -99,7 +101,7 @@ def _cold(path: Path, run: Callable[[], float]) -> float:
     before = resident(path)
     assert before == 0, f"{before} of the pages of {path.name} could not be dropped"
     seconds = run()
-    assert resident(path) == 1, f"{path.name} was not read whole"
+    assert resident(path) > MOST, f"{path.name} was not read whole, or is dropped faster than it is read"
     return seconds
 
 

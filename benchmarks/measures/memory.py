@@ -1,7 +1,7 @@
 """What is resident while serving: one replica, then two that share the page cache.
 
-Every server gets a small KV cache of the same size and has answered a batch of eight, so that what it takes at work is
-there. Pss counts a page that n processes share as a share of 1/n each, so it adds up.
+Every server gets a small KV cache and has filled nine tenths of it, so that what it takes at work is there; vLLM takes
+no less than 1 GiB. Pss counts a page that n processes share as a share of 1/n each, so it adds up.
 """
 
 from __future__ import annotations
@@ -10,27 +10,35 @@ from contextlib import ExitStack
 from typing import Any
 
 from engines import llama_cpp, ours, vllm_cpu
-from engines.contest import Server
+from engines.contest import Failed, Server
+from engines.process import Ended
 
 from measures.models import Model
 from measures.setting import LLAMA, OURS, VLLM, Setting, Start, served, tell
 
 KV_MEBIBYTES = 64
-CONTEXT = 256
+CONTEXT, SEQUENCES, ANSWER = 256, 11, 232
+"""Together nearly as many tokens as fit 64 MiB at SmolLM2's 23,040 bytes each."""
 
 
 def measure(setting: Setting, model: Model) -> dict[str, Any]:
     """Bytes of each server; ``beyond`` is what one replica holds beside the weights and the KV cache."""
-    rows = {name: _weigh(name, start) for name, start in _starters(setting, model).items()}
+    rows: dict[str, Any] = {}
+    for name, start in _starters(setting, model).items():
+        try:
+            rows[name] = _weigh(name, start)
+        except (Failed, Ended) as error:
+            rows[name] = {"failure": str(error)}
+            tell(f"{name} failed: {error}")
     own = rows[OURS]["one"]
     weights = model.snapshot_bytes
     return {
         "model": model.name,
-        "weight_bytes": weights,
+        "weights_bytes": weights,
         "kv_bytes": KV_MEBIBYTES << 20,
         "servers": rows,
         "beyond": own["Pss"] - weights - (KV_MEBIBYTES << 20),
-        "second_replica": rows[OURS]["two"]["Pss"] - own["Pss"],
+        "second_bytes": rows[OURS]["two"]["Pss"] - own["Pss"],
     }
 
 
@@ -43,12 +51,14 @@ def _starters(setting: Setting, model: Model) -> dict[str, Start]:
         ),
         LLAMA: served(
             setting, LLAMA,
-            lambda port: llama_cpp.serve(homes.llama, model.gguf(), port, flags, context=CONTEXT, sequences=8),
+            lambda port: llama_cpp.serve(
+                homes.llama, model.gguf(), port, flags, context=CONTEXT, sequences=SEQUENCES
+            ),
         ),
         VLLM: served(
             setting, VLLM,
             lambda port: vllm_cpu.serve(
-                homes.vllm, model.checkpoint, port, context=CONTEXT, sequences=8, kv_gibibytes=1, compiled=False
+                homes.vllm, model.checkpoint, port, context=CONTEXT, sequences=SEQUENCES, kv_gibibytes=1, compiled=False
             ),
         ),
     }  # fmt: skip
@@ -63,7 +73,7 @@ def _weigh(name: str, start: Start) -> dict[str, dict[str, int]]:
             assert isinstance(server, Server)
             stack.callback(server.close)
             server.answer()
-            server.decode(8, 16, seed=1)
+            server.decode(SEQUENCES, ANSWER, seed=1)
             replicas.append(server)
             each = [replica.group.memory() for replica in replicas]
             found[count] = {key: sum(row[key] for row in each) for key in each[0]}

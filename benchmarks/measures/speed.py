@@ -67,14 +67,13 @@ def measure(
                 tell(f"{name} failed: {error}")
         for number in range(rounds):
             host.append(limits(program))
-            order = list(running) if number % 2 == 0 else list(reversed(running))
-            for name in order:
-                of_name = rates.setdefault(name, {})
-                if name in seldom and number % 2:
-                    for job in jobs:
-                        of_name[job.name].append(None)
-                else:
-                    _turn(name, running[name], jobs, number, of_name, rows[name])
+            for index, job in enumerate(jobs):
+                order = list(running) if (number + index) % 2 == 0 else list(reversed(running))
+                for name in order:
+                    rate = None
+                    if number % 2 == 0 or name not in seldom:
+                        rate = _turn(name, running[name], job, 100 * number + index, rows[name])
+                    rates.setdefault(name, {}).setdefault(job.name, []).append(rate)
         for name, contestant in running.items():
             if rows[name]["answer"]:  # else the model is in programs that have ended
                 rows[name]["peak_mebibytes"] = contestant.group.peak() >> 20
@@ -110,29 +109,18 @@ def _begun(name: str, start: Start, stack: ExitStack) -> tuple[Contestant, dict[
     return contestant, {"answer": answer}
 
 
-def _turn(
-    name: str,
-    contestant: Contestant,
-    jobs: Sequence[Job],
-    number: int,
-    rates: dict[str, list[float | None]],
-    row: dict[str, Any],
-) -> None:
-    """One contestant's part of a round, after a trial that is not counted: a host may have dropped idle pages."""
+def _turn(name: str, contestant: Contestant, job: Job, seed: int, row: dict[str, Any]) -> float | None:
+    """One contestant's rate at a job, after a trial that is not counted: a host may have dropped idle pages."""
     contestant.group.resume()
     try:
-        _rate(contestant, Job(2, 4), 999 + number)
+        _rate(contestant, Job(2, 4), 1000 + seed)
+        rate = _rate(contestant, job, seed)
     except (Failed, Ended) as error:
-        tell(f"{name} failed its trial: {error}")
-    for index, job in enumerate(jobs):
-        try:
-            rate: float | None = _rate(contestant, job, 100 * number + index)
-        except (Failed, Ended) as error:
-            row.setdefault("failures", {})[job.name] = str(error)
-            rate = None
-        rates.setdefault(job.name, []).append(rate)
-        tell(f"round {number + 1}, {name}, {job.name}: " + (f"{rate:.1f} tokens/s" if rate else "failed"))
+        row.setdefault("failures", {})[job.name] = str(error)
+        rate = None
     contestant.group.pause()
+    tell(f"{job.name}, {name}: " + (f"{rate:.1f} tokens/s" if rate else "failed"))
+    return rate
 
 
 def _rate(contestant: Contestant, job: Job, seed: int) -> float:

@@ -15,16 +15,22 @@ Part = Mapping[str, Any]
 
 
 class Promise(NamedTuple):
-    """A ratio or figure: at least ``goal``, or at most where ``most``; ``spread`` is least and most of the rounds."""
+    """A ratio or figure: at least ``goal``, or at most where ``most``; ``spread`` is least and most of the rounds.
+
+    ``value`` is None where the peer's figure is 0 and no ratio tells of it; ``met`` is then whether ours is more.
+    """
 
     name: str
-    value: float
+    value: float | None
     goal: float
     most: bool = False
     spread: tuple[float, float] | None = None
+    alone: bool = False
 
     @property
     def met(self) -> bool:
+        if self.value is None:
+            return self.alone
         return self.value <= self.goal if self.most else self.value >= self.goal
 
 
@@ -83,9 +89,9 @@ def _curve(part: Part) -> Iterator[Promise]:
     lengths, curves = f"{part['prompt']}/{part['answer']}", part["curves"]
     own = curve.effective(curves[OURS], middle)
     for peer, goal in ((VLLM, 2.5), (LLAMA, 1.5)):
-        theirs = curve.effective(curves[peer], middle)
-        if theirs:  # else nothing of the peer's was within the SLA
-            yield Promise(f"effective throughput, {lengths}: / that of {peer}", round(own / theirs, 3), goal)
+        theirs = curve.effective(curves[peer], middle) if peer in curves else 0.0
+        ratio = round(own / theirs, 3) if theirs else None
+        yield Promise(f"effective throughput, {lengths}: / that of {peer}", ratio, goal, alone=own > 0)
 
 
 def _memory(part: Part) -> Iterator[Promise]:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 Backend = Literal["auto", "native", "reference"]
 BACKENDS: tuple[Backend, ...] = ("auto", "native", "reference")
-NATIVE_DTYPES = ("float32", "bfloat16")
 OPS = tuple(name for name, member in vars(Ops).items() if callable(member) and not name.startswith("_"))
 
 
@@ -126,10 +125,10 @@ def _native_obstacle(
             reason,
             "Reinstall fgsnap with a C++ compiler, or use --backend reference.",
         )
-    if dtype not in NATIVE_DTYPES:
+    if dtype not in native.DTYPES:
         return UsageError(
             f"The native backend does not compute in {dtype}.",
-            f"It computes with {' or '.join(NATIVE_DTYPES)}.",
+            f"It computes with {' or '.join(native.DTYPES)}.",
             "Use --dtype with one of these, or --backend reference.",
         )
     try:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from fgsnap.built import built_library
 from fgsnap.errors import UsageError
 
 ABI = 2
@@ -29,7 +29,7 @@ def instruction_sets() -> list[str]:
 @functools.cache
 def load() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and the reason why there is none."""
-    path = _find()
+    path = built_library("_native.so", "fgsnap.kernels", "FGSNAP_NATIVE_LIBRARY")
     if path is None:
         return None, "not built: no C++ compiler was found when fgsnap was installed"
     try:
@@ -41,17 +41,6 @@ def load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"{path.name} was built for interface {built_for}, this fgsnap has {ABI}: install fgsnap again"
     _declare(library)
     return library, f"{named_sets(library)[0]} instructions"
-
-
-def _find() -> Path | None:
-    """The library beside this file or, in an editable install, in the other folder of the package.
-
-    A development switch comes first: FGSNAP_NATIVE_LIBRARY names another build, such as that of ``make sanitize``.
-    """
-    if chosen := os.environ.get("FGSNAP_NATIVE_LIBRARY"):
-        return Path(chosen)
-    folders = [Path(__file__).parent, *map(Path, sys.modules[__package__].__path__)]
-    return next((folder / "_native.so" for folder in folders if (folder / "_native.so").is_file()), None)
 
 
 def _declare(library: ctypes.CDLL) -> None:

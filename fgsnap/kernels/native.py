@@ -142,7 +142,6 @@ class Native:
         self._pool = Pool()
         self._tape = Tape(self._pool)
         self._plan: Plan | None = None  # of the records on the tape
-        self._lent: list[bytearray] = []  # seen from outside: kept until no record can mean it
         self._arena = mmap.mmap(-1, mmap.PAGESIZE)
         self._close = weakref.finalize(self, library.fgsnap_close, handle)
         self._close.atexit = False  # the threads die with the process; nobody waits for them
@@ -236,6 +235,8 @@ class Native:
 
     def norm_heads(self, qkv: Activation, args: AttentionArgs, query: NormArgs, key: NormArgs) -> Activation:
         queries, keys = args.heads * args.head_dim, args.kv_heads * args.head_dim
+        if self._ranks is not None:
+            raise misuse("norm_heads", "a part of the heads: their ranks do not tell each other their squares yet")
         if qkv.columns != queries + 2 * keys:
             raise misuse("norm_heads", f"qkv {_show(qkv)}, expected {queries + 2 * keys} columns")
         self._norm("norm_heads", qkv, qkv, 0, queries, query)
@@ -314,6 +315,7 @@ class Native:
         if qkv.rows != plan.tokens or qkv.columns != width:
             raise misuse("append", f"qkv {_show(qkv)}, expected {[plan.tokens, width]}")
         _check_heads("append", cache, args.heads, args.kv_heads, args.head_dim)
+        qkv = self._float32(qkv)
         tape = self._reaching("append", cache, plan)
         rotation = self._rotation("append", plan, rope, args.head_dim)
         q = self._new(plan, plan.tokens, args.heads * args.head_dim, self._factor)
@@ -363,6 +365,7 @@ class Native:
         if latent.rows != plan.tokens or latent.columns != wide:
             raise misuse("latent_append", f"latent {_show(latent)}, expected {[plan.tokens, wide]}")
         _check_latent("latent_append", cache, args)
+        q, latent = self._float32(q), self._float32(latent)
         tape = self._reaching("latent_append", cache, plan)
         rotation = self._rotation("latent_append", plan, rope, args.rope_dim)
         rule = _norm_words("latent_append", args.norm, args.kv_rank)
@@ -390,6 +393,7 @@ class Native:
             raise misuse("activate", f"kind {args.kind}; native has {', '.join(_ACTIVATIONS)}, the last one gated")
         if args.gated and x.columns % 2 != 0:
             raise misuse("activate", f"gated x {_show(x)} has an odd width")
+        x = self._float32(x)
         inner = x.columns // 2 if args.gated else x.columns
         y = self._new(x.plan, x.rows, inner, self._factor)
         tape = self._on(x.plan)
@@ -431,8 +435,7 @@ class Native:
     def all_reduce(self, x: Activation) -> Activation:
         if self._ranks is None:
             return x
-        if x.kind != F32:
-            x = self._wide(x)
+        x = self._float32(x)
         self._on(x.plan).record(None, (_REDUCE, x.register, x.columns))
         return x
 
@@ -440,6 +443,7 @@ class Native:
         ranks = 1 if self._ranks is None else self._ranks.size
         if not 0 < vocab_size <= ranks * logits.columns:
             raise misuse("gather", f"{vocab_size} tokens of {ranks} times logits {_show(logits)}")
+        logits = self._float32(logits)
         if ranks == 1 and logits.columns == vocab_size:
             return logits
         y = self._new(logits.plan, logits.rows, vocab_size, F32)
@@ -474,14 +478,16 @@ class Native:
 
     # results
 
-    def score(self, x: Activation, plan: Plan, head: HeadArgs, targets: Sequence[int], top: int) -> list[Sampled]:
-        if len(targets) != plan.rows or not all(0 <= target < head.vocab_size for target in targets):
-            raise misuse("score", f"{len(targets)} targets for {plan.rows} rows of {head.vocab_size} tokens")
+    def score(
+        self, x: Activation, plan: Plan, head: HeadArgs, vocab_size: int, targets: Sequence[int], top: int
+    ) -> list[Sampled]:
+        if len(targets) != plan.rows or not all(0 <= target < vocab_size for target in targets):
+            raise misuse("score", f"{len(targets)} targets for {plan.rows} rows of {vocab_size} tokens")
         self._flush()
         found: list[Sampled] = []
         rows = plan.data[-1]
         for first in range(0, plan.rows, SCORED):
-            logits = self.logits(x, plan.with_rows(rows[first : first + SCORED]), head)
+            logits = self.gather(self.logits(x, plan.with_rows(rows[first : first + SCORED]), head), vocab_size)
             wanted = targets[first : first + SCORED]
             found += self._picked(logits, [Sampling(logprobs=top)] * len(wanted), wanted)
         return found
@@ -495,6 +501,7 @@ class Native:
 
     def _picked(self, logits: Activation, how: Sequence[Sampling], forced: Sequence[int]) -> list[Sampled]:
         """A token a row: the forced one where there is one, else as ``how`` says."""
+        logits = self._float32(logits)
         self._flush()
         top = max((one.logprobs for one in how), default=0)
         asked = b"".join(
@@ -516,6 +523,7 @@ class Native:
         return results
 
     def top_two(self, logits: Activation) -> list[tuple[int, float]]:
+        logits = self._float32(logits)
         self._flush()
         picked = ctypes.create_string_buffer(24 * logits.rows or 24)
         where = (self._address(logits), logits.rows, logits.columns)
@@ -523,17 +531,17 @@ class Native:
         return [struct.unpack_from("=qd", picked, 24 * r) for r in range(logits.rows)]
 
     def floats(self, x: Activation) -> memoryview[Any]:
-        if x.kind != F32:
-            x = self._wide(x)
+        x = self._float32(x)
         self._flush()
-        self._lent.append(self._pool.memories[x.register])
         copy = bytes(self._pool.view(x.register, 4 * x.rows * x.columns))
         return memoryview(copy).cast("f")
 
     # records
 
-    def _wide(self, x: Activation) -> Activation:
+    def _float32(self, x: Activation) -> Activation:
         """The same numbers in float32."""
+        if x.kind == F32:
+            return x
         wide = self._new(x.plan, x.rows, x.columns, F32)
         words = (x.register, x.kind, x.register, x.kind, wide.register, x.columns, _bits(0.0))
         self._on(x.plan).record(None, (_ADD, *words))
@@ -587,7 +595,6 @@ class Native:
         code = self._library.fgsnap_run(self._handle, address_of(tape.words), len(tape.words), address_of(step))
         tape.clear()
         self._plan = None
-        self._lent.clear()
         self._pool.trim()
         self._check(code, "run")
 

@@ -202,8 +202,8 @@ class Ops(Protocol):
     Unless said otherwise results are new tensors of the backend's choice of dtype. A tensor that is given to ``add``,
     ``activate``, ``gate`` or ``norm_heads`` is given up: the backend may write the result into its memory.
 
-    Under tensor parallelism every rank has its own backend; only ``all_reduce``, ``gather`` and ``norm_heads`` talk to
-    the others, and every rank must come to them in the same order.
+    Under tensor parallelism every rank has its own backend; only ``all_reduce``, ``gather``, ``score`` and
+    ``norm_heads`` talk to the others, and every rank must come to them in the same order.
     """
 
     name: str
@@ -339,8 +339,12 @@ class Ops(Protocol):
         """float32 logits of the plan's rows of x [T, H]: [R, V]."""
         ...
 
-    def score(self, x: Tensor, plan: Tensor, head: HeadArgs, targets: Sequence[int], top: int) -> list[Sampled]:
+    def score(
+        self, x: Tensor, plan: Tensor, head: HeadArgs, vocab_size: int, targets: Sequence[int], top: int
+    ) -> list[Sampled]:
         """For each of the plan's rows the logprob of its target token and of the ``top`` most likely.
+
+        ``head`` is this rank's, and ``vocab_size`` that of all ranks together, as for ``gather``.
 
         Never holds more than a bounded piece of the [R, V] logits: for the logprobs of long prompts. A row with NaN or
         no finite logit gives token -1, as in ``sample``.

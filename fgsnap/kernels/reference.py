@@ -313,9 +313,11 @@ class Reference:
         return self._logits(x.index_select(0, plan.rows).float(), head)
 
     @inference
-    def score(self, x: torch.Tensor, plan: Plan, head: HeadArgs, targets: Sequence[int], top: int) -> list[Sampled]:
+    def score(
+        self, x: torch.Tensor, plan: Plan, head: HeadArgs, vocab_size: int, targets: Sequence[int], top: int
+    ) -> list[Sampled]:
         """Some rows' logits at a time."""
-        assert len(targets) == len(plan.rows)
+        assert len(targets) == len(plan.rows) and vocab_size == head.vocab_size
         rows = x.index_select(0, plan.rows).float()
         step = max(1, SCORED_BYTES // (4 * head.vocab_size))
         found: list[Sampled] = []

@@ -226,7 +226,7 @@ class Tape:
         last: where the last record begins.
         held: what keeps the records' addresses alive.
         blocks: the fewest KV blocks of any cache that is used.
-        positions: the fewest positions that a learned table has, plus one; 0: there is none.
+        positions: the fewest positions that a learned table has; sys.maxsize: there is none, as for blocks.
     """
 
     def __init__(self, registers: Registers) -> None:

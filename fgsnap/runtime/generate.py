@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,7 +119,7 @@ def chat(
 ) -> None:
     """Hold a conversation: read a message, answer it, and so on until ``read`` gives None.
 
-    A KeyboardInterrupt during an answer ends the answer and not the conversation; what came of it stays said.
+    SIGINT during an answer ends the answer and not the conversation, and a second one both; what came stays said.
 
     Raises:
         UsageError: the snapshot has no chat template.
@@ -134,11 +135,15 @@ def chat(
         messages = [] if system is None else [{"role": "system", "content": system}]
         while (said := read()) is not None:
             messages.append(_user(said))
-            answered = _Heard(emit)
-            with contextlib.suppress(KeyboardInterrupt):
-                model.answer(model.text.encode_chat(messages), params, (), answered.add)
+            prompt, answered = model.text.encode_chat(messages), _Heard(emit)
+            with answered.until_interrupted():
+                model.answer(prompt, params, (), answered.add)
             emit("\n")
             messages.append({"role": "assistant", "content": answered.text})
+
+
+class _Interrupted(Exception):
+    """Somebody has heard enough of an answer."""
 
 
 class _Heard:
@@ -147,10 +152,31 @@ class _Heard:
     def __init__(self, emit: Callable[[str], None]) -> None:
         self.text = ""
         self._emit = emit
+        self._interrupted = False
 
     def add(self, piece: str) -> None:
         self.text += piece
         self._emit(piece)
+        if self._interrupted:
+            raise _Interrupted
+
+    @contextmanager
+    def until_interrupted(self) -> Iterator[None]:
+        """SIGINT ends what is done here after the next piece of text, and a second one at once.
+
+        In the middle of a step an exception would leave tensor parallel ranks with different batches.
+        """
+        before = signal.signal(signal.SIGINT, self._interrupt)
+        try:
+            with contextlib.suppress(_Interrupted):
+                yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _interrupt(self, number: int, frame: object) -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted = True
 
 
 class Model(NamedTuple):

@@ -66,11 +66,16 @@ class _Child:
                 self.kill()
             else:
                 time.sleep(0.005)
-        if self._status < 0:
-            killer = signal.Signals(-self._status)
-            usual = USUAL_REASONS.get(killer)
-            return f"was killed by {killer.name}{f' ({usual})' if usual else ''}"
-        return f"ended with exit code {self._status}"
+        return ended(self._status)
+
+
+def ended(code: int) -> str:
+    """How a process ended, in words; ``code`` is that of os.waitstatus_to_exitcode."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    killer = signal.Signals(-code)
+    usual = USUAL_REASONS.get(killer)
+    return f"was killed by {killer.name}{f' ({usual})' if usual else ''}"
 
 
 def tell(worker: Worker, begin: wire.Begin) -> Worker:
@@ -87,27 +92,40 @@ def fork(started: float) -> Worker:
     """
     ours, theirs = socket.socketpair()
     parent = os.getpid()
-    # A signal between the fork and the child's own handlers would send the child up this process's stack.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
-    pid = os.fork()
-    if pid == 0:
-        _become_worker(lambda: live(theirs, started, parent), ours, before)
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def be() -> int:
+        ours.close()
+        return live(theirs, started, parent)
+
+    pid = child(be, "engine worker")
     theirs.close()
     return _worker(ours, pid)
 
 
-def _become_worker(be: Callable[[], int], not_ours: socket.socket, mask: set[int | signal.Signals]) -> None:
+def child(be: Callable[[], int], role: str) -> int:
+    """Fork a process that is ``be`` and nothing else, and ends with the code that it returns; gives its id.
+
+    The signals that end a service reach the whole process group; the parent decides what they mean.
+    """
+    # A signal between the fork and the child's own handlers would send the child up this process's stack.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    pid = os.fork()
+    if pid == 0:
+        _become(be, role, before)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return pid
+
+
+def _become(be: Callable[[], int], role: str, mask: set[int | signal.Signals]) -> None:
     """In the child: live and end here, whatever happens, without running what the parent has on its stack."""
     code = 1
     try:
         for number in ENDING:
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        not_ours.close()
         code = be()
     except BaseException as error:
-        print(f"fgsnap: the engine worker failed: {error!r}", file=sys.stderr)
+        print(f"fgsnap: the {role} failed: {error!r}", file=sys.stderr)
     finally:
         sys.stderr.flush()
         os._exit(code)

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import msgspec
 
@@ -26,8 +25,9 @@ from fgsnap.kernels.ranks import Ranks, rank_memory
 from fgsnap.runtime import wire
 from fgsnap.runtime.decoder import Decoder, load_decoder
 from fgsnap.runtime.options import EngineOptions
+from fgsnap.runtime.process import child, ended
 from fgsnap.runtime.startup import collect_garbage
-from fgsnap.runtime.worker import ENDING, die_with
+from fgsnap.runtime.worker import die_with
 from fgsnap.snapshot import Snapshot
 
 
@@ -53,6 +53,7 @@ class _Step(msgspec.Struct, frozen=True, array_like=True):
 class Follower(NamedTuple):
     """Another rank as rank 0 holds it."""
 
+    rank: int
     pid: int
     pipe: socket.socket
 
@@ -133,45 +134,35 @@ def _load(
 
 
 def _watch(followers: list[Follower], ranks: Ranks) -> None:
-    """Have a thread of this process wait for each follower, and tell the others when it has ended."""
+    """Have a thread of this process wait for each follower, tell how it ended, and make the others fail."""
 
-    def wait(pid: int) -> None:
+    def wait(follower: Follower) -> None:
         with contextlib.suppress(ChildProcessError):
-            os.waitpid(pid, 0)
+            _, status = os.waitpid(follower.pid, 0)
+            how = ended(os.waitstatus_to_exitcode(status))
+            print(f"fgsnap: tensor parallel rank {follower.rank} {how}.", file=sys.stderr, flush=True)
         ranks.give_up()
 
     for follower in followers:
-        threading.Thread(target=wait, args=(follower.pid,), name="watch-rank", daemon=True).start()
+        threading.Thread(target=wait, args=(follower,), name="watch-rank", daemon=True).start()
 
 
 def _fork(ranks: Ranks, snapshot: Snapshot, options: EngineOptions, threads: int) -> Follower:
     ours, theirs = socket.socketpair()
     leader = os.getpid()
-    pid = os.fork()
-    if pid == 0:
+
+    def be() -> int:
         ours.close()
-        _be_follower(theirs, ranks, snapshot, options, threads, leader)
+        try:
+            if die_with(leader):
+                _follow(theirs, ranks, snapshot, options, threads)
+        finally:
+            ranks.give_up()
+        return 0
+
+    pid = child(be, f"tensor parallel rank {ranks.rank}")
     theirs.close()
-    return Follower(pid, ours)
-
-
-def _be_follower(
-    pipe: socket.socket, ranks: Ranks, snapshot: Snapshot, options: EngineOptions, threads: int, leader: int
-) -> NoReturn:
-    """Live as a rank and end here, without running what the leader has on its stack."""
-    code = 1
-    for number in ENDING:  # they reach the whole process group; the leader decides what they mean
-        signal.signal(number, signal.SIG_IGN)
-    try:
-        if die_with(leader):
-            _follow(pipe, ranks, snapshot, options, threads)
-        code = 0
-    except BaseException as error:
-        print(f"fgsnap: tensor parallel rank {ranks.rank} failed: {error}", file=sys.stderr)
-    finally:
-        ranks.give_up()
-        sys.stderr.flush()
-        os._exit(code)
+    return Follower(ranks.rank, pid, ours)
 
 
 def _follow(pipe: socket.socket, ranks: Ranks, snapshot: Snapshot, options: EngineOptions, threads: int) -> None:

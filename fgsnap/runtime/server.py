@@ -1,7 +1,7 @@
 """The HTTP side: each request watched until its client has its answer or is gone.
 
 A request that arrives before the engine is ready is read, checked and tokenized, and then waits: it is not refused.
-Generation is told apart here, by method and path; every other route is in ``pages``, which is loaded when it is needed.
+Generation is told apart here, by method and path; every other route is in ``routes``, loaded when needed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fgsnap.runtime.request import Request as EngineRequest
 if TYPE_CHECKING:
     from starlette.types import Message, Receive, Scope, Send
 
-    from fgsnap.runtime.pages import Pages
+    from fgsnap.runtime.routes import Routes
 
 BODY_LIMIT = 8 << 20
 DISCARD_LIMIT = 64 << 20  # of a body that is too long, read on so far, that its sender gets to see the refusal
@@ -136,7 +136,7 @@ class App:
             if scope["path"] in GENERATION and scope["method"] == "POST":
                 await self._generate(scope, receive, reply.send)
             else:
-                await self.pages(scope, receive, reply.send)
+                await self.routes(scope, receive, reply.send)
         except ClientGone:
             reply.status = 499
         except RequestError as error:
@@ -147,11 +147,11 @@ class App:
         self.metrics.responses[_route_name(scope), str(reply.status)] += 1
 
     @functools.cached_property
-    def pages(self) -> Pages:
+    def routes(self) -> Routes:
         """Every route but those of generation. Starlette takes a tenth of the time to the first token to import."""
-        from fgsnap.runtime.pages import Pages
+        from fgsnap.runtime.routes import Routes
 
-        return Pages(self)
+        return Routes(self)
 
     def health(self) -> tuple[bool, str]:
         """Whether requests are answered, and the state in a word."""

@@ -149,7 +149,7 @@ def begin_engine(told: Callable[[], wire.Begin], mark: Callable[[str], None]) ->
         importlib.import_module(module)
     mark("import engine")
     options = told()
-    mark("wait for command line")
+    mark("command line")
     snapshot = _open(options)
     mark("open")
     if options.verify == "full":

@@ -64,7 +64,8 @@ def test_native_needs_no_torch(no_torch):
     assert choose("native", "auto", LLAMA, "float32", threads=1)[0].name == "native"
 
 
-def test_float16_goes_to_the_reference():
+def test_a_dtype_that_native_lacks_goes_to_the_reference(monkeypatch):
+    monkeypatch.setattr(native, "DTYPES", ("bfloat16", "float32"))
     assert choose("auto", "cpu", LLAMA, "float16")[0].name == "reference"
     with pytest.raises((UsageError, HostError)):
         choose("native", "cpu", LLAMA, "float16")

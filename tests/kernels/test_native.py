@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import pytest
 
+from fgsnap.built import built_library
 from fgsnap.errors import HostError, UsageError
 from fgsnap.kernels import library, native, tape
 from fgsnap.kernels.native import Native
@@ -648,7 +649,7 @@ def reloaded(monkeypatch):
 
 
 def test_without_the_library_the_reason_is_told(reloaded):
-    reloaded.setattr(library, "_find", lambda: None)
+    reloaded.setattr(library, "built_library", lambda *names: None)
     present, reason = native.available()
     assert not present
     assert "no C++ compiler" in reason
@@ -661,7 +662,7 @@ def test_without_the_library_the_reason_is_told(reloaded):
 
 def test_a_library_that_does_not_load_is_no_library(reloaded, tmp_path):
     (tmp_path / "_native.so").write_bytes(b"no library")
-    reloaded.setattr(library, "_find", lambda: tmp_path / "_native.so")
+    reloaded.setattr(library, "built_library", lambda *names: tmp_path / "_native.so")
     present, reason = native.available()
     assert not present
     assert "_native.so does not load" in reason
@@ -676,12 +677,15 @@ def test_a_library_of_another_version_is_no_library(reloaded):
 
 def test_the_library_is_found_in_the_other_folder_of_an_editable_install(monkeypatch, tmp_path):
     (tmp_path / "_native.so").write_bytes(b"")
-    monkeypatch.setattr(library, "__file__", str(Path(tmp_path, "elsewhere", "library.py")))
-    monkeypatch.setattr(sys.modules["fgsnap.kernels"], "__path__", [str(tmp_path)])
+    monkeypatch.setattr(sys.modules["fgsnap.kernels"], "__path__", [str(tmp_path / "elsewhere"), str(tmp_path)])
     monkeypatch.delenv("FGSNAP_NATIVE_LIBRARY", raising=False)
-    assert library._find() == tmp_path / "_native.so"
+
+    def found():
+        return built_library("_native.so", "fgsnap.kernels", "FGSNAP_NATIVE_LIBRARY")
+
+    assert found() == tmp_path / "_native.so"
     monkeypatch.setenv("FGSNAP_NATIVE_LIBRARY", "another.so")
-    assert library._find() == Path("another.so")
+    assert found() == Path("another.so")
 
 
 def test_an_unknown_dtype_or_instruction_set_is_refused():

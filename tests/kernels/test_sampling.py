@@ -187,7 +187,7 @@ def setting(ops, *, rows=9, vocabulary=301, width=24):
 def test_scores_are_the_logprobs_of_targets(backend, top):
     x, plan, head, expected = setting(backend.ops)
     targets = [297, 0, 13, 13]
-    found = backend.ops.score(x, plan, head, targets, top)
+    found = backend.ops.score(x, plan, head, head.vocab_size, targets, top)
     assert [scored.token for scored in found] == targets
     for row, scored in enumerate(found):
         assert scored.logprob == pytest.approx(expected[row, scored.token].item(), abs=1e-4)
@@ -201,18 +201,18 @@ def test_scores_are_what_sampling_reports(backend):
     """The same numbers to the last bit, so that a prompt's logprobs and an answer's can be told together."""
     x, plan, head, _ = setting(backend.ops)
     sampled = backend.ops.sample(backend.ops.logits(x, plan, head), [Sampling(logprobs=4)] * 4)
-    assert backend.ops.score(x, plan, head, [s.token for s in sampled], 4) == sampled
+    assert backend.ops.score(x, plan, head, head.vocab_size, [s.token for s in sampled], 4) == sampled
 
 
 def test_no_rows_no_scores(backend):
     x, _, head, _ = setting(backend.ops)
-    assert backend.ops.score(x, backend.ops.plan(whole(9, wanted=()), 9), head, [], 3) == []
+    assert backend.ops.score(x, backend.ops.plan(whole(9, wanted=()), 9), head, head.vocab_size, [], 3) == []
 
 
 def test_scores_of_a_broken_row_name_no_token(backend):
     ops, rows = backend.ops, torch.tensor([[0.0, 4.0, 1.0], [math.nan] * 3, [0.0, 0.0, 0.0]]).double()
     head = HeadArgs(weight(ops, torch.eye(3)), None, 3)
-    found = ops.score(tensor(ops, rows), ops.plan(whole(3), 3), head, [1, 1, 2], 1)
+    found = ops.score(tensor(ops, rows), ops.plan(whole(3), 3), head, head.vocab_size, [1, 1, 2], 1)
     assert found[1] == Sampled(-1)
     assert [scored.token for scored in found] == [1, -1, 2]
     assert found[2].logprob == pytest.approx(-math.log(3), abs=1e-6)
@@ -223,7 +223,7 @@ def test_scores_do_not_depend_on_the_pieces(monkeypatch):
     for size in (1 << 20, 1):
         monkeypatch.setattr("fgsnap.kernels.reference.SCORED_BYTES", size)
         x, plan, head, _ = setting(ops)
-        found.append(ops.score(x, plan, head, [1, 2, 3, 4], 3))
+        found.append(ops.score(x, plan, head, head.vocab_size, [1, 2, 3, 4], 3))
     for one, other in zip(*found, strict=True):
         assert one.logprob == pytest.approx(other.logprob, abs=1e-5)
         assert [i for i, _ in one.top] == [i for i, _ in other.top]
@@ -239,9 +239,9 @@ def test_scores_of_long_prompts_take_little_memory(backend):
     ops, rows, vocabulary = backend.ops, 2048, 32768
     x, head = tensor(ops, exact(rows, 8)), HeadArgs(weight(ops, exact(vocabulary, 8, seed=1)), None, vocabulary)
     plan = ops.plan(whole(rows), rows)
-    ops.score(x, ops.plan(whole(rows, wanted=(0,)), rows), head, [1], 0)
+    ops.score(x, ops.plan(whole(rows, wanted=(0,)), rows), head, head.vocab_size, [1], 0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = resident("VmRSS")
-    found = ops.score(x, plan, head, [5] * rows, 0)
+    found = ops.score(x, plan, head, head.vocab_size, [5] * rows, 0)
     assert len(found) == rows and all(scored.logprob < 0 for scored in found)
     assert resident("VmHWM") - before < 160 << 20

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -172,7 +175,7 @@ def test_an_interrupt_ends_the_answer_and_not_the_conversation(snapshot, opened)
     def emit(piece: str) -> None:
         shown.append(piece)
         if len(shown) == 2:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
 
     params = SamplingParams(max_tokens=9, temperature=0.0)
     chat(snapshot, read=lambda: next(questions), emit=emit, engine=on_reference(), params=params)
@@ -184,6 +187,19 @@ def test_an_interrupt_ends_the_answer_and_not_the_conversation(snapshot, opened)
         {"role": "user", "content": "And?"},
     ]
     assert "".join(shown[shown.index("\n") + 1 :]) == text.decode(greedy(opened, text.encode_chat(messages), 9)) + "\n"
+
+
+def test_a_second_interrupt_ends_the_conversation(snapshot):
+    before = signal.getsignal(signal.SIGINT)
+
+    def emit(piece: str) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    params = SamplingParams(max_tokens=9, temperature=0.0)
+    with pytest.raises(KeyboardInterrupt):
+        chat(snapshot, read=lambda: "Hi", emit=emit, engine=on_reference(), params=params)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_conversation_needs_a_template(tmp_path):

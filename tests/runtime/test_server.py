@@ -401,7 +401,7 @@ def test_a_server_error_tells_nothing_of_the_inside(service, monkeypatch, capfd)
 def test_without_a_key_only_health_is_answered():
     with stub_service(keys=(b"first", b"second")) as service:
         until(lambda: service.link.state == "ready")
-        assert {(method, route.path.replace("{name:path}", MODEL)) for route in service.app.pages.routes
+        assert {(method, route.path.replace("{name:path}", MODEL)) for route in service.app.routes.table
                 for method in route.methods - {"HEAD"}} == set(ROUTES)  # fmt: skip
         for method, path in [*ROUTES, ("GET", "/nothing"), ("PUT", "/v1/completions"), ("GET", "//v1/models")]:
             for headers in (

@@ -234,7 +234,7 @@ def begin(told, mark=lambda name: None):
 def test_a_real_start(snapshot, verify):
     marks = []
     made, ready = begin(options(snapshot, verify=verify), marks.append)
-    before, after = ["import engine", "wait for command line", "open"], ["map and bind", "canary"]
+    before, after = ["import engine", "command line", "open"], ["map and bind", "canary"]
     assert marks == [*before, *(["verify"] if verify == "full" else []), *after]
     assert ready.canary.startswith("canary ") and ready.max_length == 256 and ready.token_budget == 512
     assert not made.has_work() and made.stats().kv_blocks == ready.kv_blocks > 0
@@ -303,7 +303,7 @@ def test_a_fork_whose_parent_is_already_gone_ends_without_a_word():
         "import socket\n"
         "from fgsnap.runtime import process, worker\n"
         "ours, theirs = socket.socketpair()\n"
-        "process._become_worker(lambda: worker.live(theirs, 0.0, parent=1), ours, set())\n"
+        "process._become(lambda: worker.live(theirs, 0.0, parent=1), 'worker', set())\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

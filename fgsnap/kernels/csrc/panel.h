@@ -176,10 +176,10 @@ INLINE void turn(const char* rows, int64_t stride, char* out, int64_t out_stride
 #endif
 
 // Pack rows [first, first + count <= PANEL) of a row-major matrix with rows of `bytes` into a panel, zeros to the end
-// of the panel and of the last word. What will be packed next is fetched in the order in which it lies in memory.
+// of the panel and of the last word. What will be packed `next`, if anything, is fetched as it lies in memory.
 INLINE void pack(const char* rows, int64_t count, int64_t bytes, const char* next, char* panel) {
     const int64_t words = (bytes + 3) / 4, whole = bytes / LINE;
-    const char* const end = next + PANEL * bytes;
+    const char* const end = next == nullptr ? nullptr : next + PANEL * bytes;
     for (int half = 0; half < 2; ++half) {
         const int64_t own = count - 16 * half;
         if (own >= 16)

@@ -1,6 +1,6 @@
 // What Python records and C++ executes: a program of op records, each a row of 64-bit words that starts with its kind.
 //
-// fgsnap/kernels/records.py writes the same words in the same order; ABI goes up whenever a record changes. Python has
+// fgsnap/kernels/native.py writes the same words in the same order; ABI goes up whenever a record changes. Python has
 // checked every size before a record is written. A record names activations by register; where a register lies and how
 // many rows it has is the step's business, so one program serves batches of any shape.
 //

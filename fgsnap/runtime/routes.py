@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from fgsnap.runtime.server import App
 
 
-class Pages:
+class Routes:
     """An ASGI application of its own. Its requests raise RequestError where there is nothing to show."""
 
     def __init__(self, app: App) -> None:
         self._app = app
-        self.routes = [
+        self.table = [
             Route("/v1/models", self._models, methods=["GET"]),
             Route("/v1/models/{name:path}", self._model, methods=["GET"]),
             Route("/health", self._ready, methods=["GET"]),
@@ -35,7 +35,7 @@ class Pages:
             # These never come here by POST. They are in the table for the other methods, which are to be told so.
             *(Route(path, app, methods=["POST"]) for path in GENERATION),
         ]
-        self._router = Router(self.routes, redirect_slashes=False, default=_no_route)
+        self._router = Router(self.table, redirect_slashes=False, default=_no_route)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
