@@ -6,7 +6,12 @@ hold of every text is checked here, and then that it does hold of some; a tokeni
 
 from __future__ import annotations
 
+import ctypes
+import itertools
+import struct
+from array import array
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -14,7 +19,7 @@ import numpy as np
 from tokenizers import Tokenizer as Library
 from tokenizers.models import BPE
 
-from fgsnap.tokenizer import CUT, SOURCE, Cut, Tokenizer, Whole, merge_loop
+from fgsnap.tokenizer import CUT, HEAD, SOURCE, Cut, Merge, Tokenizer, Whole, merge_loop
 
 Pair = tuple[str, str]
 LARGEST_ID = 1 << 24
@@ -38,10 +43,7 @@ def cut_tokenizer(files: Mapping[str, bytes]) -> dict[str, bytes]:
     cut = None if data is None else _cut(data)
     if data is None or cut is None:
         return {}
-    merge = merge_loop()
-    if merge is not None and not _agree(Whole(data), Cut(cut, merge)):
-        return {}
-    return {CUT: cut}
+    return {CUT: cut} if _agree(Whole(data), Cut(cut, merge_loop() or _merge_in_python(cut))) else {}
 
 
 def _cut(data: bytes) -> bytes | None:
@@ -139,6 +141,31 @@ def _file(vocabulary: Mapping[str, int], merges: list[Pair], frame: bytes) -> by
         *(pairs[:, column] for column in (1, 2, 3)),
     )
     return b"".join([*(np.asarray(column, "<u4").tobytes() for column in columns), blob, frame])
+
+
+def _merge_in_python(data: bytes) -> Merge:
+    """What the merge loop does, for hosts where it was not built: the same file is checked, and written, everywhere."""
+    ids, count = struct.unpack_from("<2I", data)
+    table = np.frombuffer(data, "<u4", 2 * ids + 1 + 3 * count, HEAD)
+    lefts: list[int] = np.repeat(np.arange(ids), np.diff(table[ids : 2 * ids + 1])).tolist()
+    rights, ranks, merged = table[2 * ids + 1 :].reshape(3, count)
+    rows = zip(lefts, rights.tolist(), ranks.tolist(), merged.tolist(), strict=True)
+    known = {(left, right): (rank, token) for left, right, rank, token in rows}
+
+    def merge(file: bytes, tokens: int, words: int, count: int) -> int:
+        memories = ((ctypes.c_uint32 * count).from_address(address) for address in (tokens, words))
+        place, spans = (memoryview(memory).cast("B").cast("I") for memory in memories)
+        left: list[int] = []
+        for _, group in itertools.groupby(range(count), spans.__getitem__):
+            word = [place[at] for at in group]
+            while ranked := [(known[pair][0], at) for at, pair in enumerate(pairwise(word)) if pair in known]:
+                _, at = min(ranked)
+                word[at : at + 2] = [known[word[at], word[at + 1]][1]]
+            left += word
+        place[: len(left)] = array("I", left)
+        return len(left)
+
+    return merge
 
 
 def _agree(whole: Whole, cut: Tokenizer) -> bool:
