@@ -73,8 +73,8 @@ _ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "clamped_swiglu
 _TEMPERATURES = {"logn": 1, "step": 2}
 (
     _EMBED, _NORM, _ADD, _LINEAR, _SELECT, _ROPE, _APPEND, _ATTEND, _ACTIVATE, _GATE, _LATENT, _ROTATE, _ROUTE, _ASSIGN,
-    _EXPERT_UP, _EXPERT_DOWN, _REDUCE, _GATHER,
-) = range(18)  # fmt: skip
+    _EXPERT_UP, _EXPERT_DOWN, _REDUCE, _GATHER, _SQUARES,
+) = range(19)  # fmt: skip
 
 SUPPORTS = frozenset(
     """
@@ -235,19 +235,43 @@ class Native:
 
     def norm_heads(self, qkv: Activation, args: AttentionArgs, query: NormArgs, key: NormArgs) -> Activation:
         queries, keys = args.heads * args.head_dim, args.kv_heads * args.head_dim
-        if self._ranks is not None:
-            raise misuse("norm_heads", "a part of the heads: their ranks do not tell each other their squares yet")
         if qkv.columns != queries + 2 * keys:
             raise misuse("norm_heads", f"qkv {_show(qkv)}, expected {queries + 2 * keys} columns")
-        self._norm("norm_heads", qkv, qkv, 0, queries, query)
-        self._norm("norm_heads", qkv, qkv, queries, keys, key)
+        parts = ((0, queries, query), (queries, keys, key))
+        sums = None if self._ranks is None else self.all_reduce(self._squares(qkv, parts))
+        for column, (begin, width, norm) in enumerate(parts):
+            self._norm("norm_heads", qkv, qkv, begin, width, norm, sums, column)
         return qkv
 
-    def _norm(self, op: str, x: Activation, y: Activation, begin: int, width: int, args: NormArgs) -> None:
+    def _squares(self, x: Activation, parts: Sequence[tuple[int, int, NormArgs]]) -> Activation:
+        """The sum of the squares of each part [begin, begin + width) of x: [T, parts]."""
+        y = self._new(x.plan, x.rows, len(parts), F32)
+        for column, (begin, width, norm) in enumerate(parts):
+            if norm.kind == "ln":
+                raise misuse("norm_heads", "kind ln, of which ranks do not know the mean")
+            where = (x.register, x.kind, y.register, width, x.columns, begin)
+            self._on(x.plan).record(None, (_SQUARES, *where, len(parts), column))
+        return y
+
+    def _norm(
+        self,
+        op: str,
+        x: Activation,
+        y: Activation,
+        begin: int,
+        width: int,
+        args: NormArgs,
+        squares: Activation | None = None,
+        column: int = 0,
+    ) -> None:
+        """``squares``: of which ``column`` holds all ranks' sum, where the vector is one over all ranks."""
         rule = _norm_words(op, args, width)
         held = (args.weight, args.bias)
         where = (x.register, x.kind, y.register, y.kind, width, x.columns, begin)
-        self._on(x.plan).record(held, (_NORM, *where, *rule))
+        whole = (-1, 0, 0, 0)
+        if squares is not None and self._ranks is not None:
+            whole = (squares.register, squares.columns, column, self._ranks.size * width)
+        self._on(x.plan).record(held, (_NORM, *where, *rule, *whole))
 
     def add(self, x: Activation, branch: Activation, multiplier: float = 1.0) -> Activation:
         if x.rows != branch.rows or x.columns != branch.columns:

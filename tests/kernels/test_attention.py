@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fgsnap.kernels import native
 from fgsnap.kernels.ops import (
     AlibiArgs,
     AttentionArgs,
@@ -19,6 +21,7 @@ from fgsnap.kernels.ops import (
     QkNormArgs,
     TemperatureArgs,
 )
+from fgsnap.kernels.ranks import Ranks, rank_memory
 from fgsnap.kernels.reference import Reference
 from tests.kernels.backends import (
     EPSILON,
@@ -381,6 +384,43 @@ def test_norm_heads(backend, heads, kv_heads):
     expected = torch.cat([query(qkv[:, :n]), key(qkv[:, n : n + k]), qkv[:, n + k :]], -1)
     assert_close(found, expected, backend.activation)
     assert torch.equal(found[:, n + k :], qkv[:, n + k :])
+
+
+@pytest.mark.skipif(not native.available()[0], reason="only native computes in ranks")
+@pytest.mark.parametrize("kv_heads", [3, 1], ids=["divided", "replicated"])
+def test_norm_heads_over_native_ranks(kv_heads):
+    """Each rank has some of the heads and normalises them by the squares of all; one key head is on every rank."""
+    heads, dim, size = 6, 12, 3
+    n, k = heads * dim, kv_heads * dim
+    query, key = Norm("rms", 1e-5, exact(n, seed=1)), Norm("rms", 1e-2, exact(k, seed=2))
+    qkv = exact(9, n + 2 * k, seed=3, scale=2.0)
+    expected = torch.cat([query(qkv[:, :n]), key(qkv[:, n : n + k]), qkv[:, n + k :]], -1)
+    memory = rank_memory(size, 2)
+    own_kv = max(1, kv_heads // size)
+
+    def part(rank, whole):
+        """Rank's columns of queries, keys and values."""
+        first = rank * own_kv % kv_heads * dim
+        keys, values = n + first, n + k + first
+        q = whole[:, rank * n // size : (rank + 1) * n // size]
+        return torch.cat([q, whole[:, keys : keys + own_kv * dim], whole[:, values : values + own_kv * dim]], -1)
+
+    def norms_of(ops, rank):
+        first = rank * own_kv % kv_heads * dim
+        of_queries = query._replace(weight=query.weight[rank * n // size : (rank + 1) * n // size])
+        of_keys = key._replace(weight=key.weight[first : first + own_kv * dim])
+        return of_queries.args(ops), of_keys.args(ops)
+
+    def compute(rank):
+        ops = native.Native("float32", 1, ranks=Ranks(rank, size, memory))
+        own = part(rank, qkv)
+        args = AttentionArgs(heads // size, own_kv, dim, 1.0)
+        found = ops.norm_heads(tensor(ops, own), args, *norms_of(ops, rank))
+        return values_of(ops, found, 9, own.shape[1])
+
+    with ThreadPoolExecutor(size) as pool:
+        for rank, found in enumerate(pool.map(compute, range(size))):
+            assert_close(found, part(rank, expected), EPSILON["float32"])
 
 
 # sizes of caches

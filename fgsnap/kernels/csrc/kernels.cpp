@@ -15,8 +15,8 @@
 namespace fgsnap {
 
 extern const Kernels JOIN(kernels_, FGSNAP_VARIANT) = {
-    TEXT(FGSNAP_VARIANT), HAS_DOTS, embed, norm,   add,    linear, select, rope,      append,
-    attend,               activate, gate,  latent, rotate, route,  assign, expert_up, expert_down,
+    TEXT(FGSNAP_VARIANT), HAS_DOTS, embed, norm,   squares, add,   linear, select,    rope,        append,
+    attend,               activate, gate,  latent, rotate,  route, assign, expert_up, expert_down,
 };
 
 }  // namespace fgsnap

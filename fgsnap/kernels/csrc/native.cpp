@@ -63,6 +63,7 @@ int64_t length(Kind kind) {
     switch (kind) {
         case Kind::embed: return sizeof(Embed) / 8;
         case Kind::norm: return sizeof(Norm) / 8;
+        case Kind::squares: return sizeof(Squares) / 8;
         case Kind::add: return sizeof(Add) / 8;
         case Kind::linear: return sizeof(Linear) / 8;
         case Kind::select: return sizeof(Select) / 8;
@@ -94,6 +95,7 @@ class Divider {
         switch (record.kind) {
             case Kind::embed: return tokens(as<Embed>(record.words).width);
             case Kind::norm: return tokens(as<Norm>(record.words).width);
+            case Kind::squares: return tokens(as<Squares>(record.words).width);
             case Kind::add: return tokens(as<Add>(record.words).width);
             case Kind::linear: return linear(as<Linear>(record.words));
             case Kind::select: return phase(step_.rows, step_.rows * as<Select>(record.words).width);
@@ -177,6 +179,7 @@ class Forward : public Job {
         switch (records_[phase].kind) {
             case Kind::embed: return kernels_.embed(as<Embed>(words), step_, share);
             case Kind::norm: return kernels_.norm(as<Norm>(words), step_, share);
+            case Kind::squares: return kernels_.squares(as<Squares>(words), step_, share);
             case Kind::add: return kernels_.add(as<Add>(words), step_, share);
             case Kind::linear: return kernels_.linear(as<Linear>(words), step_, share);
             case Kind::select: return kernels_.select(as<Select>(words), step_, share);

@@ -12,7 +12,7 @@
 
 namespace fgsnap {
 
-constexpr int ABI = 2;
+constexpr int ABI = 3;
 constexpr int64_t PANEL = 32;  // rows of a matrix that are computed together; those of a packed one lie together
 
 enum class Kind : int64_t {
@@ -34,6 +34,7 @@ enum class Kind : int64_t {
     expert_down,
     reduce,
     gather,
+    squares,
 };
 enum class Type : int64_t { f32, bf16, f16 };
 enum class NormKind : int64_t { rms, ln, l2 };
@@ -95,11 +96,23 @@ struct Embed {
 };
 
 // Columns [begin, begin + width) of rows that are pitch numbers apart; y likewise.
+// squares >= 0: the vector is part of one of `whole` numbers; number `column` of that register's rows of `columns` is the
+// sum of its squares.
 struct Norm {
     Kind kind;
     Operand x, y;
     int64_t width, pitch, begin;
     NormRule rule;
+    Register squares;
+    int64_t columns, column, whole;
+};
+
+// Number `column` of y's rows of `columns` = the sum of the squares of a part of x.
+struct Squares {
+    Kind kind;
+    Operand x;
+    Register y;
+    int64_t width, pitch, begin, columns, column;
 };
 
 struct Add {
@@ -301,6 +314,7 @@ struct Kernels {
     int64_t dots;  // whether bfloat16 rows are multiplied as they are, by the processor's own instruction
     void (*embed)(const Embed&, const Step&, const Share&);
     void (*norm)(const Norm&, const Step&, const Share&);
+    void (*squares)(const Squares&, const Step&, const Share&);
     void (*add)(const Add&, const Step&, const Share&);
     void (*linear)(const Linear&, const Step&, const Share&);
     void (*select)(const Select&, const Step&, const Share&);

@@ -51,11 +51,9 @@ INLINE float moment(const float* x, int64_t width, float mean, bool squared) {
     return total;
 }
 
-// x may be y.
-INLINE void norm_row(const NormRule& rule, const float* x, int64_t width, float* y) {
+// `square` is the mean of (x - mean)^2; x may be y.
+INLINE void scale_row(const NormRule& rule, const float* x, int64_t width, float mean, float square, float* y) {
     const float offset = rule.unit_offset ? 1.0f : 0.0f;
-    const float mean = rule.how == NormKind::ln ? moment(x, width, 0, false) / float(width) : 0.0f;
-    const float square = moment(x, width, mean, true) / float(width);
     const float scale = 1.0f / sqrtf(square + float(rule.eps));
     for (int64_t i = 0; i < width; ++i) y[i] = (x[i] - mean) * scale;
     if (rule.weight.at != nullptr)
@@ -67,6 +65,12 @@ INLINE void norm_row(const NormRule& rule, const float* x, int64_t width, float*
         for (int64_t i = 0; i < width; ++i) y[i] += element(rule.bias, i);
 }
 
+// x may be y.
+INLINE void norm_row(const NormRule& rule, const float* x, int64_t width, float* y) {
+    const float mean = rule.how == NormKind::ln ? moment(x, width, 0, false) / float(width) : 0.0f;
+    scale_row(rule, x, width, mean, moment(x, width, mean, true) / float(width), y);
+}
+
 constexpr int64_t LOCAL = 256;  // numbers that are held on the stack between reading and writing
 
 void norm(const Norm& op, const Step& step, const Share& share) {
@@ -74,9 +78,22 @@ void norm(const Norm& op, const Step& step, const Share& share) {
     const int64_t x_item = op.x.type == Type::f32 ? 4 : 2, y_item = op.y.type == Type::f32 ? 4 : 2;
     for (int64_t t = share.begin; t < share.end; ++t) {
         read_row(op.x.type, row_of(step, op.x, t, op.pitch) + op.begin * x_item, op.width, values);
-        norm_row(op.rule, values, op.width, values);
+        if (op.squares < 0)
+            norm_row(op.rule, values, op.width, values);
+        else
+            scale_row(op.rule, values, op.width, 0,
+                      step.floats(op.squares)[t * op.columns + op.column] / float(op.whole), values);
         char* y = row_of(step, op.y, t, op.pitch) + op.begin * y_item;
         write_row(op.y.type, values, op.width, y, op.begin + op.width == op.pitch);
+    }
+}
+
+void squares(const Squares& op, const Step& step, const Share& share) {
+    float* const values = reinterpret_cast<float*>(share.scratch.need(size_t(op.width) * 4));
+    const int64_t item = op.x.type == Type::f32 ? 4 : 2;
+    for (int64_t t = share.begin; t < share.end; ++t) {
+        read_row(op.x.type, row_of(step, op.x, t, op.pitch) + op.begin * item, op.width, values);
+        step.floats(op.y)[t * op.columns + op.column] = moment(values, op.width, 0, true);
     }
 }
 
