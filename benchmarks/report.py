@@ -58,6 +58,20 @@ imports. The canary is computed by a process of its own, which has torch loaded.
 
 """
 
+PACKING = """\
+## The packed layout
+
+Tokens a second of the native backend on a snapshot made with `--target cpu`, and on a generic one of the same weights.
+
+"""
+
+BUILD = """\
+## Building
+
+`pip install .` into a new virtual environment, its build tools included, other packages not: {wall} seconds, {cpu}
+seconds of CPU time. Promised: at most {goal:.0f} seconds.
+"""
+
 TOKENIZERS = """\
 ## Loading tokenizers
 
@@ -118,7 +132,9 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         "startup": startup,
         "peers": peers,
         "cli": commands,
+        "packing": packing,
         "tokenizer_loading": tokenizers,
+        "build": build,
         "convert": conversion,
         "parity": parity,
     }
@@ -152,6 +168,20 @@ def commands(result: dict[str, Any]) -> str:
     names = {"python": "`python -c pass`"}
     rows = [(names.get(name, f"`fgsnap {name}`"), spread(each, 3)) for name, each in result["seconds"].items()]
     return f"## Commands\n\nWall time of a whole process.\n\n{table(('', 'seconds'), rows)}"
+
+
+def packing(result: dict[str, Any]) -> str:
+    rates, ratios = result["tokens_per_second"], result["cpu_over_generic"]
+    rows = [
+        (job.replace("_", " "), spread(rates["cpu"][job], 0), spread(rates["generic"][job], 0), spread(ratio))
+        for job, ratio in ratios.items()
+    ]
+    return PACKING + table(("", "`--target cpu`", "generic", "ratio"), rows)
+
+
+def build(result: dict[str, Any]) -> str:
+    wall, cpu = spread(result["seconds"], 0), spread(result["cpu_seconds"], 0)
+    return BUILD.format(wall=wall, cpu=cpu, goal=result["goal_seconds"])
 
 
 def tokenizers(result: dict[str, Any]) -> str:

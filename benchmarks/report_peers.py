@@ -45,7 +45,7 @@ of each process's highest resident set. Every round gives each engine its turn w
 """
 
 HOST = """\
-In the same rounds the host read {bytes} GB/s and did {operations} x 10^9 operations/s ({kind}).
+Right before each of these the host read {bytes} GB/s and did {operations} x 10^9 operations/s ({kind}).
 fgsnap's decode of one sequence is {decode} of that bandwidth, its prefill of 512 tokens {prefill} of that rate.
 """
 

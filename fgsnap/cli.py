@@ -156,7 +156,7 @@ class BenchGroup(SuggestingGroup):
 @click.group(
     cls=SuggestingGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    epilog="Start with: fgsnap convert ORG/NAME -o snap/ && fgsnap serve snap/",
+    epilog="Start with: fgsnap convert ORG/NAME -o snap/ --target cpu && fgsnap serve snap/",
 )
 @click.version_option(__version__, "--version", prog_name="fgsnap", message="%(prog)s %(version)s")
 def cli() -> None:
@@ -172,7 +172,12 @@ def cli() -> None:
 @option("-o", "--output", type=click.Path(path_type=Path), help="Directory of the new snapshot.")
 @option("--tp", type=click.IntRange(min=1), default=1, help="Tensor parallel degree: one rank file each.")
 @option("--dtype", type=click.Choice(DTYPES), help="Cast the weights; default: as in the checkpoint.")
-@option("--target", type=click.Choice(TARGETS), default="generic", help="Whose kernels the weights are laid out for.")
+@option(
+    "--target",
+    type=click.Choice(TARGETS),
+    default="generic",
+    help="Whose kernels the weights are laid out for; any read them.",
+)
 @option("--revision", help="Branch, tag or commit of a Hub repository.")
 @option("--dry-run", is_flag=True, help="Print the plan and write nothing; needs only config.json.")
 @option("--workers", type=click.IntRange(min=1), help="Threads that read and cast ahead of the writer.")
@@ -198,9 +203,8 @@ def convert(
 
     \b
     Examples:
-      fgsnap convert HuggingFaceTB/SmolLM2-135M-Instruct -o snap/
+      fgsnap convert HuggingFaceTB/SmolLM2-135M-Instruct -o snap/ --target cpu
       fgsnap convert ./checkpoint --tp 4 --dtype bfloat16 -o snap/
-      fgsnap convert ./checkpoint --target cpu -o snap/
       fgsnap convert ./checkpoint --tp 8 --dry-run
     """
     if dry_run:

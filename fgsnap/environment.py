@@ -22,7 +22,7 @@ _PACKAGES = (
     "gguf",
     "numpy",
     "starlette",
-    "uvicorn",
+    "h11",
 )
 _SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 _CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")

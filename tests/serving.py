@@ -20,11 +20,11 @@ import openai
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from fgsnap.runtime import wire, worker
+from fgsnap.runtime.connections import Listener
 from fgsnap.runtime.engine import Engine
 from fgsnap.runtime.link import Link
 from fgsnap.runtime.process import Worker
 from fgsnap.runtime.server import App, Identity
-from fgsnap.runtime.service import HttpServer
 from fgsnap.snapshot import Canary, TextSection
 from tests.doubles import ByteText, StubModel
 from tests.snapshots import make_snapshot, tiny_spec
@@ -127,17 +127,16 @@ class StubService:
             self._loop.run_until_complete(self._loop.shutdown_default_executor())
 
     async def _serve(self) -> None:
-        http = HttpServer(self.app)
-        serving = asyncio.create_task(http.serve(sockets=[self.listener]))
+        http = Listener(self.app)
+        await http.start(self.listener)
         engine = asyncio.create_task(self.link.supervise(self.workers.start()))
         stop = asyncio.create_task(self._stop.wait())
-        await asyncio.wait({stop, engine, serving}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({stop, engine}, return_when=asyncio.FIRST_COMPLETED)
         if engine.done():
             self.failure = engine.exception()
             await stop
         await self.link.close()
-        http.should_exit = True
-        await serving
+        await http.close(2.0)
         engine.cancel()
         await asyncio.gather(engine, return_exceptions=True)
 

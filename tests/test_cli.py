@@ -18,7 +18,7 @@ from tests.snapshots import make_snapshot, tiny_spec
 COMMANDS = ("convert", "serve", "run", "chat", "inspect", "verify", "export", "bench", "env", "version")
 TEXT = {"config.json": b"{}"}
 HEAVY = (
-    "torch", "transformers", "huggingface_hub", "numpy", "gguf", "starlette", "uvicorn", "tokenizers", "fgsnap.bench",
+    "torch", "transformers", "huggingface_hub", "numpy", "gguf", "starlette", "h11", "tokenizers", "fgsnap.bench",
 )  # fmt: skip
 
 

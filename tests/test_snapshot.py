@@ -551,15 +551,15 @@ def test_a_full_disk_is_told_with_the_bytes_needed(tmp_path: Path, monkeypatch: 
     spec = tiny_spec(width=256, vocab_size=6000, layers=1)
     size = plan_rank([(tensor, "float32") for tensor in stored_tensors(spec, 1, 0)]).size
     written = [0]
-    write = os.write
+    write = os.writev
 
-    def fill(descriptor: int, data: bytes | memoryview) -> int:
-        written[0] += len(data)
+    def fill(descriptor: int, parts: list[memoryview]) -> int:
+        written[0] += sum(map(len, parts))
         if written[0] > 5_000_000:
             raise OSError(code, os.strerror(code))
-        return write(descriptor, data)
+        return write(descriptor, parts)
 
-    monkeypatch.setattr(os, "write", fill)
+    monkeypatch.setattr(os, "writev", fill)
     with pytest.raises(HostError, match=f"needs {size} bytes") as error:
         make_snapshot(tmp_path / "s", spec)
     assert os.strerror(code) in error.value.why
@@ -567,23 +567,38 @@ def test_a_full_disk_is_told_with_the_bytes_needed(tmp_path: Path, monkeypatch: 
     assert names(tmp_path) == set()
 
 
-@pytest.mark.parametrize("refused", range(20))
+def test_writes_that_take_less_give_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = tiny_spec(layers=2)
+    whole = make_snapshot(tmp_path / "whole", spec)
+    write = os.writev
+    monkeypatch.setattr("fgsnap.snapshot.writing.HUGE_PAGE", 4096)
+    monkeypatch.setattr(os, "writev", lambda descriptor, parts: write(descriptor, [parts[0][:1000]]))
+    assert make_snapshot(tmp_path / "short", spec) == whole
+    files = sorted(file.name for file in (tmp_path / "whole").iterdir())
+    assert all((tmp_path / "short" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in files)
+
+
+@pytest.mark.parametrize("refused", range(12))
 def test_no_write_that_fails_leaves_a_descriptor_or_a_thread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: int
 ) -> None:
     """Header, slabs, the gap at the end, chunk digests, texts, manifest: each is refused once."""
     calls = [0]
-    write = os.write
 
-    def fill(descriptor: int, data: bytes | memoryview) -> int:
-        calls[0] += 1
-        if calls[0] == refused + 1:
-            raise OSError(errno.ENOSPC, "full")
-        return write(descriptor, data)
+    def fills(write):
+        def fill(descriptor: int, data) -> int:
+            calls[0] += 1
+            if calls[0] == refused + 1:
+                raise OSError(errno.ENOSPC, "full")
+            return write(descriptor, data)
+
+        return fill
 
     threads, descriptors = threading.active_count(), names(Path("/proc/self/fd"))
     with monkeypatch.context() as patched:
-        patched.setattr(os, "write", fill)
+        patched.setattr(os, "write", fills(os.write))
+        patched.setattr(os, "writev", fills(os.writev))
+        patched.setattr("fgsnap.snapshot.writing.HUGE_PAGE", 4096)  # so that a tiny file takes several writes
         with pytest.raises(HostError, match="No room to write"):
             make_snapshot(tmp_path / "s", tiny_spec(layers=1), text_files={"config.json": b"{}"})
     gc.collect()

@@ -47,7 +47,7 @@ def measure(
     program: Path,
     seldom: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Every contestant's figures, and the host's limits in the same rounds.
+    """Every contestant's figures, and the host's limits measured right before each job.
 
     Args:
         starters: the contestants; one that cannot start or answer gets a ``failure`` instead of figures.
@@ -56,7 +56,7 @@ def measure(
     """
     rates: Rates = {}
     rows: dict[str, dict[str, Any]] = {}
-    host: list[Limits] = []
+    host: dict[str, list[Limits]] = {job.name: [] for job in jobs}
     with ExitStack() as stack:
         running: dict[str, Contestant] = {}
         for name, start in starters.items():
@@ -66,8 +66,8 @@ def measure(
                 rows[name] = {"failure": str(error)}
                 tell(f"{name} failed: {error}")
         for number in range(rounds):
-            host.append(limits(program))
             for index, job in enumerate(jobs):
+                host[job.name].append(limits(program))
                 order = list(running) if (number + index) % 2 == 0 else list(reversed(running))
                 for name in order:
                     rate = None
@@ -77,6 +77,7 @@ def measure(
         for name, contestant in running.items():
             if rows[name]["answer"]:  # else the model is in programs that have ended
                 rows[name]["peak_mebibytes"] = contestant.group.peak() >> 20
+    measured = [each for of_job in host.values() for each in of_job]
     for name, of_name in rates.items():
         rows[name] |= {job: _summary(values) for job, values in of_name.items()}
     return {
@@ -85,9 +86,9 @@ def measure(
         "rounds": rounds,
         "contestants": rows,
         "host": {
-            "bytes_per_second": summary([each.bytes_per_second for each in host], 0),
-            "operations_per_second": summary([each.operations_per_second for each in host], 0),
-            "operations": host[0].operations,
+            "bytes_per_second": summary([each.bytes_per_second for each in measured], 0),
+            "operations_per_second": summary([each.operations_per_second for each in measured], 0),
+            "operations": measured[0].operations,
         },
         "shares": _shares(model, jobs, rates, host),
         "rates": rates,
@@ -134,7 +135,7 @@ def _summary(values: Sequence[float | None]) -> dict[str, float | int] | None:
     return summary(known, 1) if known else None
 
 
-def _shares(model: Model, jobs: Sequence[Job], rates: Rates, host: Sequence[Limits]) -> dict[str, Any]:
+def _shares(model: Model, jobs: Sequence[Job], rates: Rates, host: Mapping[str, Sequence[Limits]]) -> dict[str, Any]:
     """Each contestant's decode of one sequence as a share of the bandwidth, and prefill as one of the bfloat16 rate."""
     found: dict[str, Any] = {}
     for name, of_name in rates.items():
@@ -144,7 +145,7 @@ def _shares(model: Model, jobs: Sequence[Job], rates: Rates, host: Sequence[Limi
             cost = model.weight_bytes if job.sequences else model.prefill_operations(job.size) / job.size
             values = [
                 rate * cost / (each.bytes_per_second if job.sequences else each.operations_per_second)
-                for rate, each in zip(of_name[job.name], host, strict=True)
+                for rate, each in zip(of_name[job.name], host[job.name], strict=True)
                 if rate is not None
             ]
             if values:

@@ -13,7 +13,7 @@ from typing import Any
 
 from fgsnap.environment import describe, installed
 
-PACKAGES = ("fgsnap", "torch", "transformers", "tokenizers", "safetensors", "uvicorn")
+PACKAGES = ("fgsnap", "torch", "transformers", "tokenizers", "safetensors", "h11")
 
 
 def summary(values: Sequence[float], digits: int = 4) -> dict[str, float | int]:

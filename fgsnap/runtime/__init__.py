@@ -2,7 +2,7 @@
 
 A request's life, one module a line:
 
-1  server      reads the HTTP request, watches its connection, and routes it
+1  server      takes the HTTP request from its connection (connections), watches it, and routes it
 2  protocol    checks the body into a typed request, or answers 400 with the field at fault
 3  text        renders the chat template and tokenizes
 4  link        carries it over one pipe into the engine's process, where worker takes it in

@@ -128,7 +128,7 @@ class App:
         self._created = int(time.time())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        assert scope["type"] == "http", "uvicorn is told to offer nothing else"
+        assert scope["type"] == "http"
         scope["app"] = self
         reply = _Reply(scope, send, closing=lambda: self.draining)
         try:

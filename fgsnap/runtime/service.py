@@ -8,17 +8,13 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import uvicorn
-import uvicorn.lifespan.off  # uvicorn would import it in the middle of its start
-from uvicorn.protocols.http.h11_impl import H11Protocol
-
 from fgsnap.errors import SnapshotRefused, UsageError
 from fgsnap.runtime import startup, wire
+from fgsnap.runtime.connections import Listener
 from fgsnap.runtime.link import STALL_SECONDS, START_SECONDS, Link
 from fgsnap.runtime.server import App, Identity, TextSide
 from fgsnap.runtime.worker import ENDING
@@ -28,32 +24,10 @@ if TYPE_CHECKING:
     from fgsnap.runtime.process import Worker
     from fgsnap.snapshot import Snapshot
 
-HEADER_LIMIT = 1 << 16
 INTERRUPT_GRACE_SECONDS = 2.0  # who presses Ctrl-C does not want to wait
 DAMAGE_SECONDS = 1.0  # between two looks at files that nobody should change
-CLOSE_SECONDS = 2  # for connections to take what was written to them, after the last request
+CLOSE_SECONDS = 2.0  # for connections to take what was written to them, after the last request
 LOOPBACK = ("127.", "localhost", "::1")
-
-
-class HttpServer(uvicorn.Server):
-    """uvicorn without its signal handlers: the service decides when to stop.
-
-    Args:
-        app: what to serve.
-        on_started: called when connections are being accepted.
-    """
-
-    def __init__(self, app: App, on_started: Callable[[], object] = lambda: None) -> None:
-        super().__init__(_http_config(app))
-        self._on_started = on_started
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._on_started()
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 class Service:
@@ -113,13 +87,14 @@ class Service:
         self._url = _url(listener)
         self._warn_if_open(listener)
         signals = _signals()
-        http = HttpServer(self._app, self._note_serving)
-        serving = asyncio.create_task(http.serve(sockets=[listener]))
+        http = Listener(self._app)
+        await http.start(listener)
+        self._note_serving()
         engine = asyncio.create_task(self._link.supervise(worker))
         stopping = asyncio.create_task(signals.get())
         checking = asyncio.create_task(self._checked_while_serving())
         try:
-            await asyncio.wait({engine, stopping, serving, checking}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({engine, stopping, checking}, return_when=asyncio.FIRST_COMPLETED)
             self._app.draining = True
             if stopping.done():
                 code = await self._drained(stopping.result(), signals)
@@ -131,11 +106,10 @@ class Service:
             return 1
         finally:
             await self._link.close()
-            http.should_exit = True
-            await asyncio.wait({serving}, timeout=CLOSE_SECONDS + 1)
-            for task in (engine, stopping, checking, serving):
+            await http.close(CLOSE_SECONDS)
+            for task in (engine, stopping, checking):
                 task.cancel()
-            await asyncio.gather(engine, stopping, checking, serving, return_exceptions=True)
+            await asyncio.gather(engine, stopping, checking, return_exceptions=True)
 
     async def _drained(self, first: int, signals: asyncio.Queue[int]) -> int:
         """Let open requests finish within the grace time; a second signal cuts it short. Returns the exit code."""
@@ -258,24 +232,6 @@ def _signals() -> asyncio.Queue[int]:
             continue
         loop.add_signal_handler(number, queue.put_nowait, int(number))
     return queue
-
-
-def _http_config(app: App) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,
-        http=H11Protocol,  # it bounds the size of headers, which httptools does not
-        ws="none",
-        loop="asyncio",
-        lifespan="off",
-        interface="asgi3",
-        h11_max_incomplete_event_size=HEADER_LIMIT,
-        log_config=None,
-        log_level="error",
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        timeout_graceful_shutdown=CLOSE_SECONDS,
-    )
 
 
 def _model_name(options: ServeOptions, snapshot: Snapshot) -> str:

@@ -49,6 +49,8 @@ class RankFile:
     def __init__(self, descriptor: int) -> None:
         self.written = os.fstat(descriptor).st_mtime_ns
         self.data = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+        with contextlib.suppress(OSError, AttributeError):  # not every kernel and file system has them
+            self.data.madvise(mmap.MADV_HUGEPAGE)  # what is read from disk now comes in huge pages
         self.descriptor = os.dup(descriptor)
         self._let_go = weakref.finalize(self, os.close, self.descriptor)
 

@@ -73,9 +73,9 @@ def test_the_work_of_a_prompt_and_the_bytes_of_a_token(tmp_path):
     assert model.prefill_operations(5) == 2 * (layers + head + attention)
 
 
-def test_shares_are_of_the_limits_measured_in_the_same_round(tmp_path):
+def test_shares_are_of_the_limits_measured_beside_it(tmp_path):
     model = a_model(tmp_path)
-    host = [Limits(1840.0, 1000.0, "x"), Limits(18400.0, 1000.0, "x")]
+    host = {"decode_1": [Limits(1840.0, 1000.0, "x"), Limits(18400.0, 1000.0, "x")]}
     rates = {"fgsnap": {"decode_1": [5.0, 50.0], "decode_8": [9.0, 9.0]}}
     shares = speed._shares(model, [Job(1, 9), Job(8, 9)], rates, host)
     assert shares == {"fgsnap": {"decode_1": {"median": 0.5, "min": 0.5, "max": 0.5, "runs": 2}}}

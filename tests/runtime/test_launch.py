@@ -216,7 +216,7 @@ def test_the_start_of_a_process_is_known_to_a_few_milliseconds():
 
 
 def test_the_parent_imports_nothing_for_http_before_it_forks(snapshot):
-    heavy = ("asyncio", "uvicorn", "starlette", "tokenizers", "minijinja", "torch", "numpy", "prometheus_client")
+    heavy = ("asyncio", "h11", "starlette", "tokenizers", "minijinja", "torch", "numpy", "prometheus_client")
     program = (
         "import sys\n"
         "from fgsnap.runtime import launch, options, process\n"
