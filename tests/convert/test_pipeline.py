@@ -310,6 +310,7 @@ from fgsnap.convert.pipeline import convert
 def leave(*_):
     raise SystemExit(143)
 signal.signal(signal.SIGTERM, leave)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 def wait(done, total):
     if done > total // 3:
         print("writing", flush=True)
