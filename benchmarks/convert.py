@@ -15,7 +15,6 @@ each of the three; peaks of both sizes within 10 % of each other, cast or not.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -30,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import finish
+from common import arguments, finish
 
 from fgsnap.bench.record import summary
 from fgsnap.convert.families import llama
@@ -67,14 +66,12 @@ print(time.monotonic() - begin)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, 5)
     parser.add_argument(
         "--dir", type=Path, default=Path(), help="on the disk to measure, with 13 GB of room; default: here"
     )
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cache", choices=("warm", "cold"), default="warm", help="page cache of the source")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and two rounds, to see that it runs")
-    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     rounds = 2 if options.quick else options.rounds
     configs = [config(2, 2), config(2, 6)] if options.quick else [config(6, 2048), config(30, 2048)]

@@ -8,16 +8,14 @@ round. From the generic one the panels that the kernels read are made anew in ev
 
 from __future__ import annotations
 
-import argparse
-import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from common import finish, smollm2_gguf
+from common import arguments, finish, smollm2_gguf
+from engines.contest import PROMPT, prompts
 
 from fgsnap.bench import local
 from fgsnap.bench.record import summary
@@ -30,15 +28,11 @@ FGSNAP = str(Path(sys.executable).with_name("fgsnap"))
 TARGETS = ("generic", "cpu")
 DECODE = ((1, 64), (8, 64), (32, 32))
 PREFILL = (512, 2048)
-PROMPT = 16  # tokens before a decode
 OPTIONS = EngineOptions(backend="native", tp=1, max_model_len=2304, kv_memory=1 << 30)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
+    options = arguments(__doc__, 5).parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         engines = {target: engine_of(Path(scratch) / target, target) for target in TARGETS}
         rates: dict[str, dict[str, list[float]]] = {target: {} for target in TARGETS}
@@ -68,19 +62,18 @@ def engine_of(folder: Path, target: str) -> Engine:
 
 def measured(engine: Engine, seed: int) -> Mapping[str, float]:
     """Tokens a second of every job."""
-    found: dict[str, Any] = {}
+    found: dict[str, float] = {}
     for batch, answer in DECODE:
-        rate = local.decode_rate(local.run(engine, prompts(batch, PROMPT, seed), answer).steps, batch)
+        rate = local.decode_rate(run(engine, batch, PROMPT, answer, seed), batch)
         assert rate is not None
         found[f"decode_{batch}"] = rate
     for length in PREFILL:
-        found[f"prefill_{length}"] = local.prefill_rate(local.run(engine, prompts(1, length, seed), 1).steps)
+        found[f"prefill_{length}"] = local.prefill_rate(run(engine, 1, length, 1, seed))
     return found
 
 
-def prompts(count: int, length: int, seed: int) -> list[tuple[int, ...]]:
-    draw = random.Random(f"{seed}/{count}/{length}")
-    return [tuple(draw.choices(range(1000, 30000), k=length)) for _ in range(count)]
+def run(engine: Engine, count: int, length: int, answer: int, seed: int) -> Sequence[local.Step]:
+    return local.run(engine, [tuple(prompt) for prompt in prompts(count, length, seed)], answer).steps
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ is the share of that wall time that no phase covers.
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -22,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import finish, smollm2_gguf
+from common import arguments, finish, smollm2_gguf
 
 from fgsnap.bench.record import summary
 from fgsnap.bench.startup import PROMPT, Start, account, start_once
@@ -42,11 +41,9 @@ print(tokenizer.decode(out[0, ids["input_ids"].shape[1]:]))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = arguments(__doc__, 7)
     parser.add_argument("--backend", action="append", help="may be given several times; default: native, reference")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     backends = options.backend or ["native", "reference"]
     with tempfile.TemporaryDirectory() as scratch:

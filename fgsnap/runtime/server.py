@@ -10,7 +10,6 @@ import asyncio
 import functools
 import hmac
 import os
-import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager
@@ -21,6 +20,7 @@ import msgspec
 from fgsnap.errors import RequestError
 from fgsnap.runtime import answers, metrics, protocol, wire
 from fgsnap.runtime.answers import Piece
+from fgsnap.runtime.connections import show_failure
 from fgsnap.runtime.link import Inbox, Link, Lost, unavailable
 from fgsnap.runtime.request import Output, Token
 from fgsnap.runtime.request import Request as EngineRequest
@@ -142,7 +142,7 @@ class App:
         except RequestError as error:
             await reply.refuse(error)
         except Exception as error:
-            _show(error)
+            show_failure(error)
             await reply.refuse(RequestError("The server failed on this request.", status=500, code="internal_error"))
         self.metrics.responses[_route_name(scope), str(reply.status)] += 1
 
@@ -500,14 +500,6 @@ def _route_name(scope: Scope) -> str:
         return str(scope["path"])
     route = scope.get("route")
     return str(route.path) if route is not None else "other"
-
-
-def _show(error: Exception) -> None:
-    print(f"fgsnap: a request failed inside the server: {type(error).__name__}.", file=sys.stderr)
-    if os.environ.get("FGSNAP_DEBUG"):
-        import traceback
-
-        traceback.print_exception(error)
 
 
 def _head(status: int, content_type: bytes, *headers: tuple[bytes, bytes]) -> Message:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fgsnap.errors import SnapshotRefused, UsageError
 from fgsnap.runtime import startup, wire
 from fgsnap.runtime.connections import Listener
+from fgsnap.runtime.launch import BACKLOG
 from fgsnap.runtime.link import STALL_SECONDS, START_SECONDS, Link
 from fgsnap.runtime.server import App, Identity, TextSide
 from fgsnap.runtime.worker import ENDING
@@ -88,7 +89,7 @@ class Service:
         self._warn_if_open(listener)
         signals = _signals()
         http = Listener(self._app)
-        await http.start(listener)
+        await http.start(listener, BACKLOG)
         self._note_serving()
         engine = asyncio.create_task(self._link.supervise(worker))
         stopping = asyncio.create_task(signals.get())

@@ -7,6 +7,7 @@ in a fresh interpreter; see ``process``. It never outlives its parent.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import math
 import os
@@ -239,6 +240,7 @@ def _show(error: Exception) -> None:
 
 def live(end: socket.socket, started: float, parent: int) -> int:
     """Be a worker of the process ``parent`` until it is done, and return the exit code."""
+    gc.disable()  # until it serves
     # The server decides when to stop; a Ctrl-C and a hangup reach the whole process group.
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)

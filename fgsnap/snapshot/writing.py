@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections import deque
 from pathlib import Path
@@ -42,8 +43,11 @@ DIGESTS_BEHIND = 4
 """Slabs that the digests may lag behind the disk."""
 
 HUGE_PAGE = 2 << 20
-"""A file written in whole ones lies in the page cache in whole ones, where the file system can: weights are then
-mapped by hundreds of entries instead of hundreds of thousands, and read a tenth faster."""
+"""A file that is written in whole ones lies in the page cache in whole ones, where kernel and file system can: weights
+are then mapped by hundreds of entries instead of hundreds of thousands."""
+
+MOST_PARTS = 1024
+"""Pieces that one call may write (IOV_MAX of Linux)."""
 
 
 class SnapshotWriter:
@@ -163,7 +167,7 @@ class RankWriter:
         self._chunks: list[bytes] = []
         self._at = 0
         self._written = 0
-        self._waiting: list[memoryview] = []  # what has been appended and not written
+        self._waiting: deque[memoryview] = deque()  # what has been appended and not written
         with host_errors(path, layout.size):
             self._fd = create_file(path)
         self._digesters = tuple(ThreadPoolExecutor(1, thread_name_prefix="digest") for _ in range(2))
@@ -240,17 +244,15 @@ class RankWriter:
         """Write what waits, up to byte ``stop`` of the file."""
         while self._written < stop:
             parts, left = [], stop - self._written
-            for part in self._waiting:
+            for part in itertools.islice(self._waiting, MOST_PARTS):
                 parts.append(part[:left])
                 left -= len(parts[-1])
-                if left == 0:
-                    break
             done = os.writev(self._fd, parts)
             self._written += done
             while done:
-                first = self._waiting.pop(0)
+                first = self._waiting.popleft()
                 if done < len(first):
-                    self._waiting.insert(0, first[done:])
+                    self._waiting.appendleft(first[done:])
                 done -= min(done, len(first))
 
     def _catch_up(self, behind: int) -> None:

@@ -8,6 +8,7 @@ import http.client
 import io
 import json
 import socket
+import struct
 import threading
 import time
 
@@ -69,7 +70,7 @@ class Service:
         self.port = self.listening.getsockname()[1]
         self.loop = asyncio.new_event_loop()
         self.listener = Listener(app)
-        self.loop.run_until_complete(self.listener.start(self.listening))
+        self.loop.run_until_complete(self.listener.start(self.listening, 77))
         self.thread = threading.Thread(target=self.loop.run_forever)
         self.thread.start()
 
@@ -264,6 +265,23 @@ def test_who_says_nothing_is_closed_in_time(monkeypatch):
             assert idle.recv(1) == b"" and silent.recv(1) == b""
     finally:
         service.stop()
+
+
+def test_headers_that_trickle_in_are_given_up_in_time(monkeypatch):
+    monkeypatch.setattr(connections, "REQUEST_SECONDS", 0.3)
+    service = Service()
+    try:
+        with raw(service) as connection, pytest.raises(OSError):
+            for _ in range(1000):
+                connection.sendall(b"G")
+                time.sleep(0.02)
+    finally:
+        service.stop()
+
+
+def test_as_many_clients_may_wait_as_were_asked_for(service):
+    held = struct.unpack_from("I", service.listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104), 28)[0]
+    assert held == 77, "asyncio listens anew, with a backlog of its own where none is given"
 
 
 def test_closing_lets_answers_end_and_cuts_what_does_not(service):
