@@ -182,7 +182,7 @@ void score(const Places<typename M::Number>& places, const Blocks& blocks, int64
                 V sums[T][2];
                 for (int t = 0; t < T; ++t) sums[t][0] = sums[t][1] = zero();
                 const char* x = q.at + first * q.pitch;
-                accumulate<M, T, 2, 1>(sums, w, LINE, places.key_words, x, q.pitch, ahead);
+                accumulate<M, T, 2, 1, SECOND_LEVEL>(sums, w, LINE, places.key_words, x, q.pitch, ahead);
                 for (int t = 0; t < T; ++t)
                     for (int n = 0; n < (two ? 2 : 1); ++n)
                         store(scores + (first + t) * pitch + (group + n) * GROUP, sums[t][n]);
@@ -275,7 +275,7 @@ INLINE void mix(const Places<typename M::Number>& places, const Blocks& blocks, 
         const char* const x = p + (block - blocks.first) * blocks.span / WORD * M::X_BYTES;
         const char* const ahead =
             block + 1 < blocks.last ? places.values(blocks.table[block + 1], head) + lane * 4 : at;
-        accumulate<M, T, 2, 1>(sums, w, places.value_lanes * 4, (filled + WORD - 1) / WORD, x, pitch, ahead);
+        accumulate<M, T, 2, 1, SECOND_LEVEL>(sums, w, places.value_lanes * 4, (filled + WORD - 1) / WORD, x, pitch, ahead);
     }
 }
 

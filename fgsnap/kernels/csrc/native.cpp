@@ -19,6 +19,7 @@ namespace {
 
 constexpr int64_t SMALL = 16384;  // an op on fewer numbers than this is not worth dividing
 constexpr int64_t SHARES = 4;     // grains that a thread's range is worked off in, so that others can help
+constexpr int64_t FINE = 16;      // the same of a product that is over when the last byte of its matrix is read
 
 constexpr size_t NEAR = 4;           // ops from one product to the next one
 constexpr int64_t FETCHED = 64 << 10;  // bytes of it that are fetched before it begins
@@ -118,9 +119,9 @@ class Divider {
 
    private:
     // `numbers` is about how many multiplications the whole op takes.
-    Job::Phase phase(int64_t units, int64_t numbers) const {
+    Job::Phase phase(int64_t units, int64_t numbers, int64_t shares = SHARES) const {
         if (numbers < SMALL || threads_ == 1) return {units, std::max<int64_t>(units, 1)};
-        return {units, std::max<int64_t>(1, units / (threads_ * SHARES))};
+        return {units, std::max<int64_t>(1, units / (threads_ * shares))};
     }
 
     Job::Phase tokens(int64_t width) const { return phase(step_.tokens, step_.tokens * width); }
@@ -132,7 +133,7 @@ class Divider {
     Job::Phase linear(const Linear& op) const {
         const int64_t count = op.selected ? step_.rows : step_.tokens;
         if (count == 0) return {0, 1};
-        return phase(op.heads * panels(op.out), op.heads * count * op.in * op.out);
+        return phase(op.heads * panels(op.out), op.heads * count * op.in * op.out, count <= FEW ? FINE : SHARES);
     }
 
     // Tiles of tokens times key heads; a few short sequences are not divided.

@@ -69,20 +69,23 @@ using Bfloat = Wide<BF16>;
 constexpr int64_t HAS_DOTS = 0;
 #endif
 
-// Memory to fetch while a tile is computed: `lines` cache lines a word.
+constexpr int FIRST_LEVEL = 3, SECOND_LEVEL = 2;  // caches, as __builtin_prefetch counts them
+
+// Memory to fetch while a tile is computed: `lines` cache lines a word, into a level.
 struct Ahead {
     const char* at;
     int lines;
+    int level;
 };
 
 // sums += `words` words of N sixteens of lanes, each `stride` bytes apart, times T rows of x, `pitch` bytes apart.
-template <class M, int T, int N, int LINES>
+template <class M, int T, int N, int LINES, int LEVEL>
 INLINE void accumulate(V (&sums)[T][N], const char* const (&from)[N], int64_t stride, int64_t words, const char* x,
                        int64_t pitch, const char* ahead) {
     const char* w[N];
     for (int n = 0; n < N; ++n) w[n] = from[n];
     for (int64_t word = 0; word < words; ++word) {
-        for (int line = 0; line < LINES; ++line) __builtin_prefetch(ahead + line * LINE, 0, 2);
+        for (int line = 0; line < LINES; ++line) __builtin_prefetch(ahead + line * LINE, 0, LEVEL);
         ahead += LINES * LINE;
         M::add(sums, w, x, pitch);
         for (int n = 0; n < N; ++n) w[n] += stride;
@@ -97,11 +100,14 @@ INLINE void tile(const char* w, int64_t words, const char* x, int64_t pitch, flo
     const char* const from[2] = {w, w + LINE};
     for (int t = 0; t < T; ++t)
         for (int n = 0; n < 2; ++n) sums[t][n] = resume ? load(y + t * PANEL + 16 * n) : zero();
-    switch (ahead.lines) {
-        case 0: accumulate<M, T, 2, 0>(sums, from, 2 * LINE, words, x, pitch, ahead.at); break;
-        case 1: accumulate<M, T, 2, 1>(sums, from, 2 * LINE, words, x, pitch, ahead.at); break;
-        default: accumulate<M, T, 2, 2>(sums, from, 2 * LINE, words, x, pitch, ahead.at); break;
-    }
+    if (ahead.lines == 0)
+        accumulate<M, T, 2, 0, SECOND_LEVEL>(sums, from, 2 * LINE, words, x, pitch, ahead.at);
+    else if (ahead.lines == 1)
+        accumulate<M, T, 2, 1, SECOND_LEVEL>(sums, from, 2 * LINE, words, x, pitch, ahead.at);
+    else if (ahead.level == FIRST_LEVEL)
+        accumulate<M, T, 2, 2, FIRST_LEVEL>(sums, from, 2 * LINE, words, x, pitch, ahead.at);
+    else
+        accumulate<M, T, 2, 2, SECOND_LEVEL>(sums, from, 2 * LINE, words, x, pitch, ahead.at);
     for (int t = 0; t < T; ++t)
         for (int n = 0; n < 2; ++n) store(y + t * PANEL + 16 * n, sums[t][n]);
 }

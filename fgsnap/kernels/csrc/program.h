@@ -14,6 +14,7 @@ namespace fgsnap {
 
 constexpr int ABI = 3;
 constexpr int64_t PANEL = 32;  // rows of a matrix that are computed together; those of a packed one lie together
+constexpr int64_t FEW = 4;     // rows of x whose product with a matrix takes as long as the matrix takes to be read
 
 enum class Kind : int64_t {
     embed,
