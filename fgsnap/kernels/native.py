@@ -481,6 +481,8 @@ class Native:
         words, at = tape.words, tape.last
         if not words or words[at] != _LINEAR or words[at + _L_Y] != branch.register or branch.kind != F32:
             return False
+        if words[at + _L_ACCUMULATE]:  # then the product is only a part of what ``branch`` is
+            return False
         if words[at + _L_X] == x.register or words[at + _L_ACTIVATION] or words[at + _L_MULTIPLIER] != _ONE:
             return False
         words[at + _L_Y], words[at + _L_ACCUMULATE], words[at + _L_MULTIPLIER] = x.register, 1, _bits(multiplier)

@@ -203,6 +203,24 @@ def test_add(backend, multiplier):
     assert_close(values_of(backend.ops, found, 9, 70), x + multiplier * y, backend.activation)
 
 
+def test_add_of_a_sum_of_products(backend):
+    """As a shared expert is added to the others, and both to the residual stream: no part of the sum may be lost."""
+    ops, table, head = backend.ops, exact(20, 40), exact(11, 40, seed=1)
+    held = [weight(ops, exact(40, 40, seed=seed), "float32") for seed in (2, 3)]
+    shared = HeadArgs(weight(ops, head, "float32"), None, 11)
+    rows = weight(ops, table, "float32")
+
+    def forward(plan):
+        stream, x = ops.embed(plan, rows, 2.0), ops.embed(plan, rows, 1.0)
+        branch = ops.add(ops.linear(x, held[0]), ops.linear(x, held[1]))
+        return ops.logits(ops.add(stream, branch), plan, shared)
+
+    batch = Batch([3, 5, 7], [0, 1, 2], [0, 3], [3], [[0]], [0, 1, 2])
+    found = values_of(ops, ops.taped(forward, 4)(batch), 3, 11)
+    x, (first, second) = table[[3, 5, 7]], (exact(40, 40, seed=seed) for seed in (2, 3))
+    assert_close(found, (2.0 * x + x @ first.T + x @ second.T) @ head.T, 4 * backend.activation)
+
+
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows, into, out", [(1, 576, 960), (2, 7, 3), (5, 64, 1), (33, 100, 65), (130, 192, 577)])
