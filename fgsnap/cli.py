@@ -58,7 +58,7 @@ def engine_options(command: Command) -> Command:
             option("--device", type=click.Choice(DEVICES), default="auto", help="Where the reference computes."),
             option(
                 "--dtype", type=click.Choice(("auto", *DTYPES)), default="auto",
-                help="Precision of activations and KV cache; auto is that of the weights.",
+                help="Precision of activations and KV cache; auto: the weights', but float32 for float16 on a CPU.",
             ),
             option(
                 "--tp", type=click.IntRange(min=1),
@@ -67,7 +67,7 @@ def engine_options(command: Command) -> Command:
             option("--max-model-len", type=click.IntRange(min=1), help="Longest context; default: the model's."),
             option("--max-batch-tokens", type=click.IntRange(min=1), default=512, help="Token budget of one forward."),
             option("--kv-memory", type=ByteSize(), help="KV cache; default: 2GiB, or half of what the weights leave."),
-            option("--threads", type=click.IntRange(min=1), help="CPU threads; default: what this process may use."),
+            option("--threads", type=click.IntRange(min=1), help="CPU threads of all ranks; default: those there are."),
         )
     ):  # fmt: skip
         command = decorate(command)
@@ -338,7 +338,7 @@ def chat(snapshot: Path, system: str | None, **settings: Any) -> None:
 @option("--tensors", is_flag=True, help="List every stored tensor.")
 @json_option
 def inspect(snapshot: Path, tensors: bool, as_json: bool) -> None:
-    """Show what a snapshot holds, from its manifest alone."""
+    """Show what a snapshot holds, from its manifest and the headers of its files."""
     from fgsnap.snapshot import open_snapshot
 
     opened = open_snapshot(snapshot)
@@ -395,7 +395,7 @@ def _print_tensors(manifest: Manifest) -> None:
 @json_option
 @progress_option
 def verify(snapshot: Path, as_json: bool, progress: bool | None) -> None:
-    """Hash every byte of a snapshot and compare it with the manifest."""
+    """Hash every byte that a snapshot's manifest covers, and compare."""
     from fgsnap.snapshot import verify as run_verification
 
     report = run_verification(snapshot, progress=_bar(progress, "verify"))
@@ -460,10 +460,19 @@ def _answer(path: Path, prompt: str, engine: EngineOptions, settings: dict[str, 
     from fgsnap.runtime.generate import answer
 
     streamed = not settings.pop("as_json")
-    result = answer(path, prompt, emit=_emit if streamed else None, engine=engine, **settings)
-    if streamed:
-        click.echo()
-    else:
+    emitted = False
+
+    def emit(text: str) -> None:
+        nonlocal emitted
+        emitted = True
+        _emit(text)
+
+    try:
+        result = answer(path, prompt, emit=emit if streamed else None, engine=engine, **settings)
+    finally:
+        if emitted:  # what goes wrong in the middle has a line of its own, too
+            click.echo()
+    if not streamed:
         print_json(
             {
                 "text": result.text,

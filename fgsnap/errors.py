@@ -81,15 +81,25 @@ class RequestError(FgsnapError):
         status: the HTTP status, 400 by default.
         param: the request field at fault, for the OpenAI error body.
         code: a machine-readable code for the OpenAI error body.
+        allow: the methods that the route takes, of an error with status 405.
     """
 
     def __init__(
-        self, what: str, why: str = "", next_step: str = "", *, status: int = 400, param: str = "", code: str = ""
+        self,
+        what: str,
+        why: str = "",
+        next_step: str = "",
+        *,
+        status: int = 400,
+        param: str = "",
+        code: str = "",
+        allow: str = "",
     ) -> None:
         super().__init__(what, why, next_step)
         self.status = status
         self.param = param
         self.code = code
+        self.allow = allow
 
 
 def missing_extra(package: str, extra: str, purpose: str) -> HostError:

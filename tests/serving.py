@@ -128,7 +128,7 @@ class StubService:
 
     async def _serve(self) -> None:
         http = Listener(self.app)
-        await http.start(self.listener)
+        http.start(self.listener)
         engine = asyncio.create_task(self.link.supervise(self.workers.start()))
         stop = asyncio.create_task(self._stop.wait())
         await asyncio.wait({stop, engine}, return_when=asyncio.FIRST_COMPLETED)

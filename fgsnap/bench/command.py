@@ -186,7 +186,7 @@ def serve(snapshot: Path | None, url: str | None, plot: Path | None, **settings:
       fgsnap bench serve --url http://127.0.0.1:8000/v1 --prompt-tokens 1200 --max-tokens 60
     """
     if (snapshot is None) == (url is None):
-        raise UsageError("Give either SNAPSHOT or --url.", "It is what is measured.")
+        raise UsageError("Give a SNAPSHOT or --url, and not both.", "It is what is measured.")
     if snapshot is None:
         _refuse_engine_options(click.get_current_context())
     _check_folder(plot, "--plot")
@@ -225,12 +225,12 @@ def _begin(name: str, settings: dict[str, Any]) -> tuple[EngineOptions, Tell, Ca
         from fgsnap.bench.record import record, write
 
         whole = record(name, result)
-        if output is not None:
-            write(output, {"schema_version": JSON_SCHEMA_VERSION, **whole})
         if as_json:
             print_json(whole)
         else:
             show(result)
+        if output is not None:
+            write(output, {"schema_version": JSON_SCHEMA_VERSION, **whole})
 
     return engine_of(settings), _teller(progress), finish
 

@@ -21,7 +21,7 @@ from fgsnap.runtime.engine import Engine
 from fgsnap.runtime.options import EngineOptions
 from fgsnap.runtime.ranks import load_as_chosen
 from fgsnap.runtime.request import Request, SamplingParams
-from fgsnap.runtime.worker import check_canary
+from fgsnap.runtime.worker import check_canary, end_when_unreadable
 from fgsnap.snapshot import open_snapshot
 
 SEED = 0  # the ids of a prompt do not change what it costs
@@ -165,11 +165,13 @@ def _loaded(
     opened = open_snapshot(snapshot)
     try:
         decoder = load_as_chosen(opened, options)
+        end_when_unreadable(opened)
         _check_room(decoder, shape, batch, options.max_batch_tokens)
         canary = check_canary(decoder, opened)
         ops = decoder.ops
-        facts = {"snapshot": opened.id, "backend": ops.name, "device": ops.device, "dtype": decoder.dtype}
-        yield decoder, {**facts, "canary": canary, "max_batch_tokens": options.max_batch_tokens}
+        facts = {"snapshot": opened.id, "backend": ops.name, "device": ops.device, "setting": decoder.setting}
+        more = {"dtype": decoder.dtype, "tp": decoder.tp, "max_batch_tokens": options.max_batch_tokens}
+        yield decoder, {**facts, **more, "canary": canary}
     finally:
         opened.close()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fgsnap.environment import describe, installed
+from fgsnap.errors import HostError
 
 PACKAGES = ("fgsnap", "torch", "transformers", "tokenizers", "safetensors", "h11")
 
@@ -69,5 +70,12 @@ def record(name: str, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Keep a result as JSON."""
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    """Keep a result as JSON. HostError: it cannot be written."""
+    try:
+        path.write_text(json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        raise HostError(
+            f"The result could not be written to {path}.",
+            f"{error.strerror}.",
+            "It has been printed; keep it from there.",
+        ) from error

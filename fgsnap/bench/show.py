@@ -13,7 +13,8 @@ Summary = Mapping[str, float] | None
 
 def startup(result: Result) -> None:
     starts = result["seconds"]
-    click.echo(f"{result['backend']} on {result['device']}, {result['canary']}, {starts['runs']} starts\n")
+    counted = f"{starts['runs']} start{'s' * (starts['runs'] > 1)}"
+    click.echo(f"{result['backend']} on {result['device']}, {result['setting']}, {result['canary']}, {counted}\n")
     phases = [(f"  {name}", *_spread(phase, 3)) for name, phase in result["phase_seconds"].items()]
     _table(("seconds", "median", "min", "max"), [("exec to first token", *_spread(starts, 3)), *phases])
     click.echo(f"\nNot accounted for in the median start: {100 * result['unaccounted']:.1f} %.")
@@ -77,7 +78,7 @@ def _complain(level: Result, whole_length: bool) -> None:
 
 
 def _engine(result: Result) -> str:
-    where = f"{result['backend']} on {result['device']}, {result['dtype']}"
+    where = f"{result['backend']} on {result['device']}, {result['setting']}"
     return f"{where}, {result['prompt']} prompt + {result['answer']} answer tokens"
 
 

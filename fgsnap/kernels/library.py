@@ -11,7 +11,7 @@ from pathlib import Path
 from fgsnap.built import built_library
 from fgsnap.errors import UsageError
 
-ABI = 3
+ABI = 4
 
 
 def available() -> tuple[bool, str]:
@@ -60,8 +60,21 @@ def _declare(library: ctypes.CDLL) -> None:
     library.fgsnap_join.restype = None
     library.fgsnap_give_up.argtypes = [pointer, integer, integer]
     library.fgsnap_give_up.restype = None
+    library.fgsnap_end_on_bus_error.argtypes = [ctypes.c_char_p, integer, integer]
+    library.fgsnap_end_on_bus_error.restype = None
     library.fgsnap_sample.argtypes = [pointer, pointer, integer, integer, pointer, pointer, integer, pointer, pointer]
     library.fgsnap_top_two.argtypes = [pointer, pointer, integer, integer, pointer]
+
+
+def end_on_bus_error(text: str, code: int) -> None:
+    """Have this process write ``text`` to stderr and end with ``code`` when a mapped page cannot be read (SIGBUS).
+
+    No handler in Python could: the read would be tried again for ever. Without the library the signal ends the process.
+    """
+    library, _ = load()
+    if library is not None:
+        words = text.encode()
+        library.fgsnap_end_on_bus_error(words, len(words), code)
 
 
 def named_sets(library: ctypes.CDLL) -> list[str]:

@@ -8,6 +8,8 @@ finish.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import os
 import socket
 import sys
@@ -22,13 +24,20 @@ from fgsnap.errors import RequestError
 from fgsnap.runtime.answers import error_body
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from starlette.types import ASGIApp, Message, Scope
 
 HEADER_LIMIT = 1 << 16
-BODY_BUFFER = 1 << 16  # of a body that the application has not asked for yet; then reading stops
-DISCARD_LIMIT = 64 << 20  # of a body that nobody wants, after its answer
-REQUEST_SECONDS = 60.0  # for the headers of a request to arrive
-IDLE_SECONDS = 5.0  # until the next request on a connection begins
+READ = 1 << 14  # bytes taken from a connection before others get their turn
+BODY_BUFFER = 1 << 16  # of a body, or of requests to come, that nobody has asked for yet; then reading stops
+DISCARD_LIMIT = 64 << 20  # of what nobody wants, after its answer
+REQUEST_SECONDS = 60.0  # for the headers of a request to arrive, or for a body that nobody wants
+IDLE_SECONDS = 75.0  # until the next request on a connection begins: longer than proxies keep a connection idle
+LINGER_SECONDS = 5.0  # for a client to close what is over
+STUCK_SECONDS = 120.0  # for a client to read on, when the system holds no more for it
+RETRY_SECONDS = 1.0  # until the next attempt to accept, when the system has no room for more connections
+NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
@@ -40,20 +49,41 @@ class Listener:
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._connections: set[Connection] = set()
-        self._server: asyncio.Server | None = None
+        self._listening: socket.socket | None = None
+        self._accepting: asyncio.Task[None] | None = None
 
-    async def start(self, listening: socket.socket, backlog: int = 128) -> None:
-        """Begin to accept on a socket that listens already; asyncio sets how many connections may wait on it anew."""
+    def start(self, listening: socket.socket) -> None:
+        """Begin to accept on a socket that listens already."""
+        listening.setblocking(False)
+        self._listening = listening
+        self._accepting = asyncio.get_running_loop().create_task(self._accept(listening))
+
+    async def _accept(self, listening: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(self._connected, sock=listening, backlog=backlog)
+        full = False
+        while True:
+            try:
+                accepted, _ = await loop.sock_accept(listening)
+            except OSError as error:  # a client that left again, or no room
+                if error.errno in NO_ROOM:
+                    if not full:
+                        print(f"fgsnap: no more connections can be accepted: {error.strerror}.", file=sys.stderr)
+                    full = True
+                    await asyncio.sleep(RETRY_SECONDS)
+                continue
+            full = False
+            with contextlib.suppress(OSError):
+                await loop.connect_accepted_socket(self._connected, accepted)
 
     def _connected(self) -> Connection:
         return Connection(self._app, self._connections)
 
     async def close(self, seconds: float) -> None:
         """Accept no more, let answers that have begun end within ``seconds``, then cut what is left."""
-        if self._server is not None:
-            self._server.close()
+        if self._accepting is not None and self._listening is not None:
+            self._accepting.cancel()
+            await asyncio.wait([self._accepting])
+            self._listening.close()
         for connection in list(self._connections):
             connection.end()
         deadline = time.monotonic() + seconds
@@ -63,7 +93,7 @@ class Listener:
             connection.cut()
 
 
-class Connection(asyncio.Protocol):
+class Connection(asyncio.BufferedProtocol):
     """One client's connection, and the request on it that is being answered.
 
     Args:
@@ -81,8 +111,10 @@ class Connection(asyncio.Protocol):
         self._exchange: Exchange | None = None
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._stuck: asyncio.TimerHandle | None = None
+        self._buffer = bytearray(READ)
         self._ending = False
-        self._refused = False
+        self._over = False  # what still comes is passed over
         self._discarded = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -95,21 +127,31 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._among.discard(self)
         self._expect_request(None)
-        self._writable.set()
+        self.resume_writing()
         if self._exchange is not None:
             self._exchange.leave()
 
     def pause_writing(self) -> None:
         self._writable.clear()
+        self._stuck = self._loop.call_later(STUCK_SECONDS, self._transport.abort)
 
     def resume_writing(self) -> None:
         self._writable.set()
+        if self._stuck is not None:
+            self._stuck.cancel()
 
-    def data_received(self, data: bytes) -> None:
-        if self._refused:
+    def get_buffer(self, sizehint: int) -> bytearray:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        data = bytes(memoryview(self._buffer)[:nbytes])
+        if self._over:
             self._discard(data)
             return
         if self._http.their_state is h11.IDLE and not self._http.trailing_data[0]:
+            data = data.lstrip(b"\r\n")  # RFC 9112, 2.2
+            if not data:
+                return
             self._expect_request(REQUEST_SECONDS)  # from its first byte on, however slowly the others come
         self._http.receive_data(data)
         self._take_events()
@@ -128,10 +170,8 @@ class Connection(asyncio.Protocol):
 
     async def write(self, data: bytes) -> None:
         """Give data to the transport, once it has room."""
-        if not self._writable.is_set():
-            await self._writable.wait()
-        if not self._transport.is_closing():
-            self._transport.write(data)
+        await self._writable.wait()
+        self._transport.write(data)
 
     def read_on(self, wanted: bool) -> None:
         """Whether more of the request is to be read."""
@@ -147,14 +187,28 @@ class Connection(asyncio.Protocol):
         self._exchange = None
         if self._transport.is_closing():
             return
+        body_to_come = self._http.their_state is h11.SEND_BODY
         if self._ending or self._http.our_state is not h11.DONE:
-            self._transport.close()
+            if body_to_come:
+                self._hang_up()
+            else:
+                self._transport.close()
             return
         self.read_on(True)
-        if self._http.their_state is h11.DONE:
-            self._next_request()
+        if body_to_come:
+            self._expect_request(REQUEST_SECONDS)
         else:
-            self._expect_request(REQUEST_SECONDS)  # the rest of this one's body comes first
+            self._next_request()
+
+    def _hang_up(self) -> None:
+        """Say that nothing more is written, and pass over for a while what still comes.
+
+        To close at once would reset the connection, and the client would not read what was answered.
+        """
+        self._over = True
+        self._transport.write_eof()
+        self.read_on(True)
+        self._expect_request(LINGER_SECONDS)
 
     def _next_request(self) -> None:
         self._discarded = 0
@@ -173,10 +227,11 @@ class Connection(asyncio.Protocol):
             try:
                 event = self._http.next_event()
             except h11.RemoteProtocolError as error:
-                self._refuse(error)
+                self._refuse(str(error).partition(":")[0], error.error_status_hint)
                 return
             if isinstance(event, h11.Request):
-                self._begin(event)
+                if not self._begin(event):
+                    return
             elif isinstance(event, h11.Data):
                 self._take_body(event.data)
             elif isinstance(event, h11.EndOfMessage):
@@ -185,8 +240,8 @@ class Connection(asyncio.Protocol):
                     return
                 self._exchange.take(b"", last=True)
             else:
-                if event is h11.PAUSED:  # the next request waits until this one is answered
-                    self.read_on(False)
+                if event is h11.PAUSED and len(self._http.trailing_data[0]) > BODY_BUFFER:
+                    self.read_on(False)  # until this request is answered
                 return
 
     def _take_body(self, data: bytes) -> None:
@@ -200,11 +255,17 @@ class Connection(asyncio.Protocol):
         if self._discarded > DISCARD_LIMIT:
             self._transport.abort()
 
-    def _begin(self, request: h11.Request) -> None:
+    def _begin(self, request: h11.Request) -> bool:
+        """Have the application answer; False: the request was refused."""
         self._expect_request(None)
+        if {b"content-length", b"transfer-encoding"} <= {name for name, _ in request.headers}:
+            # A proxy before this server may believe the other one of the two (RFC 9112, 6.1).
+            self._refuse("it has a Content-Length and a Transfer-Encoding", 400)
+            return False
         exchange = Exchange(self, self._http, scope_of(request, self._transport))
         self._exchange = exchange
         self._task = self._loop.create_task(self._run(exchange))
+        return True
 
     async def _run(self, exchange: Exchange) -> None:
         try:
@@ -216,28 +277,31 @@ class Connection(asyncio.Protocol):
         if not exchange.complete and not exchange.gone:
             self._transport.abort()
 
-    def _refuse(self, error: h11.RemoteProtocolError) -> None:
-        """Answer what is no HTTP, if nothing else has been answered yet, and read no more of it.
-
-        What still comes is passed over for a while: to close at once would reset the connection before the client has
-        read why.
-        """
-        self._refused = True
+    def _refuse(self, why: str, status: int) -> None:
+        """Answer what is no HTTP, if nothing else has been answered yet, and read no more of it."""
         if self._exchange is not None:
             self._exchange.leave()
             self._exchange = None
         if self._http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            body = error_body(RequestError("This is no HTTP request that can be read.", str(error), status=400))
+            error = RequestError("This is no HTTP request that can be read.", f"{why}.", status=status)
+            body = error_body(error)
             headers = [
-                ("content-type", "application/json"),
-                ("content-length", str(len(body))),
-                ("connection", "close"),
+                (b"content-type", b"application/json"),
+                (b"content-length", str(len(body)).encode()),
+                (b"connection", b"close"),
             ]
-            response = h11.Response(status_code=error.error_status_hint, headers=headers)
-            events = (response, h11.Data(data=body), h11.EndOfMessage())
-            self._transport.write(b"".join(self._http.send(event) or b"" for event in events))
-        self._transport.write_eof()
-        self._expect_request(IDLE_SECONDS)
+            parts = (_head(self._http, status, headers), h11.Data(data=body), h11.EndOfMessage())
+            self._transport.write(
+                b"".join(part if isinstance(part, bytes) else self._http.send(part) or b"" for part in parts)
+            )
+        self._hang_up()
+
+
+def _head(http: h11.Connection, status: int, headers: Sequence[tuple[bytes, bytes]]) -> bytes:
+    """Status line and headers of an answer."""
+    reason = HTTPStatus(status).phrase.encode()
+    response = h11.Response(status_code=status, headers=[*headers, (b"date", date())], reason=reason)
+    return http.send(response) or b""
 
 
 class Exchange:
@@ -308,13 +372,10 @@ class Exchange:
             self._connection.answered()
 
     def _start(self, message: Message) -> bytes:
-        headers = [*message.get("headers", ()), (b"date", date())]
+        headers = list(message.get("headers", ()))
         sized = any(name == b"content-length" for name, _ in headers)
-        self._chunked = not sized and self.scope["http_version"] == "1.1" and self.scope["method"] != "HEAD"
-        if (b"connection", b"close") in self.scope["headers"]:
-            headers.append((b"connection", b"close"))
-        status = HTTPStatus(message["status"])
-        return self._http.send(h11.Response(status_code=status, headers=headers, reason=status.phrase.encode())) or b""
+        self._chunked = not sized and self.scope["http_version"] == "1.1"
+        return _head(self._http, message["status"], headers)
 
     def _part(self, data: bytes) -> bytes:
         if not data or self.scope["method"] == "HEAD":
@@ -326,7 +387,7 @@ class Exchange:
 
 def scope_of(request: h11.Request, transport: asyncio.Transport) -> Scope:
     """ASGI's description of a request."""
-    raw_path, _, query = request.target.partition(b"?")
+    raw_path, _, query = _origin_form(request.target).partition(b"?")
     return {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -341,6 +402,14 @@ def scope_of(request: h11.Request, transport: asyncio.Transport) -> Scope:
         "server": _address(transport.get_extra_info("sockname")),
         "client": _address(transport.get_extra_info("peername")),
     }
+
+
+def _origin_form(target: bytes) -> bytes:
+    """A target without scheme and host, which a client that takes this server for a proxy puts before it."""
+    if not target.lower().startswith((b"http://", b"https://")):
+        return target
+    _, slash, rest = target.partition(b"//")[2].partition(b"/")
+    return b"/" + rest if slash else b"/"
 
 
 def show_failure(error: Exception) -> None:

@@ -93,6 +93,12 @@ class Decoder:
         self._head = HeadArgs(weights.head, weights.head_bias, columns, spec.head.multiplier, spec.head.softcap)
         self._forward = ops.taped(self._compute, block_size)
 
+    @property
+    def setting(self) -> str:
+        """What it computes with, for display."""
+        ranks = f" in each of {self.tp} ranks" if self.tp > 1 else ""
+        return f"{self.dtype}, {self.ops.setting}{ranks}"
+
     def forward(self, batch: Batch) -> Tensor:
         """Run one ragged batch, write its keys and values into the cache, and return the logits of ``batch.rows``."""
         if self._announce is not None:

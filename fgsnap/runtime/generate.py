@@ -17,7 +17,7 @@ from fgsnap.runtime.options import EngineOptions
 from fgsnap.runtime.ranks import load_as_chosen
 from fgsnap.runtime.request import FinishReason, Request, SamplingParams, Token
 from fgsnap.runtime.text import Text, TextStream
-from fgsnap.runtime.worker import check_canary
+from fgsnap.runtime.worker import check_canary, end_when_unreadable
 from fgsnap.snapshot import open_snapshot
 
 _DEFAULT_ENGINE = EngineOptions()
@@ -201,6 +201,7 @@ def opened(path: Path | str, options: EngineOptions = _DEFAULT_ENGINE) -> Iterat
     snapshot = open_snapshot(path)
     try:
         decoder = load_as_chosen(snapshot, options)  # before the tokenizer has threads: it may fork
+        end_when_unreadable(snapshot)
         text = Text(snapshot)
         check_canary(decoder, snapshot)
         budget = options.max_batch_tokens

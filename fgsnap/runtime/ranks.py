@@ -77,7 +77,7 @@ def settled_degree(snapshot: Snapshot, options: EngineOptions) -> int:
         raise UsageError(
             f"This snapshot cannot be served at tensor parallel degree {options.tp}.",
             f"It was converted at degree {own}.",
-            f"Use --tp {own} or --tp 1, or convert it again with --tp {options.tp}.",
+            f"Use --tp {own}{' or --tp 1' * (own > 1)}, or convert the checkpoint at another degree.",
         )
     return options.tp
 

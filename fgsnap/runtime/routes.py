@@ -42,7 +42,10 @@ class Routes:
             await self._router(scope, receive, send)
         except HTTPException as error:
             what = {404: "There is no such route.", 405: "This route does not take this method."}
-            raise RequestError(what.get(error.status_code, error.detail), status=error.status_code) from error
+            allow = (error.headers or {}).get("Allow", "")
+            raise RequestError(
+                what.get(error.status_code, error.detail), status=error.status_code, allow=allow
+            ) from error
 
     async def _live(self, request: Request) -> Response:
         return _json({"status": "alive"})

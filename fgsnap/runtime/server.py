@@ -483,6 +483,8 @@ class _Reply:
             headers.append((b"retry-after", b"1"))
         if error.status in (408, 413) or self._closing():
             headers.append((b"connection", b"close"))
+        if error.allow:
+            headers.append((b"allow", error.allow.encode()))
         if error.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
         await self.send(_head(error.status, b"application/json", *headers))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import os
+import resource
 import signal
 import socket
 import sys
@@ -15,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from fgsnap.errors import SnapshotRefused, UsageError
 from fgsnap.runtime import startup, wire
 from fgsnap.runtime.connections import Listener
-from fgsnap.runtime.launch import BACKLOG
 from fgsnap.runtime.link import STALL_SECONDS, START_SECONDS, Link
 from fgsnap.runtime.server import App, Identity, TextSide
 from fgsnap.runtime.worker import ENDING
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 INTERRUPT_GRACE_SECONDS = 2.0  # who presses Ctrl-C does not want to wait
 DAMAGE_SECONDS = 1.0  # between two looks at files that nobody should change
 CLOSE_SECONDS = 2.0  # for connections to take what was written to them, after the last request
+MOST_FILES = 1 << 14
 LOOPBACK = ("127.", "localhost", "::1")
 
 
@@ -85,11 +87,12 @@ class Service:
         Raises:
             FgsnapError: the engine cannot start, or the snapshot proved damaged.
         """
+        _allow_many_files()
         self._url = _url(listener)
         self._warn_if_open(listener)
         signals = _signals()
         http = Listener(self._app)
-        await http.start(listener, BACKLOG)
+        http.start(listener)
         self._note_serving()
         engine = asyncio.create_task(self._link.supervise(worker))
         stopping = asyncio.create_task(signals.get())
@@ -222,6 +225,14 @@ def _seconds(name: str, default: float) -> float:
     if not 0 < seconds < math.inf:
         raise UsageError(f"{name} is {setting!r}.", "It is a number of seconds above 0.")
     return seconds
+
+
+def _allow_many_files() -> None:
+    """A connection takes a descriptor; many systems let a process have 1024 unless it asks for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < MOST_FILES:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, MOST_FILES), hard))
 
 
 def _signals() -> asyncio.Queue[int]:

@@ -167,7 +167,7 @@ def begin_engine(told: Callable[[], wire.Begin], mark: Callable[[str], None]) ->
     return engine, wire.Ready(
         backend=decoder.ops.name,
         device=decoder.ops.device,
-        setting=decoder.ops.setting,
+        setting=decoder.setting,
         reason=decoder.choices[0].reason,
         canary=canary,
         max_length=decoder.max_length,
@@ -216,8 +216,8 @@ def check_canary(decoder: Decoder, snapshot: Snapshot) -> str:
     if expected is None:
         return "no canary recorded, logits finite"
     if not match.checked:
-        return "canary finite, no position sure enough to compare"
-    return f"canary ok ({match.checked} of {len(expected.tokens)} positions sure enough to compare)"
+        return "canary finite, too close to call at every position"
+    return f"canary ok at {match.checked} positions"
 
 
 def _fail(pipe: Pipe, error: FgsnapError) -> int:
@@ -236,6 +236,21 @@ def _show(error: Exception) -> None:
         import traceback
 
         traceback.print_exception(error)
+
+
+def end_when_unreadable(snapshot: Snapshot) -> None:
+    """End this process with three lines and exit code 3 when a page of a rank file cannot be read any more.
+
+    For commands that compute in one process. Under a server the worker just dies, and the server tells.
+    """
+    from fgsnap.kernels.library import end_on_bus_error
+
+    lines = (
+        f"Error: A page of the snapshot {snapshot.path} could not be read.",
+        "A rank file was cut short while it was in use, or its disk fails.",
+        "Run 'fgsnap verify' on it.",
+    )
+    end_on_bus_error("\n" + "\n".join(lines) + "\n", SnapshotRefused.exit_code)
 
 
 def live(end: socket.socket, started: float, parent: int) -> int:

@@ -131,8 +131,8 @@ def failed(done, code: int) -> str:
     ("arguments", "words"),
     [
         (("sreve",), "Did you mean 'fgsnap bench serve'"),
-        (("serve",), "either SNAPSHOT or --url"),
-        (("serve", "snap", "--url", "http://x/v1"), "either SNAPSHOT or --url"),
+        (("serve",), "SNAPSHOT or --url, and not both"),
+        (("serve", "snap", "--url", "http://x/v1"), "SNAPSHOT or --url, and not both"),
         (("serve", "--url", "localhost:8000"), "is no address"),
         (("serve", "--url", "http://x/v1", "--backend", "native"), "--backend has no meaning with --url"),
         (("serve", "--url", "http://x/v1", "--prompt-format", "text"), "needs --tokenizer"),

@@ -591,6 +591,24 @@ def run_python(code, **environment):
     return done.stdout.split()
 
 
+UNREADABLE = """
+import mmap, os, sys
+from fgsnap.kernels.library import end_on_bus_error
+end_on_bus_error("last words", 3)
+file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+os.truncate(file, 8192)
+data = mmap.mmap(file, 8192)
+os.truncate(file, 0)
+data[5000]
+"""
+
+
+def test_a_page_that_cannot_be_read_ends_the_process_with_the_words_that_were_left(tmp_path):
+    command = [sys.executable, "-c", UNREADABLE, str(tmp_path / "file")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "", "last words")
+
+
 THREADS = "from fgsnap.kernels.library import default_threads as d; print(d())"
 
 

@@ -1,4 +1,7 @@
 // The C interface that fgsnap/kernels/library.py loads: threads, programs, and sampling.
+#include <signal.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -264,6 +267,21 @@ class PickRows : public Job {
     const Rows rows_;
 };
 
+// What end_on_bus_error says and returns.
+char last_words[512];
+size_t last_words_size;
+int last_code;
+
+extern "C" void end_now(int) {
+    size_t said = 0;
+    while (said < last_words_size) {
+        const ssize_t now = write(STDERR_FILENO, last_words + said, last_words_size - said);
+        if (now <= 0) break;
+        said += size_t(now);
+    }
+    _exit(last_code);
+}
+
 enum Outcome { DONE = 0, NO_MEMORY = 1, NO_PROGRAM = 2, NO_RANKS = 3 };
 
 Outcome run(Engine& engine, const std::shared_ptr<Job>& job) {
@@ -366,4 +384,14 @@ EXPORT int fgsnap_sample(void* handle, const float* logits, int64_t rows, int64_
 EXPORT int fgsnap_top_two(void* handle, const float* logits, int64_t rows, int64_t columns, Picked* picked) {
     const Rows work{logits, rows, columns, nullptr, picked, 0, nullptr, nullptr};
     return guarded([&] { return pick_rows(*static_cast<Engine*>(handle), work); });
+}
+
+// From now on a page of a mapped file that cannot be read (SIGBUS) ends the process with this text and code.
+EXPORT void fgsnap_end_on_bus_error(const char* text, int64_t size, int64_t code) {
+    last_words_size = std::min(size_t(size), sizeof(last_words));
+    std::memcpy(last_words, text, last_words_size);
+    last_code = int(code);
+    struct sigaction action = {};
+    action.sa_handler = end_now;
+    sigaction(SIGBUS, &action, nullptr);
 }

@@ -12,7 +12,7 @@
 
 namespace fgsnap {
 
-constexpr int ABI = 3;
+constexpr int ABI = 4;
 constexpr int64_t PANEL = 32;  // rows of a matrix that are computed together; those of a packed one lie together
 constexpr int64_t FEW = 4;     // rows of x whose product with a matrix takes as long as the matrix takes to be read
 
