@@ -56,4 +56,4 @@ def test_no_compiler_leaves_an_installation_that_serves_and_says_so(tmp_path):
         assert service.url
         told, ready = service.lines
     assert told == f"fgsnap: native cannot: {why}; the reference backend computes, more slowly."
-    assert "(reference on cpu, torch " in ready
+    assert "(reference on cpu, float32, torch " in ready

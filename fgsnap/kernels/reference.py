@@ -95,7 +95,8 @@ class Reference:
         if threads is not None:
             torch.set_num_threads(threads)
         self.device = device
-        self.setting = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+        count = torch.get_num_threads()
+        self.setting = f"torch {torch.__version__}, {count} thread{'s' * (count > 1)}"
         self.dtype = dtype
         self._device = torch.device(device)
         self._activation = DTYPES[dtype]
