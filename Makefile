@@ -67,11 +67,11 @@ bench: $(BENCH)/.installed
 	$(BENCH)/bin/python benchmarks/parity.py --output benchmarks/results
 	$(BENCH)/bin/python benchmarks/report.py
 
-# PEERS_ARGS='--only startup,speed' measures these parts anew, --fresh all of them.
+# PEERS_ARGS='--only startup,speed' measures these parts anew, --fresh all of them. The last line is JSON.
 peers: $(BENCH)/.installed
 	$(BENCH)/bin/python benchmarks/peers.py --output benchmarks/results $(PEERS_ARGS)
-	$(BENCH)/bin/python benchmarks/plots.py
-	$(BENCH)/bin/python benchmarks/report.py
+	@$(BENCH)/bin/python benchmarks/plots.py
+	@$(BENCH)/bin/python benchmarks/report.py
 
 # Six of the tokenizers are packages of npm, which has to be installed.
 tokenizers: $(BENCH)/.installed

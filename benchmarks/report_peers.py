@@ -26,6 +26,18 @@ A ratio is the median of the ratios within a round; its range is in brackets.
 
 """
 
+PARTS = {
+    "startup": "start-up",
+    "speed": "decode and prefill",
+    "memory": "memory",
+    "load": "loading",
+    "large": "the larger model",
+    **{
+        f"curve-{lengths}": f"the load curve {lengths.replace('-', '/')}"
+        for lengths in ("1200-60", "1900-128", "500-500")
+    },
+}
+
 STARTUP = """\
 ### Start-up
 
@@ -101,10 +113,17 @@ def peers(result: Mapping[str, Any]) -> str:
         INTRODUCTION.format(sets=sets)
         + PROMISES
         + promises(result["verdict"])
+        + absent(parts)
         + "\n"
         + "\n".join(written)
         + f"\nMeasured: {stamps}.\n"
     )
+
+
+def absent(parts: Mapping[str, Part]) -> str:
+    """Which parts of the promise nobody has measured."""
+    names = [name for part, name in PARTS.items() if part not in parts]
+    return f"\nNot measured, though promises were made: {', '.join(names)}.\n" if names else ""
 
 
 def promises(verdict: Sequence[Part]) -> str:

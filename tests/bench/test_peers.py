@@ -131,3 +131,9 @@ def test_the_table_says_what_is_not_met():
     found = report_peers.promises(verdict({"speed": {"rates": rates, "shares": shares}}))
     assert "| decode_1: rate / that of llama.cpp | 0.9 (0.9 to 0.9) | at least 1.05 | **no** |" in found
     assert "| decode_1: share of the memory bandwidth | 0.95 (0.9 to 0.97) | at least 0.88 | yes |" in found
+
+
+def test_what_nobody_has_measured_is_said():
+    said = report_peers.absent({name: {} for name in report_peers.PARTS if name not in ("large", "curve-500-500")})
+    assert said == "\nNot measured, though promises were made: the larger model, the load curve 500/500.\n"
+    assert report_peers.absent({part: {} for part in report_peers.PARTS}) == ""
