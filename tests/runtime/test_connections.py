@@ -352,7 +352,8 @@ def test_requests_that_come_too_early_are_not_taken(service):
 def test_an_answer_that_is_not_read_is_not_written(service):
     with raw(service) as connection:
         connection.sendall(b"GET /big HTTP/1.1\r\nhost: x\r\n\r\n")
-        time.sleep(0.5)
+        until(lambda: any(each._transport.get_write_buffer_size() for each in service.connections))
+        time.sleep(0.3)
         (held,) = service.connections
         assert 0 < held._transport.get_write_buffer_size() < 4 << 20 and not ENDED
         assert len(answer(connection).read()) == 64 << 20
@@ -377,6 +378,8 @@ def test_who_leaves_while_asking_for_more_ends_what_it_asked_first(service):
         time.sleep(0.1)
         connection.sendall(b"st: x\r\n\r\n")
     until(lambda: not service.connections)
+    GO_ON.set()
+    until(lambda: ENDED == ["/x", "/holds"])
 
 
 def test_a_client_that_stops_reading_is_given_up(monkeypatch):
