@@ -77,5 +77,5 @@ def write(path: Path, content: dict[str, Any]) -> None:
         raise HostError(
             f"The result could not be written to {path}.",
             f"{error.strerror}.",
-            "It has been printed; keep it from there.",
+            "Check the path, and the room on its disk.",
         ) from error

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import os
 import socket
 import sys
@@ -37,7 +36,6 @@ IDLE_SECONDS = 75.0  # until the next request on a connection begins: longer tha
 LINGER_SECONDS = 5.0  # for a client to close what is over
 STUCK_SECONDS = 120.0  # for a client to read on, when the system holds no more for it
 RETRY_SECONDS = 1.0  # until the next attempt to accept, when the system has no room for more connections
-NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
@@ -64,12 +62,13 @@ class Listener:
         while True:
             try:
                 accepted, _ = await loop.sock_accept(listening)
-            except OSError as error:  # a client that left again, or no room
-                if error.errno in NO_ROOM:
-                    if not full:
-                        print(f"fgsnap: no more connections can be accepted: {error.strerror}.", file=sys.stderr)
-                    full = True
-                    await asyncio.sleep(RETRY_SECONDS)
+            except ConnectionAbortedError:  # a client that left again
+                continue
+            except OSError as error:
+                if not full:
+                    print(f"fgsnap: no more connections can be accepted: {error.strerror}.", file=sys.stderr)
+                full = True
+                await asyncio.sleep(RETRY_SECONDS)
                 continue
             full = False
             with contextlib.suppress(OSError):
@@ -290,10 +289,9 @@ class Connection(asyncio.BufferedProtocol):
                 (b"content-length", str(len(body)).encode()),
                 (b"connection", b"close"),
             ]
-            parts = (_head(self._http, status, headers), h11.Data(data=body), h11.EndOfMessage())
-            self._transport.write(
-                b"".join(part if isinstance(part, bytes) else self._http.send(part) or b"" for part in parts)
-            )
+            head = _head(self._http, status, headers)
+            rest = (self._http.send(event) or b"" for event in (h11.Data(data=body), h11.EndOfMessage()))
+            self._transport.write(b"".join((head, *rest)))
         self._hang_up()
 
 

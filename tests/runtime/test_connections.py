@@ -303,29 +303,21 @@ def test_an_application_that_breaks_ends_the_connection_and_nothing_else(service
         assert answer(connection).status == 200
 
 
-def test_who_says_nothing_is_closed_in_time(monkeypatch):
+def test_who_says_nothing_is_closed_in_time(service, monkeypatch):
     monkeypatch.setattr(connections, "REQUEST_SECONDS", 0.2)
     monkeypatch.setattr(connections, "IDLE_SECONDS", 0.1)
-    service = Service()
-    try:
-        with raw(service) as silent, raw(service) as idle:
-            idle.sendall(b"GET /x HTTP/1.1\r\nhost: x\r\n\r\n")
-            answer(idle).read()
-            assert idle.recv(1) == b"" and silent.recv(1) == b""
-    finally:
-        service.stop()
+    with raw(service) as silent, raw(service) as idle:
+        idle.sendall(b"GET /x HTTP/1.1\r\nhost: x\r\n\r\n")
+        answer(idle).read()
+        assert idle.recv(1) == b"" and silent.recv(1) == b""
 
 
-def test_headers_that_trickle_in_are_given_up_in_time(monkeypatch):
+def test_headers_that_trickle_in_are_given_up_in_time(service, monkeypatch):
     monkeypatch.setattr(connections, "REQUEST_SECONDS", 0.3)
-    service = Service()
-    try:
-        with raw(service) as connection, pytest.raises(OSError):
-            for _ in range(1000):
-                connection.sendall(b"G")
-                time.sleep(0.02)
-    finally:
-        service.stop()
+    with raw(service) as connection, pytest.raises(OSError):
+        for _ in range(1000):
+            connection.sendall(b"G")
+            time.sleep(0.02)
 
 
 def test_a_body_that_is_not_read_is_not_taken(service):
@@ -382,38 +374,26 @@ def test_who_leaves_while_asking_for_more_ends_what_it_asked_first(service):
     until(lambda: ENDED == ["/x", "/holds"])
 
 
-def test_a_client_that_stops_reading_is_given_up(monkeypatch):
+def test_a_client_that_stops_reading_is_given_up(service, monkeypatch):
     monkeypatch.setattr(connections, "STUCK_SECONDS", 0.2)
-    service = Service()
-    try:
-        with raw(service) as connection:
-            connection.sendall(b"GET /big HTTP/1.1\r\nhost: x\r\n\r\n")
-            until(lambda: ENDED == ["/big"] and not service.connections)
-    finally:
-        service.stop()
+    with raw(service) as connection:
+        connection.sendall(b"GET /big HTTP/1.1\r\nhost: x\r\n\r\n")
+        until(lambda: ENDED == ["/big"] and not service.connections)
 
 
-def test_a_body_that_does_not_come_is_not_waited_for_without_end(monkeypatch):
+def test_a_body_that_does_not_come_is_not_waited_for_without_end(service, monkeypatch):
     monkeypatch.setattr(connections, "REQUEST_SECONDS", 0.3)
-    service = Service()
-    try:
-        with raw(service) as connection:
-            connection.sendall(b"POST /unread HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n")
-            assert answer(connection).read() == b"no" and connection.recv(1) == b""
-    finally:
-        service.stop()
+    with raw(service) as connection:
+        connection.sendall(b"POST /unread HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n")
+        assert answer(connection).read() == b"no" and connection.recv(1) == b""
 
 
-def test_who_is_refused_and_does_not_close_is_closed(monkeypatch):
+def test_who_is_refused_and_does_not_close_is_closed(service, monkeypatch):
     monkeypatch.setattr(connections, "LINGER_SECONDS", 0.3)
-    service = Service()
-    try:
-        with raw(service) as connection:
-            connection.sendall(b"NONSENSE\r\n\r\n")
-            assert answer(connection).status == 400
-            until(lambda: not service.connections)
-    finally:
-        service.stop()
+    with raw(service) as connection:
+        connection.sendall(b"NONSENSE\r\n\r\n")
+        assert answer(connection).status == 400
+        until(lambda: not service.connections)
 
 
 def test_what_follows_a_refusal_is_passed_over_but_not_without_end(service, monkeypatch):

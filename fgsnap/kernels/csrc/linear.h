@@ -10,7 +10,7 @@ namespace {
 // level cache, and the panel's part in the second.
 constexpr int64_t DEPTH = 512;
 // Words between what few rows of x are multiplied by and what is fetched.
-constexpr int64_t NEAR = 96;
+constexpr int64_t CLOSE = 96;
 // Panels that many rows of x are multiplied by at once: as many as fit the second level beside their sums.
 constexpr int64_t TOGETHER = 4;
 // Rows that begin a multiple of CROWDED bytes apart share the sets of a first-level cache, which hold WAYS lines each.
@@ -112,10 +112,9 @@ INLINE const char* gathered(const char* from, int64_t pitch, int64_t rows, int64
 }
 
 // What to fetch while few rows of x are multiplied by a panel from word `done` on: a little ahead of what is read, and
-// at the panel's end what comes next. A processor that reads one stretch of memory so reads it a tenth faster than when
-// it has fetched far ahead.
+// at the panel's end what comes next. One stretch of memory is read faster so than when it is fetched far ahead.
 INLINE Ahead close_ahead(const Panel& panel, int64_t words, int64_t done) {
-    const char* const at = words - done > NEAR ? panel.at + (done + NEAR) * 2 * LINE : panel.next;
+    const char* const at = words - done > CLOSE ? panel.at + (done + CLOSE) * 2 * LINE : panel.next;
     return {at, at == nullptr ? 0 : 2, FIRST_LEVEL};
 }
 
@@ -137,7 +136,7 @@ void product(const Panel* panels, int64_t number, int64_t words, const Rows& x, 
     const bool crowded = TOKENS > WAYS / 2 && !once && x.pitch % CROWDED == 0;
     for (int64_t done = 0, depth; done < words; done += depth) {
         depth = least(words - done, DEPTH);
-        if (few && words - done > NEAR) depth = least(depth, words - done - NEAR);
+        if (few && words - done > CLOSE) depth = least(depth, words - done - CLOSE);
         for (int64_t first = 0; first < x.count; first += most) {
             const int64_t rows = least(x.count - first, most);
             const char* from = x.at + first * x.pitch + done * M::X_BYTES;
