@@ -591,9 +591,7 @@ def run_cli(arguments: Sequence[str], begun: Begun | None = None) -> int:
         click.echo(error.format_message(), err=True)
         return 2
     except click.UsageError as error:
-        command = error.ctx.command_path if error.ctx else "fgsnap"
-        lines = [_sentence(error.format_message()), f"Run '{command} --help' for its options."]
-        return _fail(error, lines, 2, as_json)
+        return _fail(error, _usage_lines(error), 2, as_json)
     except click.ClickException as error:
         return _fail(error, [_sentence(error.format_message())], error.exit_code, as_json)
     except (KeyboardInterrupt, click.Abort):
@@ -622,6 +620,15 @@ def _interrupted(error: BaseException) -> int | None:
     if isinstance(context, SystemExit) and isinstance(context.code, int):
         return context.code
     return _interrupted(context)
+
+
+def _usage_lines(error: click.UsageError) -> list[str]:
+    command = error.ctx.command_path if error.ctx else "fgsnap"
+    lines = [_sentence(error.format_message())]
+    if isinstance(error, click.BadParameter) and error.ctx and error.param and error.param.name:
+        if error.ctx.get_parameter_source(error.param.name) is click.core.ParameterSource.ENVIRONMENT:
+            lines.append(f"It was set by {error.param.envvar} in the environment.")
+    return [*lines, f"Run '{command} --help' for its options."]
 
 
 def _sentence(text: str) -> str:

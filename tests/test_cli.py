@@ -93,6 +93,12 @@ def test_a_flag_can_come_from_the_environment():
     assert json.loads(fgsnap("version", FGSNAP_JSON="1").stdout)["version"] == __version__
 
 
+def test_a_bad_value_from_the_environment_is_laid_to_its_variable():
+    done = fgsnap("serve", "nowhere", FGSNAP_PORT="abc")
+    assert done.returncode == 2 and "It was set by FGSNAP_PORT in the environment." in done.stderr.splitlines()
+    assert "FGSNAP" not in fgsnap("serve", "nowhere", "--port", "abc", FGSNAP_PORT="1").stderr
+
+
 def test_help_version_and_env_import_nothing_heavy():
     for arguments in (["--help"], ["version"], ["env"]):
         program = (
