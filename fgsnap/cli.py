@@ -624,11 +624,12 @@ def _interrupted(error: BaseException) -> int | None:
 
 def _usage_lines(error: click.UsageError) -> list[str]:
     command = error.ctx.command_path if error.ctx else "fgsnap"
-    lines = [_sentence(error.format_message())]
+    lines = [_sentence(error.format_message()), f"Run '{command} --help' for its options."]
     if isinstance(error, click.BadParameter) and error.ctx and error.param and error.param.name:
-        if error.ctx.get_parameter_source(error.param.name) is click.core.ParameterSource.ENVIRONMENT:
-            lines.append(f"It was set by {error.param.envvar} in the environment.")
-    return [*lines, f"Run '{command} --help' for its options."]
+        source = error.ctx.get_parameter_source(error.param.name)
+        if source is click.core.ParameterSource.ENVIRONMENT:
+            lines.insert(1, f"It was set by {error.param.envvar} in the environment.")
+    return lines
 
 
 def _sentence(text: str) -> str:
