@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from measures.curve import LENGTHS
 from tables import spread, table
 
 Part = Mapping[str, Any]
@@ -32,11 +33,9 @@ PARTS = {
     "memory": "memory",
     "load": "loading",
     "large": "the larger model",
-    **{
-        f"curve-{lengths}": f"the load curve {lengths.replace('-', '/')}"
-        for lengths in ("1200-60", "1900-128", "500-500")
-    },
+    **{f"curve-{prompt}-{answer}": f"the load curve {prompt}/{answer}" for prompt, answer in LENGTHS},
 }
+"""What each part of a run of peers.py measures."""
 
 STARTUP = """\
 ### Start-up

@@ -10,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+import peers
 import report_peers
 from engines.contest import Failed, steady_rate
 from measures import speed, startup
@@ -136,4 +137,5 @@ def test_the_table_says_what_is_not_met():
 def test_what_nobody_has_measured_is_said():
     said = report_peers.absent({name: {} for name in report_peers.PARTS if name not in ("large", "curve-500-500")})
     assert said == "\nNot measured, though promises were made: the larger model, the load curve 500/500.\n"
-    assert report_peers.absent({part: {} for part in report_peers.PARTS}) == ""
+    assert report_peers.absent({part: {} for part in peers.PARTS}) == ""
+    assert report_peers.PARTS.keys() == peers.PARTS.keys()
