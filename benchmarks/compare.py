@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -28,28 +28,27 @@ TINY = {
     "max_position_embeddings": 256,
     "bos_token_id": 1,
     "eos_token_id": 2,
+    "pad_token_id": 0,
 }
+ABSENT = object()
+"""A setting that a model type does not have."""
 
 
-def tiny_checkpoint(
-    folder: Path, family: Literal["llama", "mistral"], dtype: str = "float32", seed: int = 0, **changes: Any
-) -> Path:
-    """Save a random checkpoint of ``family`` with transformers' own classes; ``changes`` go into its config."""
+def tiny_checkpoint(folder: Path, family: str, dtype: str = "float32", seed: int = 0, **changes: Any) -> Path:
+    """Save a random checkpoint of a model type with transformers' own classes; ``changes`` go into its config."""
     # A dict of rope parameters is written back to by transformers, so each checkpoint gets its own.
     settings = {**TINY, **{key: dict(value) if isinstance(value, dict) else value for key, value in changes.items()}}
     torch.manual_seed(seed)
-    if family == "llama":
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
-    else:
-        model = transformers.MistralForCausalLM(transformers.MistralConfig(**settings))
+    settings = {key: value for key, value in settings.items() if value is not ABSENT}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **settings))
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.normal_(1.0, 0.2)
-            elif name.endswith("bias"):
-                parameter.normal_(0.0, 0.3)
-            else:
-                parameter.normal_(0.0, 1.5 * parameter.shape[-1] ** -0.5)
+        for name, values in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith("bias"):
+                values.normal_(0.0, 0.3)
+            elif values.dim() > 1:
+                values.normal_(0.0, 1.5 * values.shape[-1] ** -0.5)
+            elif isinstance(values, torch.nn.Parameter):
+                values.normal_(1.0, 0.2)
     model.to(TORCH[dtype]).save_pretrained(folder)
     return folder
 

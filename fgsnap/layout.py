@@ -10,30 +10,17 @@ Stored tensors are listed in the order in which the decoder touches them.
 
 # Annotations are not postponed here: msgspec would have to compile each one from its text at every start.
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import msgspec
 
-from fgsnap.errors import UnsupportedModel, UsageError
-from fgsnap.spec import DecoderSpec, Layer, Norm, features
+from fgsnap.errors import UsageError
+from fgsnap.spec import Attention, DecoderSpec, Experts, Layer, Mlp, Norm
 
 Shape = tuple[int, ...]
-
-# What this version can lay out. A spec feature outside this set is refused by name.
-LAID_OUT = frozenset(
-    """
-    attention.rope attention.window attention.qkv_bias attention.out_bias attention.softcap attention.chunk
-    attention.query_temperature query_temperature.logn query_temperature.step query_temperature.scale
-    layer.attn_in layer.attn_out layer.mlp_in layer.mlp_out layer.sequential layer.parallel layer.post
-    layer.residual_multiplier
-    mlp.silu mlp.gelu mlp.gelu_tanh mlp.relu mlp.clamped_swiglu mlp.clamp mlp.bias mlp.down_bias mlp.gated
-    norm.rms norm.ln norm.l2 norm.weight norm.bias norm.unit_offset norm.float32_weight
-    embedding.scale embedding.round_scale head.tied head.bias head.multiplier head.softcap
-    rope.linear rope.dynamic rope.llama3 rope.yarn rope.longrope rope.proportional_head_dim
-    yarn.beta_fast yarn.beta_slow yarn.truncate
-    """.split()
-)
 
 
 class Segment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -69,15 +56,50 @@ class Piece(msgspec.Struct, frozen=True):
     extent: Shape
 
 
-def refuse_unlaid(spec: DecoderSpec) -> None:
-    """Raise UnsupportedModel for spec features that this version cannot lay out."""
-    unknown = sorted(features(spec) - LAID_OUT)
-    if unknown:
-        raise UnsupportedModel(
-            f"This model needs {', '.join(unknown)}.",
-            "This version of fgsnap cannot store tensors for it.",
-            "Upgrade fgsnap, or run 'fgsnap --help' for what is supported.",
-        )
+class Cut(NamedTuple):
+    """The part of an axis that one rank holds: ``start:stop`` of it, then ``padding`` zeros."""
+
+    start: int
+    stop: int
+    padding: int = 0
+    replicated: bool = False
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start + self.padding
+
+    def times(self, width: int) -> "Cut":
+        """The same part of an axis on which every entry is ``width`` numbers."""
+        return Cut(self.start * width, self.stop * width, self.padding * width, self.replicated)
+
+
+def even_cut(size: int, tp: int, rank: int) -> Cut:
+    """Equal parts, the last ones filled up with zeros."""
+    share = -(-size // tp)
+    start, stop = min(rank * share, size), min((rank + 1) * share, size)
+    return Cut(start, stop, share - (stop - start))
+
+
+def kv_head_cut(attention: Attention, tp: int, rank: int) -> Cut:
+    """The key heads of a rank; with more ranks than key heads, neighbours hold the same one."""
+    parts = min(tp, attention.kv_heads)
+    share = attention.kv_heads // parts
+    part = rank * parts // tp
+    return Cut(part * share, (part + 1) * share, replicated=parts < tp)
+
+
+def head_cut(attention: Attention, tp: int, rank: int) -> Cut:
+    """The query heads of a rank: those that read its key heads, shared out evenly among the ranks that hold these.
+
+    A head of zeros adds nothing: its row of the output projection is zero too.
+    """
+    if attention.latent is not None:
+        return even_cut(attention.heads, tp, rank)
+    parts = min(tp, attention.kv_heads)
+    group, among = attention.heads // parts, tp // parts
+    own = even_cut(group, among, rank % among)
+    begin = rank // among * group
+    return Cut(begin + own.start, begin + own.stop, own.padding)
 
 
 def possible_tp(spec: DecoderSpec, most: int = 64) -> list[int]:
@@ -89,23 +111,23 @@ def check_tp(spec: DecoderSpec, tp: int) -> None:
     """Raise UsageError, naming the degrees that work, unless the model divides into ``tp`` ranks."""
     if tp in possible_tp(spec, max(tp, 64)):
         return
-    attention = spec.layer_kinds[0].attention
-    mlp = spec.layer_kinds[0].mlp
-    sizes = f"{attention.heads} attention heads, {attention.kv_heads} KV heads"
-    if mlp is not None:
-        sizes += f", MLP width {mlp.inner}"
+    attention = next(kind.attention for kind in spec.layer_kinds if not _divides(kind, tp))
     raise UsageError(
         f"Tensor parallel degree {tp} does not divide this model.",
-        f"It has {sizes}.",
+        f"It has {attention.heads} attention heads on {attention.kv_heads} KV heads.",
         f"Degrees that work: {', '.join(map(str, possible_tp(spec)))}.",
     )
 
 
 def _divides(layer: Layer, tp: int) -> bool:
+    """Key heads are divided or repeated whole; all else is filled up, as long as no rank is left with nothing."""
     attention = layer.attention
-    heads = attention.heads % tp == 0
-    kv = attention.kv_heads % tp == 0 or tp % attention.kv_heads == 0
-    return heads and kv and (layer.mlp is None or layer.mlp.inner % tp == 0)
+    if attention.latent is None and attention.kv_heads % tp and tp % attention.kv_heads:
+        return False
+    inner = [mlp.inner for mlp in (layer.mlp, layer.experts and layer.experts.mlp) if mlp]
+    return head_cut(attention, tp, tp - 1).stop > head_cut(attention, tp, tp - 1).start and all(
+        even_cut(size, tp, tp - 1).stop > even_cut(size, tp, tp - 1).start for size in inner
+    )
 
 
 def padded_vocabulary(vocab_size: int, tp: int) -> int:
@@ -115,132 +137,226 @@ def padded_vocabulary(vocab_size: int, tp: int) -> int:
 
 def logical_shapes(spec: DecoderSpec) -> dict[str, Shape]:
     """Every logical tensor with its shape, in the order in which the decoder touches them."""
-    shapes: dict[str, Shape] = {"embed.weight": (spec.vocab_size, spec.embedding.width)}
+    embedding = spec.embedding
+    shapes: dict[str, Shape] = {"embed.weight": (spec.vocab_size, embedding.width)}
+    if embedding.width != spec.width:
+        shapes["project_in.weight"] = (spec.width, embedding.width)
+    if embedding.learned_positions:
+        shapes["positions.weight"] = (embedding.learned_positions, spec.width)
     for index in range(spec.depth):
         for name, shape in _layer_shapes(spec.layer(index), spec.width):
             shapes[f"layers.{index}.{name}"] = shape
     shapes.update(_norm_shapes("final_norm", spec.final_norm, spec.width))
+    if embedding.width != spec.width:
+        shapes["project_out.weight"] = (embedding.width, spec.width)
     if not spec.head.tied:
-        shapes["head.weight"] = (spec.vocab_size, spec.width)
+        shapes["head.weight"] = (spec.vocab_size, embedding.width)
     if spec.head.bias:
         shapes["head.bias"] = (spec.vocab_size,)
     return shapes
 
 
-def _norm_shapes(name: str, norm: Norm | None, width: int) -> Iterator[tuple[str, Shape]]:
+Shapes = Iterator[tuple[str, Shape]]
+
+
+def _norm_shapes(name: str, norm: Norm | None, width: int) -> Shapes:
     if norm is not None and norm.weight:
         yield f"{name}.weight", (width,)
     if norm is not None and norm.bias:
         yield f"{name}.bias", (width,)
 
 
-def _linear_shapes(name: str, out: int, into: int, bias: bool) -> Iterator[tuple[str, Shape]]:
-    yield f"{name}.weight", (out, into)
+def _linear_shapes(name: str, out: int, into: int, bias: bool, stack: Shape = ()) -> Shapes:
+    yield f"{name}.weight", (*stack, out, into)
     if bias:
-        yield f"{name}.bias", (out,)
+        yield f"{name}.bias", (*stack, out)
 
 
-def _layer_shapes(layer: Layer, width: int) -> Iterator[tuple[str, Shape]]:
-    attention, mlp = layer.attention, layer.mlp
+def _layer_shapes(layer: Layer, width: int) -> Shapes:
+    attention = layer.attention
     yield from _norm_shapes("attn_in", layer.attn_in, width)
+    yield from _attention_shapes(attention, width) if attention.latent is None else _latent_shapes(attention, width)
+    yield from _linear_shapes("out", width, attention.heads * attention.value_width, attention.out_bias)
+    yield from _norm_shapes("attn_out", layer.attn_out, width)
+    yield from _norm_shapes("mlp_in", layer.mlp_in, width)
+    if layer.mlp is not None:
+        yield from _mlp_shapes("", layer.mlp, width)
+    if layer.experts is not None:
+        yield from _experts_shapes(layer.experts, width)
+    yield from _norm_shapes("mlp_out", layer.mlp_out, width)
+
+
+def _attention_shapes(attention: Attention, width: int) -> Shapes:
     yield from _linear_shapes("q", attention.query_width, width, attention.qkv_bias)
     yield from _linear_shapes("k", attention.kv_width, width, attention.qkv_bias)
     yield from _linear_shapes("v", attention.kv_width, width, attention.qkv_bias)
-    yield from _linear_shapes("out", width, attention.query_width, attention.out_bias)
-    yield from _norm_shapes("attn_out", layer.attn_out, width)
-    yield from _norm_shapes("mlp_in", layer.mlp_in, width)
-    if mlp is not None:
-        if mlp.gated:
-            yield from _linear_shapes("gate", mlp.inner, width, mlp.bias)
-        yield from _linear_shapes("up", mlp.inner, width, mlp.bias)
-        yield from _linear_shapes("down", width, mlp.inner, mlp.down_bias)
-    yield from _norm_shapes("mlp_out", layer.mlp_out, width)
+    if attention.qk_norm is not None:
+        norm, head = attention.qk_norm.norm, attention.qk_norm.scope == "head"
+        yield from _norm_shapes("q_norm", norm, attention.head_dim if head else attention.query_width)
+        yield from _norm_shapes("k_norm", norm, attention.head_dim if head else attention.kv_width)
+    if attention.sinks:
+        yield "sinks.weight", (attention.heads,)
+
+
+def _latent_shapes(attention: Attention, width: int) -> Shapes:
+    latent = attention.latent
+    assert latent is not None
+    if latent.query_rank is None:
+        yield "q.weight", (attention.query_width, width)
+    else:
+        yield "q_down.weight", (latent.query_rank, width)
+        yield from _norm_shapes("q_norm", latent.norm, latent.query_rank)
+        yield "q_up.weight", (attention.query_width, latent.query_rank)
+    yield "latent.weight", (latent.kv_rank + latent.rope_dim, width)
+    yield from _norm_shapes("latent_norm", latent.norm, latent.kv_rank)
+    yield "up_keys.weight", (attention.heads, latent.kv_rank, attention.head_dim - latent.rope_dim)
+    yield "up_values.weight", (attention.heads, attention.value_width, latent.kv_rank)
+
+
+def _mlp_shapes(prefix: str, mlp: Mlp, width: int, stack: Shape = ()) -> Shapes:
+    if mlp.gated:
+        yield from _linear_shapes(f"{prefix}gate", mlp.inner, width, mlp.bias, stack)
+    yield from _linear_shapes(f"{prefix}up", mlp.inner, width, mlp.bias, stack)
+    yield from _linear_shapes(f"{prefix}down", width, mlp.inner, mlp.down_bias, stack)
+
+
+def _experts_shapes(experts: Experts, width: int) -> Shapes:
+    yield from _linear_shapes("router", experts.count, width, experts.router.bias)
+    if experts.router.selection_bias:
+        yield "router.selection_bias", (experts.count,)
+    yield from _mlp_shapes("experts.", experts.mlp, width, (experts.count,))
+    if experts.shared is not None:
+        yield from _mlp_shapes("shared.", experts.shared.mlp, width)
+        if experts.shared.gated_by_input:
+            yield "shared_gate.weight", (1, width)
 
 
 def stored_tensors(spec: DecoderSpec, tp: int, rank: int) -> tuple[StoredTensor, ...]:
     """What ``rank`` of ``tp`` stores, in the order in which the decoder touches it."""
-    refuse_unlaid(spec)
     check_tp(spec, tp)
-    shapes = logical_shapes(spec)
-    stored = [_vocabulary_rows("embed.weight", shapes, tp, rank)]
+    own = _Rank(logical_shapes(spec), tp, rank)
+    vocabulary = even_cut(spec.vocab_size, tp, rank)
+    stored = own.part("embed.weight", vocabulary) + own.whole("project_in.weight", "positions.weight")
     for index in range(spec.depth):
-        stored += _stored_layer(spec.layer(index), f"layers.{index}.", shapes, tp, rank)
-    stored += [_whole(name, shapes, tp) for name in ("final_norm.weight", "final_norm.bias") if name in shapes]
-    stored += [_vocabulary_rows(name, shapes, tp, rank) for name in ("head.weight", "head.bias") if name in shapes]
+        stored += own.layer(spec.layer(index), f"layers.{index}.")
+    stored += own.whole("final_norm.weight", "final_norm.bias", "project_out.weight")
+    stored += own.part("head.weight", vocabulary) + own.part("head.bias", vocabulary)
     return tuple(stored)
 
 
-def _stored_layer(layer: Layer, prefix: str, shapes: dict[str, Shape], tp: int, rank: int) -> list[StoredTensor]:
-    attention = layer.attention
-    kv_parts = min(tp, attention.kv_heads)
-    kv_rank = rank * kv_parts // tp
-    qkv = (("q", tp, rank), ("k", kv_parts, kv_rank), ("v", kv_parts, kv_rank))
-    gate_up = tuple((part, tp, rank) for part in ("gate", "up"))
+class _Rank:
+    """One rank's stored tensors, made of logical ones; what a model does not have is left out."""
 
-    def fused(name: str, parts: tuple[tuple[str, int, int], ...], kind: str) -> list[StoredTensor]:
-        present = [(f"{prefix}{part}.{kind}", of, at) for part, of, at in parts if f"{prefix}{part}.{kind}" in shapes]
-        return [_fused_rows(f"{prefix}{name}.{kind}", present, shapes, tp)] if present else []
+    def __init__(self, shapes: dict[str, Shape], tp: int, rank: int) -> None:
+        self._shapes = shapes
+        self._tp = tp
+        self._rank = rank
 
-    def whole(*names: str) -> list[StoredTensor]:
-        return [_whole(prefix + name, shapes, tp) for name in names if prefix + name in shapes]
+    def layer(self, layer: Layer, at: str) -> list[StoredTensor]:
+        stored = self._norm(at + "attn_in")
+        stored += self._attention(layer.attention, at) if layer.attention.latent is None else self._latent(layer, at)
+        stored += self._norm(at + "attn_out") + self._norm(at + "mlp_in")
+        if layer.mlp is not None:
+            stored += self._mlp(layer.mlp, at)
+        if layer.experts is not None:
+            stored += self._experts(layer.experts, at)
+        stored += self._norm(at + "mlp_out")
+        first = stored[0]
+        return [StoredTensor(first.name, first.shape, first.segments, starts_layer=True), *stored[1:]]
 
-    stored = whole("attn_in.weight", "attn_in.bias")
-    stored += fused("qkv", qkv, "weight") + fused("qkv", qkv, "bias")
-    stored += [_columns(f"{prefix}out.weight", shapes, tp, rank)] + whole("out.bias")
-    stored += whole("attn_out.weight", "attn_out.bias", "mlp_in.weight", "mlp_in.bias")
-    if layer.mlp is not None:
-        stored += fused("gate_up", gate_up, "weight") + fused("gate_up", gate_up, "bias")
-        stored += [_columns(f"{prefix}down.weight", shapes, tp, rank)] + whole("down.bias")
-    stored += whole("mlp_out.weight", "mlp_out.bias")
-    first = stored[0]
-    return [StoredTensor(first.name, first.shape, first.segments, starts_layer=True), *stored[1:]]
-
-
-def _whole(name: str, shapes: dict[str, Shape], tp: int) -> StoredTensor:
-    shape = shapes[name]
-    return StoredTensor(name, shape, (Segment(name, 0, 0, shape[0], 0, replicated=tp > 1),))
-
-
-def _columns(name: str, shapes: dict[str, Shape], tp: int, rank: int) -> StoredTensor:
-    rows, columns = shapes[name]
-    share = columns // tp
-    return StoredTensor(name, (rows, share), (Segment(name, 1, rank * share, (rank + 1) * share, 0),))
-
-
-def _fused_rows(name: str, parts: list[tuple[str, int, int]], shapes: dict[str, Shape], tp: int) -> StoredTensor:
-    segments, offset = [], 0
-    for tensor, of, at in parts:
-        share = shapes[tensor][0] // of
-        segments.append(Segment(tensor, 0, at * share, (at + 1) * share, offset, replicated=of < tp))
-        offset += share
-    return StoredTensor(name, (offset, *shapes[parts[0][0]][1:]), tuple(segments))
-
-
-def _vocabulary_rows(name: str, shapes: dict[str, Shape], tp: int, rank: int) -> StoredTensor:
-    rows, *rest = shapes[name]
-    share = padded_vocabulary(rows, tp) // tp
-    start, stop = min(rank * share, rows), min((rank + 1) * share, rows)
-    segments = [Segment(name, 0, start, stop, 0)] if stop > start else []
-    if stop - start < share:
-        segments.append(Segment(None, 0, 0, share - (stop - start), stop - start))
-    return StoredTensor(name, (share, *rest), tuple(segments))
-
-
-def pieces(shape: Shape, segments: Iterable[Segment], start: int, stop: int) -> Iterator[Piece]:
-    """The boxes that fill rows ``start:stop`` (axis 0) of a stored tensor of ``shape``."""
-    zero = (0,) * len(shape)
-    for segment in segments:
-        length = segment.stop - segment.start
-        if segment.axis == 0:
-            low, high = max(start, segment.offset), min(stop, segment.offset + length)
-            if low < high:
-                logical = (segment.start + low - segment.offset, *zero[1:])
-                yield Piece(segment.tensor, logical, (low, *zero[1:]), (high - low, *shape[1:]))
+    def _attention(self, attention: Attention, at: str) -> list[StoredTensor]:
+        heads = head_cut(attention, self._tp, self._rank)
+        q, kv = heads.times(attention.head_dim), kv_head_cut(attention, self._tp, self._rank).times(attention.head_dim)
+        stored = []
+        for kind in ("weight", "bias"):
+            stored += self._fused(f"{at}qkv.{kind}", {f"{at}q.{kind}": q, f"{at}k.{kind}": kv, f"{at}v.{kind}": kv})
+        if attention.qk_norm is not None and attention.qk_norm.scope == "projection":
+            stored += self.part(at + "q_norm.weight", q) + self.part(at + "k_norm.weight", kv)
         else:
-            logical = _with(_with(zero, 0, start), segment.axis, segment.start)
-            stored = _with(_with(zero, 0, start), segment.axis, segment.offset)
-            extent = _with(_with(shape, 0, stop - start), segment.axis, length)
-            yield Piece(segment.tensor, logical, stored, extent)
+            stored += self._norm(at + "q_norm") + self._norm(at + "k_norm")
+        stored += self.part(at + "sinks.weight", heads)
+        return stored + self.part(at + "out.weight", q, 1) + self.whole(at + "out.bias")
+
+    def _latent(self, layer: Layer, at: str) -> list[StoredTensor]:
+        attention = layer.attention
+        heads = head_cut(attention, self._tp, self._rank)
+        stored = self.whole(at + "q_down.weight") + self._norm(at + "q_norm")
+        for name in ("q.weight", "q_up.weight"):
+            stored += self.part(at + name, heads.times(attention.head_dim))
+        stored += self.whole(at + "latent.weight") + self._norm(at + "latent_norm")
+        stored += self.part(at + "up_keys.weight", heads) + self.part(at + "up_values.weight", heads)
+        stored += self.part(at + "out.weight", heads.times(attention.value_width), 1)
+        return stored + self.whole(at + "out.bias")
+
+    def _mlp(self, mlp: Mlp, at: str, stack: int = 0) -> list[StoredTensor]:
+        """``stack``: axes before those of a single matrix."""
+        inner = even_cut(mlp.inner, self._tp, self._rank)
+        stored = []
+        for kind in ("weight", "bias"):
+            parts = {f"{at}gate.{kind}": inner, f"{at}up.{kind}": inner}
+            stored += self._fused(f"{at}gate_up.{kind}", parts, stack)
+        return stored + self.part(at + "down.weight", inner, stack + 1) + self.whole(at + "down.bias")
+
+    def _experts(self, experts: Experts, at: str) -> list[StoredTensor]:
+        stored = self.whole(at + "router.weight", at + "router.bias", at + "router.selection_bias")
+        stored += self._mlp(experts.mlp, at + "experts.", 1)
+        if experts.shared is not None:
+            stored += self._mlp(experts.shared.mlp, at + "shared.") + self.whole(at + "shared_gate.weight")
+        return stored
+
+    def _norm(self, name: str) -> list[StoredTensor]:
+        return self.whole(f"{name}.weight", f"{name}.bias")
+
+    def whole(self, *names: str) -> list[StoredTensor]:
+        return [
+            tensor
+            for name in names
+            if name in self._shapes
+            for tensor in self.part(name, Cut(0, self._shapes[name][0], replicated=self._tp > 1))
+        ]
+
+    def part(self, name: str, cut: Cut, axis: int = 0) -> list[StoredTensor]:
+        return self._fused(name, {name: cut}, axis)
+
+    def _fused(self, name: str, parts: dict[str, Cut], axis: int = 0) -> list[StoredTensor]:
+        """One tensor of the parts that exist, one after the other along ``axis``."""
+        present = {part: cut for part, cut in parts.items() if part in self._shapes}
+        if not present:
+            return []
+        segments, offset = [], 0
+        for part, cut in present.items():
+            if cut.stop > cut.start:
+                segments.append(Segment(part, axis, cut.start, cut.stop, offset, cut.replicated))
+            if cut.padding:
+                segments.append(Segment(None, axis, 0, cut.padding, offset + cut.stop - cut.start))
+            offset += cut.size
+        shape = self._shapes[next(iter(present))]
+        return [StoredTensor(name, _with(shape, axis, offset), tuple(segments))]
+
+
+def pieces(segments: Iterable[Segment], start: Shape, extent: Shape) -> Iterator[Piece]:
+    """The boxes that fill the box of ``extent`` at ``start`` of a stored tensor."""
+    for segment in segments:
+        axis = segment.axis
+        low = max(start[axis], segment.offset)
+        high = min(start[axis] + extent[axis], segment.offset + segment.stop - segment.start)
+        if low < high:
+            stored = _with(start, axis, low)
+            logical = _with(start, axis, segment.start + low - segment.offset)
+            yield Piece(segment.tensor, logical, stored, _with(extent, axis, high - low))
+
+
+def slabs(shape: Shape, most: int, rows: int = 1) -> Iterator[tuple[Shape, Shape]]:
+    """Start and extent of the boxes, of about ``most`` numbers each, that follow one another in a row-major tensor.
+
+    A box is of one matrix of a stack and has a multiple of ``rows`` rows, or all that are left.
+    """
+    axis = max(0, len(shape) - 2)
+    stack, height, inner = shape[:axis], shape[axis], shape[axis + 1 :]
+    step = max(1, most // (rows * math.prod(inner))) * rows
+    for index in itertools.product(*map(range, stack)):
+        for top in range(0, height, step):
+            yield (*index, top, *(0 for _ in inner)), (*(1 for _ in stack), min(step, height - top), *inner)
 
 
 def _with(shape: Shape, axis: int, value: int) -> Shape:

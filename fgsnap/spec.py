@@ -45,10 +45,14 @@ class Linear(Part, frozen=True):
 
 
 class DynamicNtk(Part, frozen=True):
-    """Dynamic NTK: theta grows with the deployment's longest context beyond ``original_length`` tokens."""
+    """Dynamic NTK: theta grows with the deployment's longest context beyond ``original_length`` tokens.
+
+    ``powers_of_two``: as for a context twice the next power of two of ``original_length``; so Qwen does it.
+    """
 
     factor: float
     original_length: int
+    powers_of_two: bool = False
 
 
 class Llama3(Part, frozen=True):
@@ -168,6 +172,11 @@ class Attention(Part, frozen=True):
     @property
     def kv_width(self) -> int:
         return self.kv_heads * self.head_dim
+
+    @property
+    def value_width(self) -> int:
+        """Numbers that a head gives."""
+        return self.head_dim if self.value_dim is None else self.value_dim
 
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu"]
@@ -345,8 +354,7 @@ def rope_frequencies(rope: Rope, longest: int) -> tuple[list[float], float]:
     span = rope.proportional_head_dim or rope.dims
     theta = rope.theta
     if rope.dynamic is not None and longest > rope.dynamic.original_length:
-        growth = rope.dynamic.factor * longest / rope.dynamic.original_length - (rope.dynamic.factor - 1)
-        theta *= growth ** (rope.dims / (rope.dims - 2))
+        theta *= _growth(rope.dynamic, longest) ** (rope.dims / (rope.dims - 2))
     plain = [theta ** (-2 * i / span) for i in range(half)]
     if rope.linear is not None:
         return [f / rope.linear.factor for f in plain], 1.0
@@ -359,6 +367,21 @@ def rope_frequencies(rope: Rope, longest: int) -> tuple[list[float], float]:
         divisors = rope.longrope.long_factors if long else rope.longrope.short_factors
         return [f / d for f, d in zip(plain, divisors, strict=True)], rope.longrope.attention_factor
     return plain, 1.0
+
+
+def _growth(scaling: DynamicNtk, longest: int) -> float:
+    if scaling.powers_of_two:
+        return float(2 ** math.ceil(math.log2(longest / scaling.original_length) + 1) - 1)
+    return scaling.factor * longest / scaling.original_length - (scaling.factor - 1)
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """The slopes of Press et al. (arXiv:2108.12409): a geometric sequence; for other than a power of two, that of the
+    next lower one, then every other one of the next higher.
+    """
+    whole = 1 << heads.bit_length() - 1
+    slopes = [2.0 ** (-8 * (i + 1) / whole) for i in range(whole)]
+    return slopes + [2.0 ** (-4 * (2 * i + 1) / whole) for i in range(heads - whole)]
 
 
 def _llama3(frequency: float, scaling: Llama3) -> float:

@@ -142,7 +142,7 @@ def stored_array(tensor, weights: Mapping[str, np.ndarray], dtype: DType) -> np.
     """One stored tensor put together from logical ones, by the segments."""
     kind = {2: np.float16 if dtype == "float16" else np.uint16, 4: np.float32}[DTYPE_BYTES[dtype]]
     stored = np.zeros(tensor.shape, kind)
-    for piece in pieces(tensor.shape, tensor.segments, 0, tensor.shape[0]):
+    for piece in pieces(tensor.segments, (0,) * len(tensor.shape), tensor.shape):
         if piece.tensor is None:
             continue
         source = tuple(slice(a, a + n) for a, n in zip(piece.logical_start, piece.extent, strict=True))
@@ -151,8 +151,9 @@ def stored_array(tensor, weights: Mapping[str, np.ndarray], dtype: DType) -> np.
     return stored
 
 
-def words32(matrix: np.ndarray) -> bytes:
-    """The matrix in panels of 32 rows, word by word as docs/format.md defines it."""
+def words32(array: np.ndarray) -> bytes:
+    """A matrix, or a stack of them, in panels of 32 rows, word by word as docs/format.md defines it."""
+    matrix = array.reshape(-1, array.shape[-1])
     data, width, packed = matrix.tobytes(), matrix[0].nbytes, bytearray()
     for panel in range(0, len(matrix), 32):
         for word in range(0, width, 4):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fgsnap.errors import UnsupportedModel, UsageError
+from fgsnap.errors import UsageError
 from fgsnap.layout import (
     Segment,
     check_tp,
@@ -19,27 +19,72 @@ from fgsnap.layout import (
     padded_vocabulary,
     pieces,
     possible_tp,
+    slabs,
     stored_tensors,
 )
-from fgsnap.spec import DecoderSpec, Head
+from fgsnap.spec import (
+    Attention,
+    DecoderSpec,
+    Embedding,
+    Experts,
+    Head,
+    Latent,
+    Layer,
+    Mlp,
+    Norm,
+    QkNorm,
+    Router,
+    SharedExpert,
+)
 from tests.snapshots import random_weights, stored_array, tiny_spec
+
+NORM = Norm(kind="rms", eps=1e-5)
+norms = st.sampled_from((None, NORM, Norm(kind="ln", eps=1e-5, bias=True), Norm(kind="l2", eps=1e-5, weight=False)))
+widths = st.builds(lambda a, b: a * b, st.integers(1, 4), st.sampled_from((1, 2, 3, 4, 12)))
+mlps = st.builds(
+    Mlp, widths, st.just("silu"), gated=st.booleans(), bias=st.booleans(), down_bias=st.booleans()
+)  # fmt: skip
+
+
+@st.composite
+def attentions(draw: st.DrawFn) -> Attention:
+    """Grouped and replicated KV heads, or latents; any group, biases, norms and sinks or none."""
+    kv_heads, dim = draw(st.integers(1, 4)), draw(st.sampled_from((2, 4)))
+    heads = kv_heads * draw(st.integers(1, 5))
+    if draw(st.booleans()):
+        latent = Latent(draw(st.integers(1, 5)), 2, NORM, draw(st.sampled_from((None, 3))))
+        return Attention(heads, heads, dim + 2, 1.0, value_dim=draw(st.integers(1, 3)), latent=latent)
+    scope = draw(st.sampled_from((None, "head", "projection")))
+    return Attention(
+        heads, kv_heads, dim, 1.0, sinks=draw(st.booleans()), qkv_bias=draw(st.booleans()),
+        out_bias=draw(st.booleans()), qk_norm=None if scope is None else QkNorm(NORM, scope),
+    )  # fmt: skip
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> Layer:
+    """An MLP, or experts beside a shared one."""
+    parts = {name: draw(norms) for name in ("attn_in", "attn_out", "mlp_in", "mlp_out")}
+    if draw(st.booleans()):
+        return Layer(draw(attentions()), draw(mlps), **parts)
+    router = Router("softmax", 1, bias=draw(st.booleans()), selection_bias=draw(st.booleans()))
+    shared = SharedExpert(draw(mlps), draw(st.booleans())) if draw(st.booleans()) else None
+    return Layer(draw(attentions()), experts=Experts(draw(st.integers(1, 3)), draw(mlps), router, shared), **parts)
 
 
 @st.composite
 def specs(draw: st.DrawFn) -> DecoderSpec:
-    """Llama-shaped specs of odd sizes: grouped and replicated KV heads, any vocabulary, tied or not, biases or not."""
-    kv_heads = draw(st.integers(1, 4))
-    return tiny_spec(
-        width=draw(st.integers(1, 9)),
-        heads=kv_heads * draw(st.integers(1, 4)),
-        kv_heads=kv_heads,
-        head_dim=draw(st.sampled_from((2, 4))),
-        inner=draw(st.integers(1, 4)) * draw(st.sampled_from((1, 2, 3, 4, 12))),
-        layers=draw(st.integers(1, 2)),
+    """Decoders of every kind of layer and of odd sizes: any vocabulary, tied or not, with projections or not."""
+    width, kinds = draw(st.integers(1, 9)), tuple(draw(st.lists(layers(), min_size=1, max_size=2)))
+    return DecoderSpec(
         vocab_size=draw(st.integers(1, 40)),
-        tied=draw(st.booleans()),
-        qkv_bias=draw(st.booleans()),
-        mlp_bias=draw(st.booleans()),
+        width=width,
+        max_length=8,
+        embedding=Embedding(draw(st.sampled_from((width, width + 2))), learned_positions=draw(st.sampled_from((0, 5)))),
+        layer_kinds=kinds,
+        layers=tuple(draw(st.lists(st.integers(0, len(kinds) - 1), min_size=1, max_size=2))),
+        head=Head(tied=draw(st.booleans()), bias=draw(st.booleans())),
+        final_norm=draw(norms),
     )
 
 
@@ -54,10 +99,33 @@ def smollm2() -> DecoderSpec:
 
 
 def test_degrees_that_divide() -> None:
-    assert possible_tp(smollm2()) == [1, 3]
+    assert possible_tp(smollm2()) == [1, 3, 6, 9]
     assert possible_tp(tiny_spec(heads=4, kv_heads=1, inner=64)) == [1, 2, 4]
     assert possible_tp(tiny_spec(heads=32, kv_heads=8, inner=14336)) == [1, 2, 4, 8, 16, 32]
     assert possible_tp(tiny_spec(heads=4, kv_heads=4, inner=6)) == [1, 2]
+    assert possible_tp(tiny_spec(heads=71, kv_heads=1, inner=18176), 8) == list(range(1, 9))
+
+
+def test_heads_are_filled_up_where_they_do_not_divide() -> None:
+    """Falcon-7B has 71 heads, which read one key head."""
+    falcon = tiny_spec(heads=71, kv_heads=1, head_dim=2)
+    *_, last = (stored_tensors(falcon, 8, rank) for rank in range(8))
+    qkv, out = (next(t for t in last if t.name == f"layers.0.{name}.weight") for name in ("qkv", "out"))
+    assert qkv.shape == (9 * 2 + 4, 32) and out.shape == (32, 9 * 2)
+    assert qkv.segments[:2] == (
+        Segment("layers.0.q.weight", 0, 126, 142, 0), Segment(None, 0, 0, 2, 16),
+    )  # fmt: skip
+    assert out.segments == (Segment("layers.0.out.weight", 1, 126, 142, 0), Segment(None, 1, 0, 2, 16))
+
+
+def test_queries_lie_beside_the_keys_that_they_read() -> None:
+    """9 query heads on 3 KV heads over 6 ranks: two ranks share a key head and its three queries."""
+    own = [stored_tensors(smollm2(), 6, rank)[2].segments for rank in range(2, 4)]
+    assert own[0][0] == Segment("layers.0.q.weight", 0, 3 * 64, 5 * 64, 0)
+    assert own[1][:2] == (Segment("layers.0.q.weight", 0, 5 * 64, 6 * 64, 0), Segment(None, 0, 0, 64, 64))
+    for rank in own:
+        key = next(s for s in rank if s.tensor == "layers.0.k.weight")
+        assert (key.start, key.stop, key.replicated) == (64, 128, True)
 
 
 def test_a_degree_that_cannot_work_is_refused_with_those_that_can() -> None:
@@ -65,19 +133,9 @@ def test_a_degree_that_cannot_work_is_refused_with_those_that_can() -> None:
         check_tp(smollm2(), 2)
     assert error.value.lines() == [
         "Tensor parallel degree 2 does not divide this model.",
-        "It has 9 attention heads, 3 KV heads, MLP width 1536.",
-        "Degrees that work: 1, 3.",
+        "It has 9 attention heads on 3 KV heads.",
+        "Degrees that work: 1, 3, 6, 9.",
     ]
-
-
-def test_a_feature_that_cannot_be_laid_out_is_refused_by_name() -> None:
-    spec = tiny_spec()
-    attention = msgspec.structs.replace(spec.layer_kinds[0].attention, sinks=True)
-    spec = msgspec.structs.replace(
-        spec, layer_kinds=(msgspec.structs.replace(spec.layer_kinds[0], attention=attention),)
-    )
-    with pytest.raises(UnsupportedModel, match=r"attention\.sinks"):
-        stored_tensors(spec, 1, 0)
 
 
 def test_names_and_shapes_of_a_plain_llama() -> None:
@@ -135,11 +193,11 @@ def test_the_map_is_invertible(division: tuple[DecoderSpec, int], data: st.DataO
         for tensor in stored_tensors(spec, tp, rank):
             stored = stored_array(tensor, weights, "float32")
             touched = np.zeros(tensor.shape, np.int8)
-            cut = data.draw(st.integers(0, tensor.shape[0]))
-            for start, stop in ((0, cut), (cut, tensor.shape[0])):
-                for piece in pieces(tensor.shape, tensor.segments, start, stop):
+            for start, extent in slabs(tensor.shape, data.draw(st.integers(1, 60)), data.draw(st.integers(1, 3))):
+                for piece in pieces(tensor.segments, start, extent):
                     here = tuple(slice(a, a + n) for a, n in zip(piece.stored_start, piece.extent, strict=True))
-                    assert here[0].start >= start and here[0].stop <= stop
+                    for part, low, size in zip(here, start, extent, strict=True):
+                        assert low <= part.start < part.stop <= low + size
                     touched[here] += 1
                     if piece.tensor is None:
                         assert not stored[here].any()

@@ -64,7 +64,8 @@ def test_a_matrix_of_any_alignment_is_packed() -> None:
 def test_what_fits() -> None:
     assert fits("words32", (1, 1), "float32") and fits("words32", (1, 2), "bfloat16")
     assert not fits("words32", (2, 1), "bfloat16") and not fits("words32", (2, 7), "float16")
-    assert not fits("words32", (64,), "float32") and not fits("words32", (2, 4, 8), "float32")
+    assert not fits("words32", (64,), "float32") and not fits("words32", (2, 32, 8), "float32")
+    assert fits("words32", (3, 64, 1), "float32") and not fits("words32", (3, 64, 1), "bfloat16")
     assert fits("row", (3,), "bfloat16")
 
 
@@ -112,7 +113,7 @@ def test_both_layouts_hold_the_same_weights_under_different_ids(tmp_path: Path) 
             assert snapshot.manifest.requires == (() if layout == "row" else ("layout.words32",))
             for name, wanted in weights.items():
                 got = np.zeros_like(wanted)
-                read_logical(snapshot, name, 0, len(wanted), memoryview(got))
+                read_logical(snapshot, name, (0,) * wanted.ndim, wanted.shape, memoryview(got))
                 np.testing.assert_array_equal(got, wanted)
     assert ids["row"] != ids["words32"]
     assert make_snapshot(tmp_path / "again", spec, 2, weights=weights, layout="words32") == ids["words32"]

@@ -331,7 +331,7 @@ def test_any_snapshot_opens_at_tp1(
             stop = data.draw(st.integers(start, array.shape[0]))
             rows = np.zeros_like(array[start:stop])
             if stop > start:
-                read_logical(snapshot, name, start, stop, memoryview(rows))
+                read_logical(snapshot, name, (start, *(0,) * (array.ndim - 1)), rows.shape, memoryview(rows))
             np.testing.assert_array_equal(rows, array[start:stop], name)
         del opened, view
 

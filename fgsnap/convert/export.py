@@ -26,7 +26,7 @@ from fgsnap.convert.folder import INDEX, SINGLE
 from fgsnap.convert.plan import SLAB
 from fgsnap.convert.rules import Array, Rule, Shape, digest, sources, write_box
 from fgsnap.convert.source import NUMPY_DTYPES
-from fgsnap.layout import logical_shapes
+from fgsnap.layout import logical_shapes, slabs
 from fgsnap.progress import Progress, counted, part
 from fgsnap.snapshot import Manifest, Snapshot, open_snapshot, read_logical, verify
 from fgsnap.spec import DTYPE_BYTES, DType
@@ -70,7 +70,7 @@ def export(
     """
     with open_snapshot(snapshot_path) as snapshot:
         manifest = snapshot.manifest
-        rules = families.find({"model_type": manifest.provenance.family}).rules(manifest.spec)
+        rules = _rules(manifest)
         shards = _shards(_tensors(manifest, rules), shard_bytes)
         total = sum(tensor.bytes for shard in shards for tensor in shard)
         with PartialDirectory(Path(target)) as new:
@@ -83,6 +83,13 @@ def export(
                 write_file(new.path / name, data)
             path = new.publish()
         return Exported(path, sum(map(len, shards)), total, _notes(manifest, rules))
+
+
+def _rules(manifest: Manifest) -> tuple[Rule, ...]:
+    """Those that the checkpoint was read by, where it was one; else the family's first."""
+    family = families.find({"model_type": manifest.provenance.family})
+    variants = [rules(manifest.spec) for rules in family.rules]
+    return next((rules for rules in variants if digest(rules) == manifest.provenance.rules), variants[0])
 
 
 def _tensors(manifest: Manifest, rules: tuple[Rule, ...]) -> list[_Tensor]:
@@ -133,14 +140,11 @@ def _put_all(
     shapes = logical_shapes(snapshot.manifest.spec)
     for rule in rules:
         kind = targets[rule.takes[0].source].dtype
-        rows, *inner = shapes[rule.tensor]
-        step = max(1, SLAB // (math.prod(inner) * kind.itemsize))
-        slab: Array = np.empty((min(step, rows), *inner), kind)
-        for start in range(0, rows, step):
-            part = slab[: min(step, rows - start)]
+        for start, extent in slabs(shapes[rule.tensor], SLAB // kind.itemsize):
+            part: Array = np.empty(extent, kind)
             flat: Array = part.reshape(-1).view(np.uint8)
-            read_logical(snapshot, rule.tensor, start, start + len(part), flat.data)
-            write_box(rule, targets.__getitem__, (start,) + (0,) * len(inner), part)
+            read_logical(snapshot, rule.tensor, start, extent, flat.data)
+            write_box(rule, targets.__getitem__, start, part)
             wrote(part.nbytes)
 
 

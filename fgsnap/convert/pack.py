@@ -20,11 +20,15 @@ def checked_target(target: str) -> Layout:
 
 
 def packed(rows: Array) -> Array:
-    """Contiguous ``rows`` [R, C] of 2 or 4 bytes a value as words32 panels: uint32 [ceil(R / 32), words a row, 32]."""
+    """Contiguous ``rows`` [..., R, C] of 2 or 4 bytes a value as words32 panels.
+
+    uint32 [..., ceil(R / 32), words a row, 32].
+    """
     words: Array = rows.view(np.uint32)
-    missing = -len(words) % PANEL_ROWS["words32"]
+    step = PANEL_ROWS["words32"]
+    *stack, height, width = words.shape
+    missing = -height % step
     if missing:
-        words = np.concatenate([words, np.zeros((missing, words.shape[1]), words.dtype)])
-    by_row = words.reshape(-1, PANEL_ROWS["words32"], words.shape[1])
-    panels: Array = np.ascontiguousarray(by_row.swapaxes(1, 2))
+        words = np.concatenate([words, np.zeros((*stack, missing, width), words.dtype)], axis=-2)
+    panels: Array = np.ascontiguousarray(words.reshape(*stack, -1, step, width).swapaxes(-1, -2))
     return panels

@@ -37,7 +37,7 @@ from fgsnap.convert.rules import Array, is_whole, read_box
 from fgsnap.convert.source import NUMPY_DTYPES, Source
 from fgsnap.convert.text_section import text_section
 from fgsnap.errors import FgsnapError, HostError, SnapshotRefused, missing_extra
-from fgsnap.layout import Piece, pieces
+from fgsnap.layout import Piece, Shape, pieces, slabs
 from fgsnap.progress import Progress, counted
 from fgsnap.snapshot import (
     PANEL_ROWS,
@@ -47,9 +47,9 @@ from fgsnap.snapshot import (
     Provenance,
     RankLayout,
     SnapshotWriter,
-    panel_bytes,
+    packed_bytes,
 )
-from fgsnap.spec import DType
+from fgsnap.spec import DTYPE_BYTES, DType
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -182,20 +182,20 @@ def _write_ranks(
 
 
 class Slab(NamedTuple):
-    """Rows ``start:stop`` of a stored tensor, whole panels of a packed one, which go to ``offset`` of the rank file."""
+    """A box of a stored tensor, whole panels of a packed one, which goes to ``offset`` of the rank file."""
 
     tensor: PlannedTensor
-    start: int
-    stop: int
+    start: Shape
+    extent: Shape
     offset: int
 
 
 def _slabs(layout: RankLayout) -> Iterator[Slab]:
     for tensor in layout.tensors:
-        rows, panel = PANEL_ROWS[tensor.layout], panel_bytes(tensor.layout, tensor.shape, tensor.dtype)
-        step = max(1, SLAB // panel) * rows
-        for start in range(0, tensor.shape[0], step):
-            yield Slab(tensor, start, min(start + step, tensor.shape[0]), tensor.offset + start // rows * panel)
+        offset = tensor.offset
+        for start, extent in slabs(tensor.shape, SLAB // DTYPE_BYTES[tensor.dtype], PANEL_ROWS[tensor.layout]):
+            yield Slab(tensor, start, extent, offset)
+            offset += packed_bytes(tensor.layout, extent, tensor.dtype)
 
 
 def _read_ahead(
@@ -228,11 +228,11 @@ def _fill(slab: Slab, source: Source, recipe: Recipe) -> memoryview:
 
 
 def _assembled(slab: Slab, source: Source, recipe: Recipe) -> Array:
-    """The slab's rows, put together from everything that makes them."""
+    """The slab's values, put together from everything that makes them."""
     tensor = slab.tensor
-    out: Array = np.empty((slab.stop - slab.start, *tensor.shape[1:]), NUMPY_DTYPES[tensor.dtype])
-    for piece in pieces(tensor.shape, tensor.segments, slab.start, slab.stop):
-        at = (piece.stored_start[0] - slab.start, *piece.stored_start[1:])
+    out: Array = np.empty(slab.extent, NUMPY_DTYPES[tensor.dtype])
+    for piece in pieces(tensor.segments, slab.start, slab.extent):
+        at = [low - start for low, start in zip(piece.stored_start, slab.start, strict=True)]
         part = out[tuple(slice(low, low + size) for low, size in zip(at, piece.extent, strict=True))]
         if piece.tensor is None:
             part[...] = 0
@@ -247,11 +247,11 @@ def _unchanged(slab: Slab, source: Source, recipe: Recipe) -> Array | None:
     Their pages are read here, by the thread that reads ahead, and not when they are written.
     """
     tensor = slab.tensor
-    piece, *more = pieces(tensor.shape, tensor.segments, slab.start, slab.stop)
+    piece, *more = pieces(tensor.segments, slab.start, slab.extent)
     if more or piece.tensor is None or recipe.read[piece.tensor] != tensor.dtype:
         return None
     rule = recipe.rules[piece.tensor]
-    if rule.shape[1:] != tensor.shape[1:] or not is_whole(rule):
+    if rule.shape[1:] != piece.extent[1:] or not is_whole(rule):
         return None
     first = piece.logical_start[0]
     rows: Array = source.rows(rule.takes[0].source, first, first + piece.extent[0])

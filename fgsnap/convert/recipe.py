@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fgsnap.convert import families
+from fgsnap.convert.families.family import Family
 from fgsnap.convert.rules import Array, Rule, digest, sources
 from fgsnap.convert.source import Source
 from fgsnap.errors import SourceError, UnsupportedModel
@@ -61,9 +62,11 @@ def settle(source: Source, dtype: DType | None) -> Recipe:
     )
 
 
-def _rules(source: Source, family: families.Family, spec: DecoderSpec) -> tuple[Rule, ...]:
+def _rules(source: Source, family: Family, spec: DecoderSpec) -> tuple[Rule, ...]:
     if source.kind == "hf":
-        return family.rules(spec)
+        variants = [rules(spec) for rules in family.rules]
+        whole = (rules for rules in variants if sources(rules).keys() <= source.tensors.keys())
+        return next(whole, variants[0])
     if family.gguf_rules is None:
         raise UnsupportedModel(
             f"GGUF files of type {source.config['model_type']} are not supported.",
@@ -112,12 +115,12 @@ def _read_dtype(source: Source, rule: Rule) -> DType:
 
 
 def _dropped(
-    source: Source, family: families.Family, spec: DecoderSpec, rules: tuple[Rule, ...]
+    source: Source, family: Family, spec: DecoderSpec, rules: tuple[Rule, ...]
 ) -> tuple[str, ...]:  # fmt: skip
     """The source's tensors that no rule takes, each for a known reason; any other is refused."""
     left = sorted(({*source.tensors} | {*source.others}) - {*sources(rules)})
     output, embedding = family.tied_head
-    unknown = [name for name in left if not family.unused(name) and not (name == output and spec.head.tied)]
+    unknown = [name for name in left if not family.unused(name, spec) and not (name == output and spec.head.tied)]
     if unknown:
         shown = ", ".join(map(repr, unknown[:3])) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
         raise SourceError(

@@ -11,7 +11,7 @@ from pathlib import Path
 from fgsnap.built import built_library
 from fgsnap.errors import UsageError
 
-ABI = 4
+ABI = 5
 
 
 def available() -> tuple[bool, str]:

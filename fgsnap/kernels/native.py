@@ -86,6 +86,11 @@ SUPPORTS = frozenset(
     mlp.silu mlp.gelu mlp.gelu_tanh mlp.relu mlp.clamped_swiglu mlp.clamp mlp.bias mlp.down_bias mlp.gated
     norm.rms norm.ln norm.l2 norm.weight norm.bias norm.unit_offset norm.float32_weight
     embedding.scale embedding.round_scale head.tied head.bias head.multiplier head.softcap
+    attention.alibi alibi.scaled alibi.bfloat16 attention.sinks attention.qk_norm attention.value_dim attention.latent
+    qk_norm.norm qk_norm.head qk_norm.projection qk_norm.after_rope latent.norm latent.query_rank
+    layer.experts experts.router experts.shared shared.gated_by_input router.softmax router.sigmoid router.select_first
+    router.bias router.selection_bias router.groups router.kept_groups router.max router.top2_sum router.renormalize
+    router.scale router.weigh_input dynamic.powers_of_two embedding.learned_positions embedding.position_offset
     rope.linear rope.dynamic rope.llama3 rope.yarn rope.longrope rope.proportional_head_dim
     linear.factor yarn.beta_fast yarn.beta_slow yarn.truncate
     """.split()
@@ -160,7 +165,8 @@ class Native:
             raise misuse("weight", f"layout {layout}; native reads row and words32")
         item, packed = _ITEM[_TYPES[dtype]], layout == "words32"
         rows, columns = math.prod(shape[:-1]), shape[-1]
-        if packed and (len(shape) != 2 or columns * item % 4 != 0):
+        ragged = len(shape) > 2 and shape[-2] % (2 * PANEL) != 0
+        if packed and (len(shape) < 2 or ragged or columns * item % 4 != 0):
             raise misuse("weight", f"{dtype} {list(shape)} cannot be packed")
         expected = (_up(rows, PANEL) if packed else rows) * columns * item
         if data.nbytes != expected or not data.c_contiguous:
@@ -211,22 +217,24 @@ class Native:
 
     # ops
 
-    def embed(
-        self, plan: Plan, table: Weight, scale: float, positions: Weight | None = None, offset: int = 0, first: int = 0
+    def embed(self, plan: Plan, table: Weight, scale: float, first: int = 0) -> Activation:
+        return self._embed("embed", plan, table, first, scale)
+
+    def positions(self, plan: Plan, table: Weight, offset: int) -> Activation:
+        tape = self._on(plan)
+        tape.positions = min(tape.positions, table.shape[0] - offset)
+        _check_reach("positions", tape, plan)
+        return self._embed("positions", plan, table, -offset, by_position=True)
+
+    def _embed(
+        self, op: str, plan: Plan, table: Weight, first: int, scale: float = 1.0, *, by_position: bool = False
     ) -> Activation:
         if len(table.shape) != 2:
-            raise misuse("embed", f"a table of shape {list(table.shape)}")
+            raise misuse(op, f"a table of shape {list(table.shape)}")
         rows, width = table.shape
-        if positions is not None and (len(positions.shape) != 2 or positions.shape[1] != width or positions.packed):
-            raise misuse("embed", f"positions {list(positions.shape)} beside a table {list(table.shape)}")
-        tape = self._on(plan)
-        if positions is not None:
-            tape.positions = min(tape.positions, positions.shape[0] - offset)
-            _check_reach("embed", tape, plan)
         y = self._new(plan, plan.tokens, width, F32)
-        learned = NOTHING if positions is None else positions
-        sizes = (width, first, rows, _bits(scale))
-        tape.record((table, learned), (_EMBED, y.register, *table.matrix, *sizes, *learned.matrix, offset))
+        words = (_EMBED, y.register, *table.matrix, width, first, rows, _bits(scale), by_position)
+        self._on(plan).record(table, words)
         return y
 
     def norm(self, x: Activation, args: NormArgs) -> Activation:

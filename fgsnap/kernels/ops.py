@@ -254,21 +254,16 @@ class Ops(Protocol):
         """
         ...
 
-    def embed(
-        self,
-        plan: Tensor,
-        table: Tensor,
-        scale: float,
-        positions: Tensor | None = None,
-        offset: int = 0,
-        first: int = 0,
-    ) -> Tensor:
-        """Rows of ``table`` [V, H] for the batch's tokens, times ``scale``, plus row position + ``offset`` of
-        ``positions`` [P, H]: [T, H].
+    def embed(self, plan: Tensor, table: Tensor, scale: float, first: int = 0) -> Tensor:
+        """Rows of ``table`` [V, H] for the batch's tokens, times ``scale``: [T, H].
 
-        ``first`` is the token id of the table's first row. A token outside the table gives a row of zeros, without its
-        position's row too, for all_reduce to sum.
+        ``first`` is the token id of the table's first row. A token outside the table gives a row of zeros, for
+        all_reduce to sum.
         """
+        ...
+
+    def positions(self, plan: Tensor, table: Tensor, offset: int) -> Tensor:
+        """Row position + ``offset`` of ``table`` [P, H] for each of the batch's tokens: [T, H]."""
         ...
 
     def norm(self, x: Tensor, args: NormArgs) -> Tensor:

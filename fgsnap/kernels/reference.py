@@ -53,6 +53,11 @@ layer.residual_multiplier
 mlp.silu mlp.gelu mlp.gelu_tanh mlp.relu mlp.clamped_swiglu mlp.clamp mlp.gated mlp.bias mlp.down_bias
 norm.rms norm.ln norm.l2 norm.weight norm.bias norm.unit_offset norm.float32_weight
 embedding.scale embedding.round_scale head.tied head.bias head.multiplier head.softcap
+    attention.alibi alibi.scaled alibi.bfloat16 attention.sinks attention.qk_norm attention.value_dim attention.latent
+    qk_norm.norm qk_norm.head qk_norm.projection qk_norm.after_rope latent.norm latent.query_rank
+    layer.experts experts.router experts.shared shared.gated_by_input router.softmax router.sigmoid router.select_first
+    router.bias router.selection_bias router.groups router.kept_groups router.max router.top2_sum router.renormalize
+    router.scale router.weigh_input dynamic.powers_of_two embedding.learned_positions embedding.position_offset
 rope.linear rope.dynamic rope.llama3 rope.yarn rope.longrope rope.proportional_head_dim
 yarn.beta_fast yarn.beta_slow yarn.truncate
 """
@@ -152,24 +157,19 @@ class Reference:
     # ops
 
     @inference
-    def embed(
-        self,
-        plan: Plan,
-        table: torch.Tensor,
-        scale: float,
-        positions: torch.Tensor | None = None,
-        offset: int = 0,
-        first: int = 0,
-    ) -> torch.Tensor:
-        """Look rows up, scale and add in float32, round once."""
+    def embed(self, plan: Plan, table: torch.Tensor, scale: float, first: int = 0) -> torch.Tensor:
+        """Look rows up, scale in float32, round once."""
         ids = plan.tokens - first
         outside = (ids < 0) | (ids >= len(table))
         x = functional.embedding(ids.masked_fill(outside, 0), table)
-        if scale != 1.0 or positions is not None:
+        if scale != 1.0:
             x = x.float() * scale
-        if positions is not None:
-            x = x + functional.embedding(plan.positions + offset, positions).float()
         return x.to(self._activation).masked_fill_(outside[:, None], 0.0)
+
+    @inference
+    def positions(self, plan: Plan, table: torch.Tensor, offset: int) -> torch.Tensor:
+        """Look rows up."""
+        return functional.embedding(plan.positions + offset, table).to(self._activation)
 
     @inference
     def norm(self, x: torch.Tensor, args: NormArgs) -> torch.Tensor:
@@ -378,13 +378,14 @@ def stored_bytes(kind: torch.dtype, shape: Sequence[int], layout: str) -> int:
     """What a tensor takes in the layout."""
     if layout == "row":
         return math.prod(shape) * int(kind.itemsize)
-    assert layout == "words32" and len(shape) == 2 and shape[1] * kind.itemsize % 4 == 0
-    return -(-shape[0] // PANEL) * PANEL * shape[1] * int(kind.itemsize)
+    assert layout == "words32" and len(shape) >= 2 and shape[-1] * kind.itemsize % 4 == 0
+    assert len(shape) == 2 or shape[-2] % (2 * PANEL) == 0
+    return -(-math.prod(shape[:-1]) // PANEL) * PANEL * shape[-1] * int(kind.itemsize)
 
 
 def as_rows(words: torch.Tensor, kind: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
-    """The rows of a matrix from its words in the layout "words32"."""
-    panels = words.view(-1, shape[1] * kind.itemsize // 4, PANEL)
+    """The rows of a matrix, or of a stack of them, from its words in the layout "words32"."""
+    panels = words.view(-1, shape[-1] * kind.itemsize // 4, PANEL)
     rows = torch.empty(len(panels), PANEL, panels.shape[1], dtype=words.dtype).copy_(panels.transpose(1, 2))
     return rows.flatten().view(kind)[: math.prod(shape)]
 

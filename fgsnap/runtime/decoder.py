@@ -6,6 +6,7 @@ Knows how a decoder's parts follow one another, and how many KV blocks fit into 
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,21 +14,48 @@ from fgsnap.errors import HostError, UsageError
 from fgsnap.kernels.choose import Choice, choose, settled_device
 from fgsnap.kernels.ops import (
     ActivationArgs,
+    AlibiArgs,
     AttentionArgs,
     Batch,
+    ExpertsArgs,
     HeadArgs,
+    LatentArgs,
     NormArgs,
     Ops,
+    QkNormArgs,
+    RouterArgs,
     Sampled,
     Sampling,
     TemperatureArgs,
     Tensor,
 )
-from fgsnap.layout import padded_vocabulary
+from fgsnap.layout import Cut, head_cut, kv_head_cut, padded_vocabulary
 from fgsnap.runtime import memory
-from fgsnap.runtime.weights import LayerWeights, Weights, load
+from fgsnap.runtime.weights import (
+    AttentionWeights,
+    ExpertsWeights,
+    LatentWeights,
+    LayerWeights,
+    MlpWeights,
+    Weights,
+    load,
+)
 from fgsnap.snapshot import Snapshot
-from fgsnap.spec import DTYPE_BYTES, DecoderSpec, Layer, QueryTemperature, features, rope_frequencies
+from fgsnap.spec import (
+    DTYPE_BYTES,
+    Alibi,
+    Attention,
+    DecoderSpec,
+    Experts,
+    Latent,
+    Layer,
+    Mlp,
+    QueryTemperature,
+    Router,
+    alibi_slopes,
+    features,
+    rope_frequencies,
+)
 
 if TYPE_CHECKING:
     from fgsnap.kernels.ranks import Ranks
@@ -83,9 +111,9 @@ class Decoder:
         self._announce = announce
         self._check = check
         self._layers = [spec.layer(index) for index in range(spec.depth)]
-        self._attention = [_attention_args(layer, tp) for layer in self._layers]
+        self._attention = [_attention_args(layer.attention, ops, tp, rank) for layer in self._layers]
         self._ropes = [ops.rope(*rope_frequencies(rope, max_length)) for rope in spec.ropes]
-        self._caches = [ops.kv_cache(blocks, block_size, args.kv_heads, args.head_dim) for args in self._attention]
+        self._caches = [_cache(ops, args, blocks, block_size) for args in self._attention]
         self._scale = _rounded(spec.embedding.scale, weights.embed_dtype if spec.embedding.round_scale else "float32")
         self._vocabulary = padded_vocabulary(spec.vocab_size, tp) // tp  # rows of this rank
         self._first_token = rank * self._vocabulary
@@ -114,10 +142,22 @@ class Decoder:
     def _compute(self, plan: Tensor) -> Tensor:
         """The ops of one forward: nothing here may depend on the batch but by ``plan``, see Ops.taped."""
         ops, weights = self.ops, self.weights
-        x = ops.all_reduce(ops.embed(plan, weights.embed, self._scale, first=self._first_token))
+        x = self._embed(plan)
         for index, layer_weights in enumerate(weights.layers):
             x = self._layer(x, index, layer_weights, plan)
-        return ops.gather(ops.logits(self._norm(x, weights.final_norm), plan, self._head), self.vocab_size)
+        x = self._norm(x, weights.final_norm)
+        if weights.project_out is not None:
+            x = ops.linear(x, weights.project_out)
+        return ops.gather(ops.logits(x, plan, self._head), self.vocab_size)
+
+    def _embed(self, plan: Tensor) -> Tensor:
+        ops, weights = self.ops, self.weights
+        x = ops.all_reduce(ops.embed(plan, weights.embed, self._scale, self._first_token))
+        if weights.project_in is not None:
+            x = ops.linear(x, weights.project_in)
+        if weights.positions is not None:
+            x = ops.add(x, ops.positions(plan, weights.positions, self.spec.embedding.position_offset))
+        return x
 
     def _layer(self, x: Tensor, index: int, weights: LayerWeights, plan: Tensor) -> Tensor:
         ops, layer = self.ops, self._layers[index]
@@ -126,47 +166,145 @@ class Decoder:
             normed = self._norm(x, weights.attn_in)
             attended = self._norm(self._attend(normed, index, weights, plan), weights.attn_out)
             into_mlp = normed if weights.mlp_in is None else self._norm(x, weights.mlp_in)
-            passed = self._norm(self._mlp(into_mlp, layer, weights), weights.mlp_out)
+            passed = self._norm(self._feed_forward(into_mlp, layer, weights), weights.mlp_out)
             return ops.add(ops.add(x, attended, multiplier), passed, multiplier)
         if layer.residual == "post":
             x = self._norm(ops.add(x, self._attend(x, index, weights, plan), multiplier), weights.attn_out)
-            return self._norm(ops.add(x, self._mlp(x, layer, weights), multiplier), weights.mlp_out)
+            return self._norm(ops.add(x, self._feed_forward(x, layer, weights), multiplier), weights.mlp_out)
         attended = self._attend(self._norm(x, weights.attn_in), index, weights, plan)
         x = ops.add(x, self._norm(attended, weights.attn_out), multiplier)
-        passed = self._mlp(self._norm(x, weights.mlp_in), layer, weights)
+        passed = self._feed_forward(self._norm(x, weights.mlp_in), layer, weights)
         return ops.add(x, self._norm(passed, weights.mlp_out), multiplier)
 
     def _norm(self, x: Tensor, args: NormArgs | None) -> Tensor:
         return x if args is None else self.ops.norm(x, args)
 
     def _attend(self, x: Tensor, index: int, weights: LayerWeights, plan: Tensor) -> Tensor:
-        ops, args, cache = self.ops, self._attention[index], self._caches[index]
+        args, own = self._attention[index], weights.attention
         chosen = self._layers[index].attention.rope
         rope = None if chosen is None else self._ropes[chosen]
+        if isinstance(own, LatentWeights):
+            assert isinstance(args, LatentArgs)
+            heads = self._latent_heads(x, self._caches[index], own, args, rope, plan)
+        else:
+            assert isinstance(args, AttentionArgs)
+            heads = self._heads(x, index, own, args, rope, plan)
+        return self.ops.all_reduce(self.ops.linear(heads, own.out, own.out_bias))
+
+    def _heads(
+        self, x: Tensor, index: int, weights: AttentionWeights, args: AttentionArgs, rope: Tensor | None, plan: Tensor
+    ) -> Tensor:
+        ops, cache, norm = self.ops, self._caches[index], self._layers[index].attention.qk_norm
         qkv = ops.linear(x, weights.qkv, weights.qkv_bias)
-        q = ops.append(qkv, cache, plan, args, rope)
-        return ops.all_reduce(ops.linear(ops.attend(q, cache, plan, args), weights.out, weights.out_bias))
+        args = args._replace(sinks=weights.sinks)
+        if norm is not None:
+            assert weights.q_norm is not None and weights.k_norm is not None
+            if norm.scope == "projection":
+                qkv = ops.norm_heads(qkv, args, weights.q_norm, weights.k_norm)
+            else:
+                args = args._replace(qk_norm=QkNormArgs(weights.q_norm, weights.k_norm, norm.after_rope))
+        return ops.attend(ops.append(qkv, cache, plan, args, rope), cache, plan, args)
 
-    def _mlp(self, x: Tensor, layer: Layer, weights: LayerWeights) -> Tensor:
-        assert layer.mlp is not None, "layout refuses layers without an MLP"
+    def _latent_heads(
+        self, x: Tensor, cache: Tensor, weights: LatentWeights, args: LatentArgs, rope: Tensor | None, plan: Tensor
+    ) -> Tensor:
+        ops = self.ops
+        assert weights.latent_norm is not None
+        args = args._replace(norm=weights.latent_norm, up_keys=weights.up_keys, up_values=weights.up_values)
+        latent = ops.linear(x, weights.latent)
+        into = x if weights.q_down is None else self._norm(ops.linear(x, weights.q_down), weights.q_norm)
+        q = ops.latent_append(ops.linear(into, weights.q), latent, cache, plan, args, rope)
+        return ops.latent_attend(q, cache, plan, args)
+
+    def _feed_forward(self, x: Tensor, layer: Layer, weights: LayerWeights) -> Tensor:
+        if layer.experts is not None:
+            assert weights.experts is not None
+            return self.ops.all_reduce(self._experts(x, layer.experts, weights.experts))
+        assert layer.mlp is not None and weights.mlp is not None
+        return self.ops.all_reduce(self._mlp(x, layer.mlp, weights.mlp))
+
+    def _mlp(self, x: Tensor, mlp: Mlp, weights: MlpWeights) -> Tensor:
         inner = self.ops.linear(x, weights.gate_up, weights.gate_up_bias)
-        inner = self.ops.activate(inner, ActivationArgs(layer.mlp.activation, layer.mlp.gated, layer.mlp.clamp))
-        return self.ops.all_reduce(self.ops.linear(inner, weights.down, weights.down_bias))
+        return self.ops.linear(self.ops.activate(inner, _activation(mlp)), weights.down, weights.down_bias)
+
+    def _experts(self, x: Tensor, experts: Experts, weights: ExpertsWeights) -> Tensor:
+        ops, stacks = self.ops, weights.stacks
+        args = ExpertsArgs(*stacks, _activation(experts.mlp), experts.router.weigh_input)
+        branch = ops.experts(x, _router_args(experts.router, weights), args)
+        if experts.shared is None:
+            return branch
+        assert weights.shared is not None
+        shared = self._mlp(x, experts.shared.mlp, weights.shared)
+        if weights.shared_gate is not None:
+            shared = ops.gate(shared, x, weights.shared_gate)
+        return ops.add(branch, shared)
 
 
-def _attention_args(layer: Layer, tp: int) -> AttentionArgs:
-    """One rank's share of a layer's heads; with more ranks than key heads, several ranks hold the same one."""
-    attention = layer.attention
+def _activation(mlp: Mlp) -> ActivationArgs:
+    return ActivationArgs(mlp.activation, mlp.gated, mlp.clamp)
+
+
+def _router_args(router: Router, weights: ExpertsWeights) -> RouterArgs:
+    return RouterArgs(
+        weights.router,
+        weights.router_bias,
+        weights.selection_bias,
+        router.score,
+        router.top_k,
+        router.select_first,
+        router.groups,
+        router.kept_groups,
+        router.group_rank,
+        router.renormalize,
+        router.scale,
+    )
+
+
+def _attention_args(attention: Attention, ops: Ops, tp: int, rank: int) -> AttentionArgs | LatentArgs:
+    """One rank's share of a layer's heads; what is bound layer by layer comes with the layer."""
+    heads = head_cut(attention, tp, rank)
+    if attention.latent is not None:
+        return _latent_args(attention, attention.latent, heads.size)
     return AttentionArgs(
-        attention.heads // tp,
-        max(1, attention.kv_heads // tp),
+        heads.size,
+        kv_head_cut(attention, tp, rank).size,
         attention.head_dim,
         attention.scale,
         window=attention.window,
         chunk=attention.chunk,
         softcap=attention.softcap,
+        alibi=None if attention.alibi is None else _alibi_args(attention, attention.alibi, heads, ops),
         temperature=_temperature_args(attention.query_temperature),
     )
+
+
+def _latent_args(attention: Attention, latent: Latent, heads: int) -> LatentArgs:
+    return LatentArgs(
+        heads=heads,
+        nope_dim=attention.head_dim - latent.rope_dim,
+        rope_dim=latent.rope_dim,
+        value_dim=attention.value_width,
+        kv_rank=latent.kv_rank,
+        scale=attention.scale,
+        norm=NormArgs(latent.norm.kind, latent.norm.eps, None, None),
+        up_keys=None,
+        up_values=None,
+    )
+
+
+def _alibi_args(attention: Attention, alibi: Alibi, heads: Cut, ops: Ops) -> AlibiArgs:
+    slopes = alibi_slopes(attention.heads)[heads.start : heads.stop] + [0.0] * heads.padding
+    if alibi.bfloat16:
+        slopes = [_rounded(slope, "bfloat16") for slope in slopes]
+    data = memoryview(array("f", slopes)).cast("B").toreadonly()
+    scale = attention.scale if alibi.scaled else 1.0
+    return AlibiArgs(ops.weight(data, "float32", (len(slopes),)), scale, alibi.bfloat16)
+
+
+def _cache(ops: Ops, args: AttentionArgs | LatentArgs, blocks: int, block_size: int) -> Tensor:
+    if isinstance(args, LatentArgs):
+        return ops.latent_cache(blocks, block_size, args)
+    return ops.kv_cache(blocks, block_size, args.kv_heads, args.head_dim)
 
 
 def _temperature_args(temperature: QueryTemperature | None) -> TemperatureArgs | None:
@@ -248,8 +386,13 @@ def _settled_dtype(snapshot: Snapshot, dtype: str, device: str) -> str:
 
 def _block_bytes(spec: DecoderSpec, ops: Ops, block_size: int, tp: int) -> int:
     """What one KV block takes in one rank's caches of all layers."""
-    layers = [_attention_args(spec.layer(index), tp) for index in range(spec.depth)]
-    return sum(ops.kv_block_bytes(block_size, args.kv_heads, args.head_dim) for args in layers)
+    layers = [_attention_args(spec.layer(index).attention, ops, tp, 0) for index in range(spec.depth)]
+    return sum(
+        ops.latent_block_bytes(block_size, args)
+        if isinstance(args, LatentArgs)
+        else ops.kv_block_bytes(block_size, args.kv_heads, args.head_dim)
+        for args in layers
+    )
 
 
 def _weight_bytes(snapshot: Snapshot) -> int:

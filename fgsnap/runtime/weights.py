@@ -15,24 +15,65 @@ from fgsnap import layout
 from fgsnap.errors import SnapshotRefused
 from fgsnap.kernels.ops import NormArgs, Ops, Tensor
 from fgsnap.layout import StoredTensor
-from fgsnap.snapshot import Snapshot, TensorBytes, opened_at, packed_bytes, read_logical
-from fgsnap.spec import DTYPE_BYTES, DecoderSpec, Norm
+from fgsnap.snapshot import Snapshot, TensorBytes, gather, opened_at, packed_bytes
+from fgsnap.spec import DTYPE_BYTES, Attention, DecoderSpec, Experts, Norm
+
+
+class AttentionWeights(NamedTuple):
+    """Tensors of an attention with keys and values; None where it has no such part."""
+
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    q_norm: NormArgs | None
+    k_norm: NormArgs | None
+    sinks: Tensor | None
+    out: Tensor
+    out_bias: Tensor | None
+
+
+class LatentWeights(NamedTuple):
+    """Tensors of an attention with latents. ``q`` makes queries of the residual stream, or of what ``q_down`` makes."""
+
+    q_down: Tensor | None
+    q_norm: NormArgs | None
+    q: Tensor
+    latent: Tensor
+    latent_norm: NormArgs | None
+    up_keys: Tensor
+    up_values: Tensor
+    out: Tensor
+    out_bias: Tensor | None
+
+
+class MlpWeights(NamedTuple):
+    """Tensors of an MLP, or of a stack of them."""
+
+    gate_up: Tensor
+    gate_up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+
+
+class ExpertsWeights(NamedTuple):
+    """Tensors of a router, its experts, and the expert that every token passes."""
+
+    router: Tensor
+    router_bias: Tensor | None
+    selection_bias: Tensor | None
+    stacks: MlpWeights
+    shared: MlpWeights | None
+    shared_gate: Tensor | None
 
 
 class LayerWeights(NamedTuple):
     """One layer's tensors; None where the layer has no such part."""
 
     attn_in: NormArgs | None
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    out: Tensor
-    out_bias: Tensor | None
+    attention: AttentionWeights | LatentWeights
     attn_out: NormArgs | None
     mlp_in: NormArgs | None
-    gate_up: Tensor | None
-    gate_up_bias: Tensor | None
-    down: Tensor | None
-    down_bias: Tensor | None
+    mlp: MlpWeights | None
+    experts: ExpertsWeights | None
     mlp_out: NormArgs | None
 
 
@@ -41,8 +82,11 @@ class Weights(NamedTuple):
 
     embed: Tensor
     embed_dtype: str
+    positions: Tensor | None
+    project_in: Tensor | None
     layers: Sequence[LayerWeights]
     final_norm: NormArgs | None
+    project_out: Tensor | None
     head: Tensor
     head_bias: Tensor | None
 
@@ -108,27 +152,72 @@ class _Binder:
         return Weights(
             embed=embed,
             embed_dtype=self._find(self._expected["embed.weight"]).dtype,
+            positions=self.optional("positions.weight"),
+            project_in=self.optional("project_in.weight"),
             layers=layers,
             final_norm=self.norm("final_norm", self._spec.final_norm),
+            project_out=self.optional("project_out.weight"),
             head=embed if self._spec.head.tied else self.tensor("head.weight"),
             head_bias=self.optional("head.bias"),
         )
 
     def layer(self, index: int) -> LayerWeights:
         layer, at = self._spec.layer(index), f"layers.{index}."
+        attention = self.attention if layer.attention.latent is None else self.latent
         return LayerWeights(
             attn_in=self.norm(at + "attn_in", layer.attn_in),
-            qkv=self.tensor(at + "qkv.weight"),
-            qkv_bias=self.optional(at + "qkv.bias"),
-            out=self.tensor(at + "out.weight"),
-            out_bias=self.once(at + "out.bias"),
+            attention=attention(layer.attention, at),
             attn_out=self.norm(at + "attn_out", layer.attn_out),
             mlp_in=self.norm(at + "mlp_in", layer.mlp_in),
-            gate_up=self.optional(at + "gate_up.weight"),
-            gate_up_bias=self.optional(at + "gate_up.bias"),
-            down=self.optional(at + "down.weight"),
-            down_bias=self.once(at + "down.bias"),
+            mlp=None if layer.mlp is None else self.mlp(at),
+            experts=None if layer.experts is None else self.experts(layer.experts, at),
             mlp_out=self.norm(at + "mlp_out", layer.mlp_out),
+        )
+
+    def attention(self, attention: Attention, at: str) -> AttentionWeights:
+        norm = attention.qk_norm.norm if attention.qk_norm is not None else None
+        return AttentionWeights(
+            qkv=self.tensor(at + "qkv.weight"),
+            qkv_bias=self.optional(at + "qkv.bias"),
+            q_norm=self.norm(at + "q_norm", norm),
+            k_norm=self.norm(at + "k_norm", norm),
+            sinks=self.optional(at + "sinks.weight"),
+            out=self.tensor(at + "out.weight"),
+            out_bias=self.once(at + "out.bias"),
+        )
+
+    def latent(self, attention: Attention, at: str) -> LatentWeights:
+        latent = attention.latent
+        assert latent is not None
+        direct = latent.query_rank is None
+        return LatentWeights(
+            q_down=self.optional(at + "q_down.weight"),
+            q_norm=None if direct else self.norm(at + "q_norm", latent.norm),
+            q=self.tensor(at + ("q.weight" if direct else "q_up.weight")),
+            latent=self.tensor(at + "latent.weight"),
+            latent_norm=self.norm(at + "latent_norm", latent.norm),
+            up_keys=self.tensor(at + "up_keys.weight"),
+            up_values=self.tensor(at + "up_values.weight"),
+            out=self.tensor(at + "out.weight"),
+            out_bias=self.once(at + "out.bias"),
+        )
+
+    def mlp(self, at: str) -> MlpWeights:
+        return MlpWeights(
+            gate_up=self.tensor(at + "gate_up.weight"),
+            gate_up_bias=self.optional(at + "gate_up.bias"),
+            down=self.tensor(at + "down.weight"),
+            down_bias=self.once(at + "down.bias"),
+        )
+
+    def experts(self, experts: Experts, at: str) -> ExpertsWeights:
+        return ExpertsWeights(
+            router=self.tensor(at + "router.weight"),
+            router_bias=self.optional(at + "router.bias"),
+            selection_bias=self.optional(at + "router.selection_bias"),
+            stacks=self.mlp(at + "experts."),
+            shared=None if experts.shared is None else self.mlp(at + "shared."),
+            shared_gate=self.optional(at + "shared_gate.weight"),
         )
 
     def norm(self, name: str, norm: Norm | None) -> NormArgs | None:
@@ -185,19 +274,12 @@ def _mapped(snapshot: Snapshot, tp: int, rank: int) -> Find:
 
 def _assembled(snapshot: Snapshot) -> Find:
     """Each tensor put together from the ranks' parts when it is asked for; its memory lives as long as it does."""
-    dtypes = {part.tensor: entry.dtype for entry in snapshot.manifest.tensors for part in entry.segments}
+    dtypes = {entry.name: entry.dtype for entry in snapshot.manifest.tensors}
 
     def find(expected: StoredTensor) -> TensorBytes:
-        dtype = dtypes[expected.segments[0].tensor]
-        row_bytes = math.prod(expected.shape[1:]) * DTYPE_BYTES[dtype]
-        data = memoryview(mmap.mmap(-1, expected.shape[0] * row_bytes))
-        for segment in expected.segments:
-            assert segment.tensor is not None, "degree 1 has no padding"
-            rows = segment.stop - segment.start if segment.axis == 0 else expected.shape[0]
-            target = (
-                data[segment.offset * row_bytes : (segment.offset + rows) * row_bytes] if segment.axis == 0 else data
-            )
-            read_logical(snapshot, segment.tensor, 0, rows, target)
+        dtype = dtypes[expected.name]
+        data = memoryview(mmap.mmap(-1, math.prod(expected.shape) * DTYPE_BYTES[dtype]))
+        gather(snapshot, expected.segments, expected.shape, data)
         return TensorBytes(dtype, expected.shape, data)
 
     return find

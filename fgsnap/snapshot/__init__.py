@@ -36,7 +36,7 @@ from fgsnap.snapshot.format import (
     rank_file,
     rank_header,
 )
-from fgsnap.snapshot.gathering import TensorBytes, opened_at, read_logical
+from fgsnap.snapshot.gathering import TensorBytes, gather, opened_at, read_logical
 from fgsnap.snapshot.packing import PANEL_ROWS, Layout, packed_bytes, panel_bytes
 from fgsnap.snapshot.reading import Snapshot, open_snapshot
 from fgsnap.snapshot.verifying import Report, verify
@@ -67,6 +67,7 @@ __all__ = [
     "TextSection",
     "canonical",
     "chunks_file",
+    "gather",
     "open_snapshot",
     "opened_at",
     "packed_bytes",

@@ -5,13 +5,15 @@ Bytes that are packed are copied twice: their panels are unpacked one at a time,
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple, TypeVar
 
-from fgsnap.layout import Segment, Shape, copy_box, logical_shapes, stored_tensors
+from fgsnap.layout import Segment, Shape, copy_box, stored_tensors
 from fgsnap.snapshot.format import plan_rank, rank_file
-from fgsnap.snapshot.packing import PANEL_ROWS, Layout, unpacked
+from fgsnap.snapshot.packing import PANEL_ROWS, Layout, packed_bytes, unpacked
 from fgsnap.snapshot.reading import Snapshot
 from fgsnap.spec import DTYPE_BYTES, DType
 
@@ -29,12 +31,12 @@ class TensorBytes(NamedTuple):
 
 
 def opened_at(snapshot: Snapshot, tp: int, rank: int) -> dict[str, TensorBytes]:
-    """Every stored tensor of one rank by name, at the snapshot's own degree or at 1.
+    """Every stored tensor of ``rank`` of ``tp`` by name.
 
-    The own degree gives views of the mapped file. Any other snapshot is put together in one anonymous mapping.
+    At the snapshot's own degree these are views of the mapped file; at any other they are put together in one anonymous
+    mapping.
     """
     manifest = snapshot.manifest
-    assert tp in (1, manifest.tp), "the caller refuses other degrees"
     if manifest.tp == tp:
         own = rank_file(rank, tp)
         return {
@@ -43,26 +45,31 @@ def opened_at(snapshot: Snapshot, tp: int, rank: int) -> dict[str, TensorBytes]:
             if entry.file == own
         }
     dtypes: dict[str, DType] = {entry.name: entry.dtype for entry in manifest.tensors}
-    layout = plan_rank([(tensor, dtypes[tensor.name]) for tensor in stored_tensors(manifest.spec, 1, 0)])
-    shapes = logical_shapes(manifest.spec)
+    layout = plan_rank([(tensor, dtypes[tensor.name]) for tensor in stored_tensors(manifest.spec, tp, rank)])
     memory = memoryview(mmap.mmap(-1, layout.size))
     joined: dict[str, TensorBytes] = {}
     for tensor in layout.tensors:
         target = memory[tensor.offset : tensor.offset + tensor.bytes]
-        for segment in tensor.segments:
-            assert segment.tensor is not None, "a single rank has no padding"
-            box = _held(segment, _whole(shapes[segment.tensor]))
-            _gather(snapshot, segment.tensor, box, target, tensor.shape, _place(segment, [low for low, _ in box]))
+        gather(snapshot, tensor.segments, tensor.shape, target)
         joined[tensor.name] = TensorBytes(tensor.dtype, tensor.shape, target.toreadonly())
     return joined
 
 
-def read_logical(snapshot: Snapshot, name: str, start_row: int, stop_row: int, target: memoryview) -> None:
-    """Fill ``target`` with rows ``start_row:stop_row`` of a logical tensor, from whatever ranks hold them."""
-    _, *rest = _whole(logical_shapes(snapshot.manifest.spec)[name])
-    box = ((start_row, stop_row), *rest)
-    shape = tuple(stop - start for start, stop in box)
-    _gather(snapshot, name, box, target.cast("B"), shape, (0,) * len(shape))
+def gather(snapshot: Snapshot, segments: Iterable[Segment], shape: Shape, target: memoryview) -> None:
+    """Put a stored tensor of ``shape`` together in ``target``, which holds zeros: those of padding stay."""
+    for segment in segments:
+        if segment.tensor is None:
+            continue
+        box = tuple((0, size) for size in shape)
+        held = _with(box, segment.axis, (segment.start, segment.stop))
+        place = _with((0,) * len(shape), segment.axis, segment.offset)
+        _gather(snapshot, segment.tensor, held, target, shape, place)
+
+
+def read_logical(snapshot: Snapshot, name: str, start: Shape, extent: Shape, target: memoryview) -> None:
+    """Fill ``target`` with the box of ``extent`` at ``start`` of a logical tensor, from whatever ranks hold it."""
+    box = tuple((low, low + size) for low, size in zip(start, extent, strict=True))
+    _gather(snapshot, name, box, target.cast("B"), extent, (0,) * len(extent))
 
 
 def _gather(snapshot: Snapshot, name: str, box: Box, target: memoryview, target_shape: Shape, place: Shape) -> None:
@@ -92,7 +99,38 @@ def _copy_packed(
     extent: Shape,
     item: int,
 ) -> int:
-    """As copy_box, from a matrix that lies in words32 panels to a row-major one."""
+    """As copy_box, from matrices that lie in words32 panels to row-major ones."""
+    *stack, height, width = source_shape
+    matrix = packed_bytes("words32", (height, width), "float32" if item == 4 else "bfloat16")
+    copied = 0
+    for index in itertools.product(*map(range, extent[:-2])):
+        own = _flat([start + at for start, at in zip(source_start, index, strict=False)], stack)
+        panels = source[own * matrix : (own + 1) * matrix]
+        place = (*(start + at for start, at in zip(target_start, index, strict=False)), *target_start[-2:])
+        copied += _copy_matrix(
+            panels, (height, width), source_start[-2:], target, target_shape, place, extent[-2:], item
+        )
+    return copied
+
+
+def _flat(index: list[int], shape: list[int]) -> int:
+    flat = 0
+    for at, size in zip(index, shape, strict=True):
+        flat = flat * size + at
+    return flat
+
+
+def _copy_matrix(
+    source: memoryview,
+    source_shape: Shape,
+    source_start: Shape,
+    target: memoryview,
+    target_shape: Shape,
+    place: Shape,
+    extent: Shape,
+    item: int,
+) -> int:
+    """One matrix of _copy_packed, to ``place`` of a target that may be a stack."""
     step = PANEL_ROWS["words32"]
     size = step * source_shape[1] * item
     begin, end = source_start[0], source_start[0] + extent[0]
@@ -100,14 +138,12 @@ def _copy_packed(
     for top in range(begin // step * step, end, step):
         low, high = max(begin, top), min(end, top + step)
         rows = unpacked(source[top // step * size :][:size], low - top, high - top)
-        held, place = (high - low, source_shape[1]), (target_start[0] + low - begin, target_start[1])
-        part = (high - low, extent[1])
-        copied += copy_box(memoryview(rows), held, (0, source_start[1]), target, target_shape, place, part, item)
+        at = (*place[:-2], place[-2] + low - begin, place[-1])
+        ones = (1,) * (len(target_shape) - 2)
+        held, part = (*ones, high - low, source_shape[1]), (*ones, high - low, extent[1])
+        start = (*(0 for _ in ones), 0, source_start[1])
+        copied += copy_box(memoryview(rows), held, start, target, target_shape, at, part, item)
     return copied
-
-
-def _whole(shape: Shape) -> Box:
-    return tuple((0, extent) for extent in shape)
 
 
 def _held(segment: Segment, box: Box) -> Box:
@@ -121,3 +157,10 @@ def _place(segment: Segment, starts: list[int]) -> Shape:
     return tuple(
         start - segment.start + segment.offset if axis == segment.axis else start for axis, start in enumerate(starts)
     )
+
+
+Entry = TypeVar("Entry")
+
+
+def _with(values: tuple[Entry, ...], axis: int, value: Entry) -> tuple[Entry, ...]:
+    return (*values[:axis], value, *values[axis + 1 :])

@@ -23,26 +23,36 @@ PANEL_ROWS: dict[Layout, int] = {"row": 1, "words32": 32}
 
 
 def fits(layout: Layout, shape: Shape, dtype: DType) -> bool:
-    """Whether a tensor can lie in ``layout``."""
-    return layout == "row" or (len(shape) == 2 and shape[1] * DTYPE_BYTES[dtype] % WORD == 0)
+    """Whether a tensor, a matrix or a stack of them, can lie in ``layout``.
+
+    Every matrix of a packed stack fills its panels, and so do both halves of its rows: gates and ups of an expert.
+    """
+    if layout == "row":
+        return True
+    if len(shape) < 2 or shape[-1] * DTYPE_BYTES[dtype] % WORD:
+        return False
+    return len(shape) == 2 or shape[-2] % (2 * PANEL_ROWS[layout]) == 0
 
 
 def packed_bytes(layout: Layout, shape: Shape, dtype: DType) -> int:
-    """The bytes that a tensor takes, rows that fill up its last panel included."""
-    return _panels(shape[0], layout) * panel_bytes(layout, shape, dtype)
+    """The bytes that a tensor takes, rows that fill up the last panel of each matrix included."""
+    if layout == "row":
+        return math.prod(shape) * DTYPE_BYTES[dtype]
+    return math.prod(shape[:-2]) * _panels(shape[-2]) * panel_bytes(layout, shape, dtype)
 
 
 def panel_bytes(layout: Layout, shape: Shape, dtype: DType) -> int:
-    """The bytes of one panel; of one row where the layout has no panels."""
-    return PANEL_ROWS[layout] * math.prod(shape[1:]) * DTYPE_BYTES[dtype]
+    """The bytes of one panel of a matrix; of one row where the layout has no panels."""
+    return PANEL_ROWS[layout] * math.prod(shape[max(1, len(shape) - 1) :]) * DTYPE_BYTES[dtype]
 
 
 def file_shape(layout: Layout, shape: Shape, dtype: DType) -> Shape:
-    """The row-major shape of the bytes as they lie: for words32 [panels, words, 32 rows, values a word]."""
+    """The row-major shape of the bytes as they lie: for words32 [..., panels, words, 32 rows, values a word]."""
     if layout == "row":
         return shape
+    *stack, height, width = shape
     item = DTYPE_BYTES[dtype]
-    return (_panels(shape[0], layout), shape[1] * item // WORD, PANEL_ROWS[layout], WORD // item)
+    return (*stack, _panels(height), width * item // WORD, PANEL_ROWS[layout], WORD // item)
 
 
 def unpacked(panel: memoryview, start: int, stop: int) -> bytes:
@@ -53,5 +63,5 @@ def unpacked(panel: memoryview, start: int, stop: int) -> bytes:
     return b"".join([words[row::step] for row in range(start, stop)])
 
 
-def _panels(rows: int, layout: Layout) -> int:
-    return -(-rows // PANEL_ROWS[layout])
+def _panels(rows: int) -> int:
+    return -(-rows // PANEL_ROWS["words32"])

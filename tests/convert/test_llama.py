@@ -11,9 +11,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from fgsnap.convert import families
 from fgsnap.convert.families import llama
+from fgsnap.convert.families.family import computed
 from fgsnap.convert.rules import sources
 from fgsnap.errors import SourceError, UnsupportedModel
-from fgsnap.layout import logical_shapes, refuse_unlaid
+from fgsnap.layout import logical_shapes
 from fgsnap.spec import Linear, rope_frequencies
 
 CONFIG = {
@@ -127,7 +128,6 @@ def test_rope_scalings_give_the_angles_of_transformers(scaling, dialect):
         frequencies, factor = rope_frequencies(made.ropes[0], longest)
         torch.testing.assert_close(torch.tensor(frequencies), module.inv_freq, rtol=2e-6, atol=0)
         assert factor == pytest.approx(module.attention_scaling)
-    refuse_unlaid(made)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -250,7 +250,7 @@ def test_a_damaged_config_is_refused_by_key(case):
     assert name in caught.value.what and 1 <= len(caught.value.lines()) <= 3
 
 
-@pytest.mark.parametrize("config", [{}, {"model_type": None}, {"model_type": "falcon"}, {"model_type": ["llama"]}])
+@pytest.mark.parametrize("config", [{}, {"model_type": None}, {"model_type": "bert"}, {"model_type": ["llama"]}])
 def test_unknown_families(config):
     with pytest.raises(SourceError, match=r"model.type"):
         families.find(config)
@@ -271,6 +271,6 @@ def test_gguf_rules_permute_queries_and_keys_with_their_biases():
 
 
 def test_names_of_what_is_computed_anyway():
-    assert llama.unused("model.layers.11.self_attn.rotary_emb.inv_freq")
-    assert llama.unused("rope_freqs.weight")
-    assert not llama.unused("model.layers.11.self_attn.q_proj.bias")
+    assert computed("model.layers.11.self_attn.rotary_emb.inv_freq", spec())
+    assert computed("rope_freqs.weight", spec())
+    assert not computed("model.layers.11.self_attn.q_proj.bias", spec())

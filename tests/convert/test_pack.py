@@ -156,7 +156,7 @@ def test_memory_does_not_grow_with_packed_tensors(tmp_path):
     assert int(done.stdout) < 48
     with open_snapshot(tmp_path / "snap") as snapshot:
         got = bytearray(1000 * 48 * 2)
-        read_logical(snapshot, "embed.weight", 699_000, 700_000, memoryview(got))
+        read_logical(snapshot, "embed.weight", (699_000, 0), (1000, 48), memoryview(got))
     tail = weights(config)["model.embed_tokens.weight"][699_000:]
     assert bytes(got) == tail.contiguous().view(torch.int16).numpy().tobytes()
 

@@ -83,7 +83,8 @@ def test_logical_tensors_are_those_of_the_source(tmp_path, config, dtype):
         ):
             wanted = tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes()
             got = bytearray(len(wanted))
-            read_logical(snapshot, logical, 0, tensors[name].shape[0], memoryview(got))
+            shape = tuple(tensors[name].shape)
+            read_logical(snapshot, logical, (0,) * len(shape), shape, memoryview(got))
             assert bytes(got) == wanted, logical
 
 

@@ -36,7 +36,7 @@ def test_the_plan_is_what_is_written(tmp_path, tp):
 def test_only_config_json_is_needed(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SMOLLM2))
     planned = plan_source(str(tmp_path), tp=3)
-    assert planned.possible_tp == (1, 3)
+    assert planned.possible_tp == (1, 3, 6, 9)
     assert planned.kv_bytes_per_token == 30 * 2 * 3 * 64 * 2
     assert [rank.file for rank in planned.ranks] == [f"rank-{rank:05d}-of-00003.safetensors" for rank in range(3)]
     assert planned.ranks[0].tensors[:2] == ("embed.weight", "layers.0.attn_in.weight")
@@ -46,7 +46,7 @@ def test_a_degree_that_cannot_work_is_refused_with_those_that_can(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SMOLLM2))
     with pytest.raises(UsageError) as caught:
         plan_source(str(tmp_path), tp=2)
-    assert "1, 3" in caught.value.next_step
+    assert "1, 3, 6, 9" in caught.value.next_step
 
 
 def test_bytes_of_a_real_size():

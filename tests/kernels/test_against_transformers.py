@@ -281,7 +281,7 @@ def test_learned_positions_as_in_opt(ops):
     at = torch.tensor([[17, 18, 19]])
     expected = table[tokens] + theirs(learned, torch.ones(1, 20, dtype=torch.int64), 17, at)[0]
     plan = ops.plan(Batch(tokens, (17, 18, 19), (0, 3), (20,), ((0, 1, 2),), ()), 8)
-    found = ops.embed(plan, weight(ops, table), 1.0, given(ops, learned.weight), 2)
+    found = ops.add(ops.embed(plan, weight(ops, table), 1.0), ops.positions(plan, given(ops, learned.weight), 2))
     assert_close(values_of(ops, found, 3, WIDTH), expected, EPSILON)
 
 

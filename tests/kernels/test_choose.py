@@ -73,8 +73,8 @@ def test_a_dtype_that_native_lacks_goes_to_the_reference(monkeypatch):
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_a_feature_nobody_computes_is_named(backend):
-    with pytest.raises(UnsupportedModel, match=r"attention\.sinks"):
-        choose(backend, "cpu", LLAMA | {"attention.sinks"}, "float32")
+    with pytest.raises(UnsupportedModel, match=r"attention\.hyena"):
+        choose(backend, "cpu", LLAMA | {"attention.hyena"}, "float32")
 
 
 def test_unknown_backends_are_refused_with_those_that_exist():

@@ -140,34 +140,29 @@ def test_embed(backend, dtype, scale):
     assert_close(found, table[tokens] * scale, backend.activation, 1)
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.5])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_embed_with_learned_positions(backend, dtype, scale):
+def test_positions(backend, dtype):
     """Prompt chunks and decodes; a position's row lies ``offset`` rows further down."""
-    ops, table, learned = backend.ops, exact(11, 33), exact(25, 33, seed=1)
-    tokens, positions = [10, 0, 3, 3, 7], [7, 8, 9, 0, 22]
-    batch = Batch(tokens, positions, (0, 3, 4, 5), (10, 1, 23), ((0, 1), (2,), (3, 4, 5)), ())
-    found = ops.embed(ops.plan(batch, 8), weight(ops, table, dtype), scale, weight(ops, learned, dtype), 2)
-    expected = table[tokens] * scale + learned[[p + 2 for p in positions]]
-    assert_close(values_of(ops, found, 5, 33), expected, backend.activation, 1)
+    ops, table = backend.ops, exact(25, 33)
+    positions = [7, 8, 9, 0, 22]
+    batch = Batch([10, 0, 3, 3, 7], positions, (0, 3, 4, 5), (10, 1, 23), ((0, 1), (2,), (3, 4, 5)), ())
+    found = values_of(ops, ops.positions(ops.plan(batch, 8), weight(ops, table, dtype), 2), 5, 33)
+    assert_close(found, table[[p + 2 for p in positions]], backend.activation)
 
 
-@pytest.mark.parametrize("learned", [False, True])
-def test_embed_of_shards_sums_to_the_whole(backend, learned):
-    """Each token is in one shard; the others give zeros, and no position's row, so that a sum is the whole."""
-    ops, table, rows = backend.ops, exact(11, 16), exact(9, 16, seed=1)
+def test_embed_of_shards_sums_to_the_whole(backend):
+    """Each token is in one shard; the others give zeros, so that a sum is the whole."""
+    ops, table = backend.ops, exact(11, 16)
     tokens = [10, 0, 3, 4, 7, 8]
     plan = ops.plan(Batch(tokens, range(6), (0, 6), (6,), ((0,),), ()), 8)
-    positions = weight(ops, rows) if learned else None
     total = torch.zeros(6, 16, dtype=torch.float64)
     for first, stop in ((0, 4), (4, 8), (8, 11)):
         shard = weight(ops, table[first:stop].contiguous())
-        part = values_of(ops, ops.embed(plan, shard, 3.0, positions, 1, first), 6, 16)
+        part = values_of(ops, ops.embed(plan, shard, 3.0, first), 6, 16)
         outside = torch.tensor([not first <= token < stop for token in tokens])
         assert torch.equal(part[outside], torch.zeros(int(outside.sum()), 16).double())
         total += part
-    expected = table[tokens] * 3.0 + (rows[1:7] if learned else 0.0)
-    assert_close(total, expected, backend.activation, 1)
+    assert_close(total, table[tokens] * 3.0, backend.activation, 1)
 
 
 @pytest.mark.parametrize("float32_weight", [False, True])
@@ -354,7 +349,7 @@ class Everything:
 
     def __call__(self, plan):
         ops = self.ops
-        x = ops.embed(plan, self.embed, 1.5, self.positions, 2)
+        x = ops.add(ops.embed(plan, self.embed, 1.5), ops.positions(plan, self.positions, 2))
         qkv = ops.linear(ops.norm(x, self.norm), self.qkv)
         qkv = ops.norm_heads(qkv, self.attention, self.query_norm, self.key_norm)
         q = ops.append(qkv, self.caches[0], plan, self.attention, self.rope)

@@ -294,10 +294,10 @@ def test_every_degree_gives_the_same_tensors(tmp_path, tp, loader):
         logical = {name.removeprefix(f"layers.{index}."): a for name, a in arrays.items()}
         qkv = np.concatenate([logical[f"{part}.weight"] for part in "qkv"])
         gate_up = np.concatenate([logical["gate.bias"], logical["up.bias"]])
-        assert np.array_equal(layer.qkv.numpy(), qkv)
-        assert np.array_equal(layer.gate_up_bias.numpy(), gate_up)
-        assert np.array_equal(layer.out.numpy(), logical["out.weight"])
-        assert np.array_equal(layer.down.numpy(), logical["down.weight"])
+        assert np.array_equal(layer.attention.qkv.numpy(), qkv)
+        assert np.array_equal(layer.mlp.gate_up_bias.numpy(), gate_up)
+        assert np.array_equal(layer.attention.out.numpy(), logical["out.weight"])
+        assert np.array_equal(layer.mlp.down.numpy(), logical["down.weight"])
         assert np.array_equal(layer.attn_in.weight.numpy(), logical["attn_in.weight"])
         assert layer.attn_out is None
 
@@ -306,7 +306,7 @@ def test_layers_on_demand_are_a_sequence(tmp_path):
     make_snapshot(tmp_path / "snap", tiny_spec(layers=3), 2)
     layers = load_by_layer(open_snapshot(tmp_path / "snap"), Reference("cpu", "float32")).layers
     assert len(layers) == 3 and len(layers[1:]) == 2
-    assert torch.equal(layers[-1].qkv, layers[2].qkv)
+    assert torch.equal(layers[-1].attention.qkv, layers[2].attention.qkv)
     with pytest.raises(IndexError):
         layers[3]
 

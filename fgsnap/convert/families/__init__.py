@@ -5,36 +5,72 @@ Adding a family means adding a module and its line here; nothing in the runtime 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
-from fgsnap.convert.families import llama
-from fgsnap.convert.rules import Rule
+from fgsnap.convert.families import (
+    deepseek,
+    exaone4,
+    falcon,
+    gemma2,
+    gemma3,
+    glm4,
+    glm4_moe,
+    gpt2,
+    gpt_neox,
+    gpt_oss,
+    granite,
+    llama,
+    llama4,
+    mixtral,
+    olmo2,
+    opt,
+    phi,
+    phi3,
+    qwen,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
+from fgsnap.convert.families.family import Family
 from fgsnap.errors import SourceError, UnsupportedModel
-from fgsnap.spec import DecoderSpec
 
-
-class Family(NamedTuple):
-    """What a family module offers.
-
-    Attributes:
-        spec: config.json -> what the model computes.
-        rules: spec -> how its tensors are made of a Hugging Face checkpoint's.
-        gguf_rules: the same for a GGUF file; None where fgsnap does not read the family from GGUF.
-        unused: whether a source tensor, by name, says nothing that the config does not.
-        tied_head: names of the output matrix and of the embedding that it equals in a tied checkpoint.
-    """
-
-    spec: Callable[[Mapping[str, Any]], DecoderSpec]
-    rules: Callable[[DecoderSpec], tuple[Rule, ...]]
-    gguf_rules: Callable[[DecoderSpec], tuple[Rule, ...]] | None
-    unused: Callable[[str], bool]
-    tied_head: tuple[str, str]
-
-
-_LLAMA = Family(llama.spec, llama.rules, llama.gguf_rules, llama.unused, llama.TIED_HEAD)
-
-FAMILIES: dict[str, Family] = {"llama": _LLAMA, "mistral": _LLAMA}
+FAMILIES: dict[str, Family] = {
+    "deepseek_v2": deepseek.V2,
+    "deepseek_v3": deepseek.V3,
+    "exaone4": exaone4.FAMILY,
+    "falcon": falcon.FAMILY,
+    "gemma2": gemma2.FAMILY,
+    "gemma3": gemma3.WITH_VISION,
+    "gemma3_text": gemma3.FAMILY,
+    "glm": glm4.FAMILY,
+    "glm4": glm4.FAMILY,
+    "glm4_moe": glm4_moe.FAMILY,
+    "gpt2": gpt2.FAMILY,
+    "gpt_neox": gpt_neox.FAMILY,
+    "gpt_oss": gpt_oss.FAMILY,
+    "granite": granite.FAMILY,
+    "granitemoe": granite.WITH_EXPERTS,
+    "llama": llama.FAMILY,
+    "llama4": llama4.WITH_VISION,
+    "llama4_text": llama4.FAMILY,
+    "mistral": llama.FAMILY,
+    "mixtral": mixtral.FAMILY,
+    "olmo2": olmo2.FAMILY,
+    "olmo3": olmo2.WINDOWED,
+    "opt": opt.FAMILY,
+    "phi": phi.FAMILY,
+    "phi3": phi3.FAMILY,
+    "qwen": qwen.FAMILY,
+    "qwen2": qwen2.FAMILY,
+    "qwen2_moe": qwen2_moe.FAMILY,
+    "qwen3": qwen3.FAMILY,
+    "qwen3_moe": qwen3_moe.FAMILY,
+    "smollm3": smollm3.FAMILY,
+}
+"""By ``model_type``."""
 
 
 def find(config: Mapping[str, Any]) -> Family:

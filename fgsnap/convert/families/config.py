@@ -25,7 +25,7 @@ HARMLESS = frozenset(
     _attn_implementation_autoset _experts_implementation_internal experts_implementation use_flash_attn
     _flash_attn_2_enabled torch_dtype dtype torchscript use_bfloat16 tf_legacy_loss
     use_cache initializer_range pretraining_tp gradient_checkpointing neftune_noise_alpha
-    attention_dropout attn_pdrop resid_pdrop embd_pdrop hidden_dropout residual_dropout dropout
+    classifier_dropout attention_dropout attn_pdrop resid_pdrop embd_pdrop hidden_dropout residual_dropout dropout
     output_hidden_states output_attentions return_dict return_dict_in_generate output_scores output_logits
     chunk_size_feed_forward is_decoder tie_encoder_decoder tie_last_hidden_states keys_to_ignore_at_inference
     id2label label2id num_labels problem_type finetuning_task task_specific_params tokenizer_class prefix

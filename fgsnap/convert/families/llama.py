@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
-import re
+from functools import partial
 
 from fgsnap.convert.families.config import ROPE, Config, activation, check_keys, flag, integer, number, rope
-from fgsnap.convert.rules import Rule, Shape, pair_to_half, rotated_first, whole
+from fgsnap.convert.families.family import Family
+from fgsnap.convert.families.naming import ATTENTION, MLP, NORMS, OUTER, Make, by_name
+from fgsnap.convert.rules import Rule, pair_to_half, rotated_first
 from fgsnap.errors import SourceError, UnsupportedModel
-from fgsnap.layout import logical_shapes
 from fgsnap.spec import Attention, DecoderSpec, Embedding, Head, Layer, Mlp, Norm
 
 KNOWN = ROPE | frozenset(
@@ -124,77 +125,51 @@ def _mlp(config: Config) -> Mlp:
     )
 
 
-# Logical part -> name in a Hugging Face checkpoint, name in a GGUF file.
-OUTER = {
-    "embed": ("model.embed_tokens", "token_embd"),
-    "final_norm": ("model.norm", "output_norm"),
-    "head": ("lm_head", "output"),
-}
-INNER = {
-    "attn_in": ("input_layernorm", "attn_norm"),
-    "q": ("self_attn.q_proj", "attn_q"),
-    "k": ("self_attn.k_proj", "attn_k"),
-    "v": ("self_attn.v_proj", "attn_v"),
-    "out": ("self_attn.o_proj", "attn_output"),
-    "mlp_in": ("post_attention_layernorm", "ffn_norm"),
-    "gate": ("mlp.gate_proj", "ffn_gate"),
-    "up": ("mlp.up_proj", "ffn_up"),
-    "down": ("mlp.down_proj", "ffn_down"),
+# What a GGUF file calls them.
+GGUF_OUTER = {"embed": "token_embd", "final_norm": "output_norm", "head": "output"}
+GGUF_INNER = {
+    "attn_in": "attn_norm",
+    "q": "attn_q",
+    "k": "attn_k",
+    "v": "attn_v",
+    "out": "attn_output",
+    "mlp_in": "ffn_norm",
+    "gate": "ffn_gate",
+    "up": "ffn_up",
+    "down": "ffn_down",
 }
 
 
 def rules(spec: DecoderSpec) -> tuple[Rule, ...]:
     """How the logical tensors are made of a Hugging Face checkpoint's."""
-    _check_kind(spec)
-    return tuple(_hf_rule(spec, name, shape) for name, shape in logical_shapes(spec).items())
+    attention, dims = _only_kind(spec).attention, spec.ropes[0].dims
+    how: dict[str, Make] = {
+        "q": partial(rotated_first, heads=attention.heads, dims=dims),
+        "k": partial(rotated_first, heads=attention.kv_heads, dims=dims),
+    }
+    return by_name(spec, OUTER, NORMS | ATTENTION | MLP, how)
 
 
 def gguf_rules(spec: DecoderSpec) -> tuple[Rule, ...]:
     """How they are made of a GGUF file's, where query and key rows are in the order that rotates adjacent pairs."""
-    _check_kind(spec)
-    return tuple(_gguf_rule(spec, name, shape) for name, shape in logical_shapes(spec).items())
+    attention = _only_kind(spec).attention
+    how: dict[str, Make] = {
+        "q": partial(pair_to_half, heads=attention.heads),
+        "k": partial(pair_to_half, heads=attention.kv_heads),
+    }
+    return by_name(spec, GGUF_OUTER, GGUF_INNER, how, "blk.{layer}.")
 
 
-def _check_kind(spec: DecoderSpec) -> None:
+def _only_kind(spec: DecoderSpec) -> Layer:
     """Refuse a spec that no config of this family gives; one read from a manifest may hold anything."""
-    parts = {_split(name)[1] for name in logical_shapes(spec)}
-    if len(spec.layer_kinds) != 1 or len(spec.ropes) != 1 or parts - {*OUTER, *INNER}:
+    if len(spec.layer_kinds) != 1 or len(spec.ropes) != 1:
         raise UnsupportedModel("This decoder is none of the Llama family.", "Its manifest says it is, and is wrong.")
+    return spec.layer_kinds[0]
 
 
-def _hf_rule(spec: DecoderSpec, name: str, shape: Shape) -> Rule:
-    layer, part, kind = _split(name)
-    source = f"{OUTER[part][0]}.{kind}" if layer is None else f"model.layers.{layer}.{INNER[part][0]}.{kind}"
-    if part in ("q", "k"):
-        return rotated_first(name, source, shape, _heads(spec, part), spec.ropes[0].dims)
-    return whole(name, source, shape)
-
-
-def _gguf_rule(spec: DecoderSpec, name: str, shape: Shape) -> Rule:
-    layer, part, kind = _split(name)
-    source = f"{OUTER[part][1]}.{kind}" if layer is None else f"blk.{layer}.{INNER[part][1]}.{kind}"
-    if part in ("q", "k"):
-        return pair_to_half(name, source, shape, _heads(spec, part))
-    return whole(name, source, shape)
-
-
-def _split(name: str) -> tuple[str | None, str, str]:
-    """``layers.3.q.weight`` -> ("3", "q", "weight"); ``embed.weight`` -> (None, "embed", "weight")."""
-    *layer, part, kind = name.split(".")
-    return (layer[1] if layer else None), part, kind
-
-
-def _heads(spec: DecoderSpec, part: str) -> int:
-    attention = spec.layer_kinds[0].attention
-    return attention.heads if part == "q" else attention.kv_heads
-
-
-# A tied checkpoint may hold the output matrix a second time, under the first name beside the second.
-TIED_HEAD = ("lm_head.weight", "model.embed_tokens.weight")
-
-_COMPUTED = re.compile(r"(model\.(layers\.\d+\.self_attn\.)?)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
-
-
-def unused(name: str) -> bool:
-    """Whether a source tensor holds only what the config says too (a GGUF source puts rope_freqs into its config)."""
-    return _COMPUTED.fullmatch(name) is not None or name == "rope_freqs.weight"
+FAMILY = Family(
+    "Llama 1, 2, 3, 3.1, 3.2, 3.3, CodeLlama, SmolLM, SmolLM2, TinyLlama; Mistral 7B, Nemo and Small",
+    spec,
+    (rules,),
+    gguf_rules=gguf_rules,
+)

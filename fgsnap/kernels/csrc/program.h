@@ -12,7 +12,7 @@
 
 namespace fgsnap {
 
-constexpr int ABI = 4;
+constexpr int ABI = 5;
 constexpr int64_t PANEL = 32;  // rows of a matrix that are computed together; those of a packed one lie together
 constexpr int64_t FEW = 4;     // rows of x whose product with a matrix takes as long as the matrix takes to be read
 
@@ -85,15 +85,14 @@ struct NormRule {
     double eps;
 };
 
-// y = scale * table[id - first] + positions[position + offset]; zeros for a token outside the table's rows.
+// y = scale * table[id - first], where id is a token's id or, `by_position`, its position; zeros outside the table.
 struct Embed {
     Kind kind;
     Register y;
     Matrix table;
     int64_t width, first, table_rows;
     double scale;
-    Matrix learned;
-    int64_t offset;
+    int64_t by_position;
 };
 
 // Columns [begin, begin + width) of rows that are pitch numbers apart; y likewise.

@@ -20,17 +20,13 @@ void embed(const Embed& op, const Step& step, const Share& share) {
     const float scale = float(op.scale);
     for (int64_t t = share.begin; t < share.end; ++t) {
         float* y = step.floats(op.y) + t * op.width;
-        const int64_t row = step.ids[t] - op.first;
+        const int64_t row = (op.by_position ? step.positions : step.ids)[t] - op.first;
         if (row < 0 || row >= op.table_rows) {
             std::memset(y, 0, size_t(op.width) * 4);
             continue;
         }
         table_row(op.table, row, op.width, y);
         for (int64_t i = 0; i < op.width; ++i) y[i] *= scale;
-        if (op.learned.at == nullptr) continue;
-        const Vector learned{op.learned.at, op.learned.type};
-        const int64_t at = (step.positions[t] + op.offset) * op.width;
-        for (int64_t i = 0; i < op.width; ++i) y[i] += element(learned, at + i);
     }
 }
 

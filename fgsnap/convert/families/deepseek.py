@@ -1,0 +1,201 @@
+"""DeepSeek V2, V3 and R1: keys and values of all heads in one latent, experts in groups beside shared ones.
+
+V2 scores experts by a softmax and ranks groups by their best one; V3 by sigmoids, with a bias that picks but does not
+weigh, and ranks groups by their two best. The layer after the last one, which predicts two tokens ahead, is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from fgsnap.convert.families.config import Config, activation, check_keys, flag, integer, number, rope
+from fgsnap.convert.families.family import Family, computed_or_beyond
+from fgsnap.convert.families.naming import EXPERTS, FUSED, HALVES, MLP, NORMS, OUTER, Make, by_name
+from fgsnap.convert.families.parts import BASE, MOE, decoder, depth, gated_mlp, rms
+from fgsnap.convert.rules import Rule, Shape, rule, take
+from fgsnap.errors import UnsupportedModel
+from fgsnap.spec import Attention, DecoderSpec, Experts, Latent, Layer, Mlp, Norm, Router, SharedExpert
+
+KNOWN = (
+    BASE
+    | MOE
+    | frozenset(
+        """
+    first_k_dense_replace moe_layer_freq kv_lora_rank q_lora_rank n_group topk_group topk_method scoring_func
+    n_routed_experts n_shared_experts qk_nope_head_dim qk_rope_head_dim qk_head_dim v_head_dim routed_scaling_factor
+    rope_interleave mlp_bias num_nextn_predict_layers num_mtp_layers
+    """.split()
+    )
+)
+LATENT_NORM = Norm(kind="rms", eps=1e-6)  # whatever rms_norm_eps says
+ATTENTION = {
+    "q": "self_attn.q_proj",
+    "q_down": "self_attn.q_a_proj",
+    "q_norm": "self_attn.q_a_layernorm",
+    "q_up": "self_attn.q_b_proj",
+    "latent": "self_attn.kv_a_proj_with_mqa",
+    "latent_norm": "self_attn.kv_a_layernorm",
+    "up_keys": "self_attn.kv_b_proj",
+    "up_values": "self_attn.kv_b_proj",
+    "out": "self_attn.o_proj",
+}
+SHARED = {
+    "router.selection_bias": "mlp.gate.e_score_correction_bias",
+    "shared.gate": "mlp.shared_experts.gate_proj",
+    "shared.up": "mlp.shared_experts.up_proj",
+    "shared.down": "mlp.shared_experts.down_proj",
+}
+INNER = NORMS | ATTENTION | MLP | EXPERTS | SHARED
+
+
+def v2_spec(config: Config) -> DecoderSpec:
+    """What a DeepSeek-V2 config.json says is computed."""
+    methods = {"greedy": 1, "group_limited_greedy": integer(config, "n_group", 1)}
+    method = config.get("topk_method") or "greedy"
+    if method not in methods or config.get("scoring_func", "softmax") != "softmax":
+        raise UnsupportedModel(f"The config key 'topk_method' is {method!r}.", f"Supported are {', '.join(methods)}.")
+    groups = methods[method]
+    router = Router(
+        "softmax",
+        integer(config, "num_experts_per_tok", 1),
+        groups=groups,
+        kept_groups=1 if groups == 1 else integer(config, "topk_group"),
+        scale=number(config, "routed_scaling_factor", 1.0),
+    )
+    return _spec(config, router, first_sparse=0)
+
+
+def v3_spec(config: Config) -> DecoderSpec:
+    """What a DeepSeek-V3 config.json says is computed."""
+    return _spec(config, biased_router(config), first_sparse=3)
+
+
+def biased_router(config: Config) -> Router:
+    """V3's router, which others took over."""
+    return Router(
+        "sigmoid",
+        integer(config, "num_experts_per_tok", 8),
+        selection_bias=True,
+        groups=integer(config, "n_group", 1),
+        kept_groups=integer(config, "topk_group", 1),
+        group_rank="top2_sum",
+        renormalize=flag(config, "norm_topk_prob", default=True),
+        scale=number(config, "routed_scaling_factor", 1.0),
+    )
+
+
+def _spec(config: Config, router: Router, first_sparse: int) -> DecoderSpec:
+    check_keys(config, KNOWN)
+    if flag(config, "attention_bias") or flag(config, "mlp_bias") or integer(config, "moe_layer_freq", 1) != 1:
+        raise UnsupportedModel(
+            "This DeepSeek has biases, or layers without experts between those that have them.",
+            "No published one does ('attention_bias', 'mlp_bias', 'moe_layer_freq').",
+        )
+    max_length, norm = integer(config, "max_position_embeddings", 4096), rms(config)
+    attention = _attention(config)
+    dense = Layer(attention=attention, mlp=gated_mlp(config), attn_in=norm, mlp_in=norm)
+    sparse = Layer(attention=attention, experts=_experts(config, router), attn_in=norm, mlp_in=norm)
+    first = config.get("first_k_dense_replace", first_sparse)
+    layers = [dense if index < first else sparse for index in range(depth(config))]
+    rotation = rope(config, integer(config, "qk_rope_head_dim", 64), max_length)
+    return decoder(config, layers, norm, [rotation], max_length=max_length)
+
+
+def _attention(config: Config) -> Attention:
+    heads, rotated = integer(config, "num_attention_heads"), integer(config, "qk_rope_head_dim", 64)
+    dim = integer(config, "qk_nope_head_dim", 128) + rotated
+    compressed = config.get("q_lora_rank", 1536)
+    return Attention(
+        heads=heads,
+        kv_heads=heads,
+        head_dim=dim,
+        scale=dim**-0.5 * _stretch(config) ** 2,
+        value_dim=integer(config, "v_head_dim", 128),
+        rope=0,
+        latent=Latent(
+            kv_rank=integer(config, "kv_lora_rank", 512),
+            rope_dim=rotated,
+            norm=LATENT_NORM,
+            query_rank=None if compressed is None else integer(config, "q_lora_rank", 1536),
+        ),
+    )
+
+
+def _stretch(config: Config) -> float:
+    """YaRN's mscale over all dims, by which queries and keys are multiplied both."""
+    parameters: dict[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    share, factor = parameters.get("mscale_all_dim"), parameters.get("factor", 1.0)
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    return 0.1 * share * math.log(factor) + 1.0 if share and factor > 1 and kind != "default" else 1.0
+
+
+def _experts(config: Config, router: Router) -> Experts:
+    inner, act = integer(config, "moe_intermediate_size", 1407), activation(config, "hidden_act", "silu")
+    shared = config.get("n_shared_experts")
+    return Experts(
+        count=integer(config, "n_routed_experts", 64),
+        mlp=Mlp(inner=inner, activation=act),
+        router=router,
+        shared=SharedExpert(Mlp(inner=inner * shared, activation=act)) if shared else None,
+    )
+
+
+def rules(spec: DecoderSpec) -> tuple[Rule, ...]:
+    """How the logical tensors are made of a checkpoint's, with a tensor an expert."""
+    return by_name(spec, OUTER, INNER, _makers(spec))
+
+
+def fused_rules(spec: DecoderSpec) -> tuple[Rule, ...]:
+    """The same where all experts are one tensor."""
+    return by_name(spec, OUTER, INNER | FUSED, {**_makers(spec), **HALVES})
+
+
+def _makers(spec: DecoderSpec) -> dict[str, Make]:
+    attention = spec.layer_kinds[0].attention
+    latent = attention.latent
+    if latent is None:
+        raise UnsupportedModel("This decoder is none of the DeepSeek family.", "Its manifest says it is, and is wrong.")
+    plain = attention.head_dim - latent.rope_dim
+    queries = _paired_tail(attention.heads, plain, latent.rope_dim)
+    return {
+        "q": queries,
+        "q_up": queries,
+        "latent": _paired_tail(1, latent.kv_rank, latent.rope_dim),
+        "up_keys": _up(attention, 0, plain),
+        "up_values": _up(attention, plain, plain + attention.value_width),
+    }
+
+
+def _paired_tail(heads: int, plain: int, rotated: int) -> Make:
+    """Heads whose last dims are rotated in adjacent pairs, in the order that rotates half against half."""
+
+    def make(name: str, source: str, shape: Shape) -> Rule:
+        width, inner = plain + rotated, shape[1:]
+        halves = (0, 2, 1, *range(3, 3 + len(inner)))
+        pieces = []
+        for head in range(heads):
+            begin = head * width
+            pieces.append(take(source, shape, cut={0: (begin, begin + plain)}))
+            pairs = ((begin + plain) // 2, (begin + width) // 2)
+            view = (1, shape[0] // 2, 2, *inner)
+            pieces.append(take(source, shape, view, {1: pairs}, halves))
+        return rule(name, shape, pieces)
+
+    return make
+
+
+def _up(attention: Attention, first: int, last: int) -> Make:
+    """Of each head's rows that make keys and values of a latent, some; those that make keys the other way round."""
+
+    def make(name: str, source: str, shape: Shape) -> Rule:
+        assert attention.latent is not None
+        rank, width = attention.latent.kv_rank, attention.head_dim - attention.latent.rope_dim + attention.value_width
+        view, order = (attention.heads, width, rank), (0, 2, 1) if first == 0 else (0, 1, 2)
+        return rule(name, shape, (take(source, (attention.heads * width, rank), view, {1: (first, last)}, order),))
+
+    return make
+
+
+V2 = Family("DeepSeek-V2, V2-Lite, V2.5, Coder-V2", v2_spec, (rules, fused_rules), unused=computed_or_beyond)
+V3 = Family("DeepSeek-V3, V3.1, R1", v3_spec, (rules, fused_rules), unused=computed_or_beyond)

@@ -1,0 +1,49 @@
+"""What a family module offers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from fgsnap.convert.rules import Rule
+from fgsnap.spec import DecoderSpec
+
+Spec = Callable[[Mapping[str, Any]], DecoderSpec]
+Rules = Callable[[DecoderSpec], tuple[Rule, ...]]
+
+_COMPUTED = re.compile(r"(.*\.)?(rotary_emb\.(inv_freq|cos_cached|sin_cached)|rope_freqs\.weight)")
+
+
+def computed(name: str, spec: DecoderSpec) -> bool:
+    """Whether a source tensor holds only what the config says too (a GGUF source puts rope_freqs into its config)."""
+    return _COMPUTED.fullmatch(name) is not None
+
+
+def computed_or_beyond(name: str, spec: DecoderSpec) -> bool:
+    """The same for checkpoints with layers after the last one, which predict more than the next token."""
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    return computed(name, spec) or (layer is not None and int(layer[1]) >= spec.depth)
+
+
+class Family(NamedTuple):
+    """What a family module offers.
+
+    Attributes:
+        models: published models of the family, for people to find theirs.
+        spec: config.json -> what the model computes.
+        rules: spec -> how its tensors are made of a checkpoint's; one for each way that checkpoints name them. The
+            first whose sources are all there is taken.
+        refused: what of the family is not supported, and why.
+        gguf_rules: the same for a GGUF file; None where fgsnap does not read the family from GGUF.
+        unused: whether a source tensor, by name, says nothing that the config does not.
+        tied_head: names of the output matrix and of the embedding that it equals in a tied checkpoint.
+    """
+
+    models: str
+    spec: Spec
+    rules: tuple[Rules, ...]
+    refused: str = ""
+    gguf_rules: Rules | None = None
+    unused: Callable[[str, DecoderSpec], bool] = computed
+    tied_head: tuple[str, str] = ("lm_head.weight", "model.embed_tokens.weight")

@@ -1,0 +1,204 @@
+"""Parts of a decoder spec that most families' config.json give under the same keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple
+
+from fgsnap.convert.families.config import ROPE, Config, activation, flag, integer, number, rope
+from fgsnap.errors import SourceError, UnsupportedModel
+from fgsnap.spec import DecoderSpec, Embedding, Head, Layer, Mlp, Norm, Rope
+
+BASE = ROPE | frozenset(
+    """
+    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+    hidden_act max_position_embeddings rms_norm_eps tie_word_embeddings attention_bias
+    """.split()
+)
+"""Keys that the functions here read."""
+
+WINDOWS = frozenset("use_sliding_window sliding_window max_window_layers layer_types".split())
+
+MOE = frozenset(
+    """
+    num_experts_per_tok moe_intermediate_size norm_topk_prob output_router_logits router_aux_loss_coef
+    router_jitter_noise aux_loss_alpha seq_aux ep_size
+    """.split()
+)
+
+MOST_LAYERS = 4096
+
+
+class Heads(NamedTuple):
+    """Query heads, key heads, and the width of each."""
+
+    queries: int
+    keys: int
+    dim: int
+
+
+def depth(config: Config, key: str = "num_hidden_layers") -> int:
+    """The number of layers."""
+    found = integer(config, key)
+    if found > MOST_LAYERS:
+        raise SourceError(f"config.json asks for {found} layers.", f"No model has more than {MOST_LAYERS}.")
+    return found
+
+
+def heads(config: Config, keys: int | None = None, dim: int | None = None) -> Heads:
+    """The heads; ``keys`` and ``dim`` are what an absent key means, None: as many as queries, the width divided."""
+    width, queries = integer(config, "hidden_size"), integer(config, "num_attention_heads")
+    absent = queries if keys is None or "num_key_value_heads" in config else keys
+    return checked_heads(width, queries, integer(config, "num_key_value_heads", absent), config.get("head_dim") or dim)
+
+
+def checked_heads(width: int, queries: int, keys: int, dim: Any = None) -> Heads:
+    """Heads that divide as they must; ``dim`` None divides the width."""
+    if dim is None and width % queries:
+        raise SourceError(f"hidden_size {width} does not divide into {queries} heads.", "No head_dim is given either.")
+    if queries % keys:
+        raise SourceError(
+            f"{queries} attention heads cannot share {keys} key-value heads.",
+            "num_attention_heads must be a multiple of num_key_value_heads.",
+        )
+    return Heads(queries, keys, width // queries if dim is None else integer({"head_dim": dim}, "head_dim"))
+
+
+def rms(config: Config, default: float = 1e-6, key: str = "rms_norm_eps") -> Norm:
+    """The RMS norm of most families."""
+    return Norm(kind="rms", eps=number(config, key, default))
+
+
+def layer_norm(config: Config, key: str, default: float = 1e-5) -> Norm:
+    """A layer norm with weight and bias."""
+    return Norm(kind="ln", eps=number(config, key, default), bias=True)
+
+
+def gated_mlp(config: Config, inner: str = "intermediate_size", act: str = "hidden_act", *, bias: bool = False) -> Mlp:
+    """down(act(gate(x)) * up(x))."""
+    how = activation(config, act, "silu")
+    return Mlp(inner=integer(config, inner), activation=how, bias=bias, down_bias=bias)
+
+
+Kind = Literal["full_attention", "sliding_attention", "chunked_attention"]
+
+
+def layer_types(config: Config, default: Sequence[Kind]) -> Sequence[Kind]:
+    """Each layer's kind of attention: as ``layer_types`` says, or as the family's rule does where it is absent."""
+    given = config.get("layer_types")
+    if given is None:
+        return default
+    if not isinstance(given, list) or len(given) != len(default):
+        raise SourceError(f"'layer_types' in config.json does not name {len(default)} layers.", "", "")
+    for kind in given:
+        if kind not in ("full_attention", "sliding_attention", "chunked_attention"):
+            raise UnsupportedModel(f"The config key 'layer_types' names {kind!r}.", "fgsnap does not know it.")
+    return given
+
+
+def window_of(kind: Kind, config: Config, default: int | None = None) -> int | None:
+    """The window of a layer of that kind."""
+    if kind != "sliding_attention":
+        return None
+    return integer(config, "sliding_window", default)
+
+
+def rope_of(config: Config, kind: Kind, head_dim: int, max_length: int) -> Rope:
+    """The rotation of layers of one kind, where ``rope_parameters`` is keyed by kind; else the one there is."""
+    parameters = config.get("rope_parameters")
+    if isinstance(parameters, dict) and kind in parameters:
+        config = {**config, "rope_parameters": parameters[kind], "rope_scaling": None}
+    return rope(config, head_dim, max_length)
+
+
+def decoder(
+    config: Config,
+    layers: Iterable[Layer],
+    norm: Norm | None,
+    ropes: Sequence[Rope] = (),
+    *,
+    max_length: int,
+    embedding: Embedding | None = None,
+    head: Head | None = None,
+    tied: bool = False,
+) -> DecoderSpec:
+    """The decoder of these layers; equal ones are one kind.
+
+    Args:
+        config: gives the vocabulary and the width.
+        layers: from the first to the last.
+        norm: the final one.
+        ropes: rotations that layers name by index.
+        max_length: the longest context.
+        embedding: None: rows of the decoder's width, unscaled.
+        head: None: as ``tie_word_embeddings`` says, and ``tied`` where it says nothing.
+        tied: see ``head``.
+    """
+    every = tuple(layers)
+    kinds = tuple(dict.fromkeys(every))
+    width = integer(config, "hidden_size")
+    return DecoderSpec(
+        vocab_size=integer(config, "vocab_size"),
+        width=width,
+        max_length=max_length,
+        embedding=embedding or Embedding(width=width),
+        layer_kinds=kinds,
+        layers=tuple(kinds.index(layer) for layer in every),
+        head=head or Head(tied=flag(config, "tie_word_embeddings", tied)),
+        final_norm=norm,
+        ropes=tuple(ropes),
+    )
+
+
+def windows_above(config: Config) -> Sequence[Kind]:
+    """Windows on the layers from ``max_window_layers`` on, if ``use_sliding_window``; as the Qwen families have it."""
+    used = flag(config, "use_sliding_window") and config.get("sliding_window", True) is not None
+    begin = integer(config, "max_window_layers", 28) if config.get("max_window_layers") != 0 else 0
+    kinds: list[Kind] = [
+        "sliding_attention" if used and index >= begin else "full_attention" for index in range(depth(config))
+    ]
+    return refuse_unused(config, used, layer_types(config, kinds))
+
+
+def refuse_unused(config: Config, used: bool, kinds: Sequence[Kind]) -> Sequence[Kind]:
+    """Refuse layers with a window where the config says that none is used."""
+    if not used and "sliding_attention" in kinds:
+        raise UnsupportedModel(
+            "The config key 'layer_types' names sliding_attention, but 'use_sliding_window' is false.",
+            "Readers disagree about which one such a checkpoint means.",
+            "Remove the one that is not meant.",
+        )
+    return kinds
+
+
+def listed(config: Config, key: str) -> Sequence[int]:
+    """A list of layer numbers; absent or null: none."""
+    value = config.get(key) or []
+    if not isinstance(value, list) or any(type(entry) is not int for entry in value):
+        raise SourceError(f"The config key {key!r} is no list of layers.", "", "Check config.json; it may be damaged.")
+    return value
+
+
+def sparse_layers(config: Config, experts: int) -> frozenset[int]:
+    """The layers with experts: every ``decoder_sparse_step``-th one but those of ``mlp_only_layers``."""
+    if config.get("num_experts", experts) == 0:
+        return frozenset()
+    step, dense = integer(config, "decoder_sparse_step", 1), listed(config, "mlp_only_layers")
+    return frozenset(index for index in range(depth(config)) if (index + 1) % step == 0 and index not in dense)
+
+
+def inner_config(config: Config, key: str) -> Config:
+    """The decoder's own config inside that of a model with more parts."""
+    inner = config.get(key)
+    if not isinstance(inner, dict):
+        raise SourceError(f"config.json has no {key!r}.", "It describes the decoder.", "Check that it is whole.")
+    return inner
+
+
+def rotating_layers(config: Config) -> Sequence[bool]:
+    """Whether each layer rotates: as ``no_rope_layers`` says (1: it does), or all but every so many-th."""
+    count, interval = depth(config), integer(config, "no_rope_layer_interval", 4)
+    given = listed(config, "no_rope_layers")
+    if given and len(given) != count:
+        raise SourceError(f"'no_rope_layers' in config.json does not have {count} entries.", "", "")
+    return [bool(entry) for entry in given] or [(index + 1) % interval != 0 for index in range(count)]
