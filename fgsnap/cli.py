@@ -406,6 +406,47 @@ def verify(snapshot: Path, as_json: bool, progress: bool | None) -> None:
 
 
 @cli.command()
+@click.argument("a")
+@click.argument("b")
+@option("--values", is_flag=True, help="Read what differs to its end, and count the numbers that do.")
+@option("--all", "everything", is_flag=True, help="List every difference, each tensor in a line of its own.")
+@json_option
+@progress_option
+def diff(a: str, b: str, values: bool, everything: bool, as_json: bool, progress: bool | None) -> None:
+    """Show what two snapshots differ in: spec, tensors, text, files.
+
+    A and B may be of any tensor parallel degree, dtype and layout. One of them may be a checkpoint (a folder, a .gguf
+    file, hf://ORG/NAME@REV): it is compared as what it would be converted to.
+
+    Tensors are read where the recorded digests leave it open whether they are equal, up to the first difference of
+    each. The digests are believed; 'fgsnap verify' compares them with the bytes.
+
+    Ends with 0 if serving computes the same from both, with 1 if not.
+
+    \b
+    Examples:
+      fgsnap diff snap/ snap-tp4/
+      fgsnap diff snap/ finetuned/ --values
+      fgsnap diff snap/ ./checkpoint
+    """
+    from fgsnap.diff import WIDTH, lines
+    from fgsnap.diff import diff as find_differences
+
+    found = find_differences(a, b, values=values, progress=_bar(progress, "diff"))
+    if as_json:
+        import msgspec
+
+        print_json(msgspec.to_builtins(found))
+    else:
+        import shutil
+
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH
+        for line in lines(found, everything=everything, width=width):
+            click.echo(line)
+    click.get_current_context().exit(0 if found.equal else 1)
+
+
+@cli.command()
 @click.argument("snapshot", type=click.Path(path_type=Path))
 @option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Directory of the new checkpoint.")
 @json_option

@@ -15,7 +15,7 @@ from fgsnap.environment import _numa_nodes
 from tests.commands import every_command
 from tests.snapshots import make_snapshot, tiny_spec
 
-COMMANDS = ("convert", "serve", "run", "chat", "inspect", "verify", "export", "bench", "env", "version")
+COMMANDS = ("convert", "serve", "run", "chat", "inspect", "verify", "diff", "export", "bench", "env", "version")
 TEXT = {"config.json": b"{}"}
 HEAVY = (
     "torch", "transformers", "huggingface_hub", "numpy", "gguf", "starlette", "h11", "tokenizers", "fgsnap.bench",
@@ -59,6 +59,8 @@ def test_version_is_printed_by_both_spellings_and_as_json():
         (["chat", "nowhere"], 4, "nowhere"),
         (["inspect", "nowhere"], 4, "nowhere"),
         (["verify", "nowhere"], 4, "nowhere"),
+        (["diff", "nowhere", "nowhere"], 4, "nowhere"),
+        (["diff", "nowhere.gguf", "nowhere.gguf"], 4, "nowhere.gguf"),
         (["serve", "nowhere"], 4, "nowhere"),
         (["run", "nowhere", "hello"], 4, "nowhere"),
         (["export", "nowhere", "-o", "out"], 4, "nowhere"),
@@ -115,6 +117,8 @@ def test_help_version_and_env_import_nothing_heavy():
         (["convert", "here", "-o", "out"], "numpy", "convert"),
         (["convert", "here", "--dry-run"], "numpy", "convert"),
         (["export", "snap", "-o", "out"], "numpy", "convert"),
+        (["diff", "snap", "here"], "numpy", "convert"),
+        (["diff", "snap", "snap", "--values"], "numpy", "convert"),
     ],
 )
 def test_a_plain_installation_names_the_extra_that_is_missing(arguments, package, extra, tmp_path):
@@ -132,14 +136,17 @@ def test_a_plain_installation_names_the_extra_that_is_missing(arguments, package
     assert {path.name for path in tmp_path.iterdir()} == {"snap", "here"}
 
 
-@pytest.mark.parametrize("command", ["inspect", "verify"])
+@pytest.mark.parametrize("command", [["inspect"], ["verify"], ["diff", "one"]], ids=lambda command: command[0])
 def test_what_these_commands_never_import(command, tmp_path):
     make_snapshot(tmp_path / "snap", tiny_spec(), text_files=TEXT)
+    make_snapshot(tmp_path / "one", tiny_spec(), 2, text_files=TEXT)
     program = (
         "import sys; from fgsnap.cli import run_cli; code = run_cli(sys.argv[1:]);"
         f"loaded = [m for m in {HEAVY!r} if m in sys.modules]; print(loaded, file=sys.stderr); sys.exit(code)"
     )
-    done = subprocess.run([sys.executable, "-c", program, command, tmp_path / "snap"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command, "snap"], capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.returncode == 0
     assert done.stderr == "[]\n"
 

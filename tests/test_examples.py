@@ -56,7 +56,7 @@ def commands_in(text: str) -> list[tuple[str, list[str]]]:
     return [(name, re.findall(r"(?<= )--?[a-z][a-z-]*", rest)) for name, rest in found]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/serving.md", "docs/benchmarking.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/diff.md", "docs/serving.md", "docs/benchmarking.md"])
 def test_every_command_and_flag_in_the_docs_exists(page):
     text = (ROOT / page).read_text()
     shown = commands_in(text)

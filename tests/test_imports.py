@@ -39,6 +39,7 @@ INNER = {
         "fgsnap.errors", "fgsnap.spec", "fgsnap.layout", "fgsnap.snapshot", "fgsnap.tokenizer", "fgsnap.kernels",
         "fgsnap.runtime", "fgsnap",
     ),
+    "fgsnap.diff": ("fgsnap.spec", "fgsnap.progress", "fgsnap.snapshot", "fgsnap.convert"),
     "fgsnap.bench.command": ("fgsnap.errors", "fgsnap.cli", "fgsnap.bench", "fgsnap.runtime"),
     "fgsnap.bench": ("fgsnap.errors", "fgsnap.environment", "fgsnap.snapshot", "fgsnap.runtime", "fgsnap.bench"),
 }  # fmt: skip
@@ -62,6 +63,7 @@ OUTER = {
     "fgsnap.kernels": set(),
     "fgsnap.convert": {"blake3", "msgspec", "numpy", "gguf", "huggingface_hub", "tokenizers"},
     "fgsnap.runtime": {"msgspec", "starlette", "h11", "prometheus_client", "tokenizers", "minijinja"},
+    "fgsnap.diff": {"msgspec"},
     "fgsnap.bench.plot": {"matplotlib"},
     "fgsnap.bench.command": {"click", "matplotlib"},
     "fgsnap.bench.show": {"click"},
@@ -130,6 +132,7 @@ NEVER = ("transformers", "huggingface_hub", "torch", "numpy", "fastapi", "openai
         ("fgsnap.cli", (*NEVER, "msgspec", "tokenizers", "starlette", "h11", "fgsnap.convert", "fgsnap.runtime")),
         ("fgsnap.cli", ("fgsnap.bench", "matplotlib", "h11", "asyncio")),
         ("fgsnap.bench.command", (*NEVER, "matplotlib", "tokenizers", "msgspec", "fgsnap.runtime")),
+        ("fgsnap.diff", (*NEVER, "click", "tokenizers", "fgsnap.convert", "fgsnap.runtime")),
         ("fgsnap.snapshot", (*NEVER, "tokenizers", "starlette", "fgsnap.convert", "fgsnap.runtime")),
         ("fgsnap.runtime.engine", (*NEVER, "starlette", "h11", "fgsnap.convert")),
         ("fgsnap.runtime.worker", (*NEVER, "starlette", "h11", "tokenizers", "minijinja", "fgsnap.convert")),

@@ -237,7 +237,7 @@ def _assembled(slab: Slab, source: Source, recipe: Recipe) -> Array:
         if piece.tensor is None:
             part[...] = 0
         else:
-            _read_piece(piece.tensor, piece, part, tensor.dtype, source, recipe)
+            read_piece(piece.tensor, piece, part, tensor.dtype, source, recipe)
     return out
 
 
@@ -260,9 +260,10 @@ def _unchanged(slab: Slab, source: Source, recipe: Recipe) -> Array | None:
     return rows
 
 
-def _read_piece(
+def read_piece(
     name: str, piece: Piece, part: Array, dtype: DType, source: Source, recipe: Recipe
 ) -> None:  # fmt: skip
+    """Read the piece's box of a logical tensor into ``part``, cast to ``dtype``."""
     rule, held = recipe.rules[name], recipe.read[name]
     if held == dtype:
         read_box(rule, source.rows, piece.logical_start, part)

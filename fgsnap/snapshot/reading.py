@@ -98,6 +98,15 @@ class Snapshot:
             raise changed(self.path, name)
         return data
 
+    def chunk_digests(self, name: str) -> bytes:
+        """The BLAKE3 digests of a rank file's chunks, one after the other, checked against the manifest."""
+        entry = self.manifest.files[name]
+        with opened(self.path, chunks_file(name)) as descriptor:
+            recorded = read_all(descriptor, chunks_size(entry.bytes) + 1)
+        if hashlib.sha256(recorded).hexdigest() != entry.chunks:
+            raise changed(self.path, chunks_file(name))
+        return recorded
+
     def slices(self, logical: str) -> list[tuple[TensorEntry, Segment]]:
         """The stored slices that make up one logical tensor, each once even when several ranks hold it."""
         if not self._slices:

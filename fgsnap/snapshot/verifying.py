@@ -12,9 +12,9 @@ from blake3 import blake3
 
 from fgsnap.errors import SnapshotRefused
 from fgsnap.progress import Progress, counted
-from fgsnap.snapshot.files import changed, check_size, listed, opened, read_all, refused
-from fgsnap.snapshot.format import CHUNK, DIGEST_BYTES, FileEntry, Manifest, chunks_file, chunks_size
-from fgsnap.snapshot.reading import open_snapshot
+from fgsnap.snapshot.files import changed, check_size, listed, opened, refused
+from fgsnap.snapshot.format import CHUNK, DIGEST_BYTES, Manifest, chunks_file, chunks_size
+from fgsnap.snapshot.reading import Snapshot, open_snapshot
 
 
 class Report(NamedTuple):
@@ -44,7 +44,7 @@ def verify(path: Path | str, progress: Progress | None = None) -> Report:
                 snapshot.read_text(name)
                 advance(entry.bytes)
             else:
-                _verify_rank(path, name, entry, manifest, advance)
+                _verify_rank(snapshot, name, advance)
         return Report(snapshot.id, len(manifest.files), total, snapshot.canary is not None)
 
 
@@ -55,13 +55,11 @@ def _refuse_strays(path: Path, manifest: Manifest) -> None:
         raise refused(path, f"{strays[0]} does not belong to it.")
 
 
-def _verify_rank(path: Path, name: str, entry: FileEntry, manifest: Manifest, advance: Callable[[int], None]) -> None:
+def _verify_rank(snapshot: Snapshot, name: str, advance: Callable[[int], None]) -> None:
     from concurrent.futures import Future, ThreadPoolExecutor  # brings logging, which opening can do without
 
-    with opened(path, chunks_file(name)) as descriptor:
-        recorded = read_all(descriptor, chunks_size(entry.bytes) + 1)
-    if hashlib.sha256(recorded).hexdigest() != entry.chunks:
-        raise changed(path, chunks_file(name))
+    path, manifest = snapshot.path, snapshot.manifest
+    entry, recorded = manifest.files[name], snapshot.chunk_digests(name)
     sha256 = hashlib.sha256()
     buffers = [memoryview(bytearray(min(CHUNK, entry.bytes))) for _ in range(2)]
     with opened(path, name) as descriptor, ThreadPoolExecutor(1) as pool:
