@@ -22,6 +22,10 @@ MARK = ".fgsnap-partial"
 """A file that tells a directory which a killed writer left behind from one that is somebody's own."""
 
 
+class Busy(UsageError):
+    """Another process is writing there."""
+
+
 class PartialDirectory:
     """A locked, empty ``<target>.partial``, which ``publish`` renames to ``target``.
 
@@ -40,7 +44,7 @@ class PartialDirectory:
         self._lock = -1
         try:
             with undisturbed(), host_errors(self.path):
-                _refuse_taken(self.target)
+                refuse_taken(self.target)
                 self._make_parents()
                 self._lock = _lock_directory(self.path)
                 _empty(self.path)
@@ -75,7 +79,7 @@ class PartialDirectory:
                 self.path.rename(self.target)
             except OSError as error:
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                    _refuse_taken(self.target)
+                    refuse_taken(self.target)
                 raise
             (self.target / MARK).unlink()
             os.fsync(self._lock)
@@ -151,6 +155,23 @@ def write_file(path: Path, data: bytes) -> None:
             os.close(descriptor)
 
 
+def link_file(source: Path, target: Path) -> None:
+    """Give a finished file a second name; a copy, on disk when this returns, where the file system has no links."""
+    import shutil
+
+    with host_errors(target, source.stat().st_size):
+        try:
+            os.link(source, target, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EXDEV, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+                raise
+            descriptor = create_file(target)
+            with source.open("rb") as original, os.fdopen(descriptor, "wb") as copy:
+                shutil.copyfileobj(original, copy, 1 << 20)
+                copy.flush()
+                os.fsync(descriptor)
+
+
 def sync_directory(path: Path) -> None:
     """Put the names in a directory on disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -181,7 +202,8 @@ def _disk_full(path: Path, needed: int, why: str) -> HostError:
     )
 
 
-def _refuse_taken(target: Path) -> None:
+def refuse_taken(target: Path) -> None:
+    """Raise UsageError where nothing can be published."""
     next_step = "Choose another directory or remove this one."
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         reason = "It exists and is not a directory."
@@ -220,7 +242,7 @@ def _locked(path: Path) -> int:
         os.close(descriptor)
         if not isinstance(error, BlockingIOError):
             raise
-        raise UsageError(
+        raise Busy(
             f"Another process is writing {path.name.removesuffix('.partial')}.",
             f"It holds the lock of {path}.",
             "Wait until it ends, or choose another directory.",

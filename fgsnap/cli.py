@@ -7,6 +7,7 @@ what Python and click cost. Results go to stdout, bars and hints to stderr.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from fgsnap import __version__
 from fgsnap.errors import FgsnapError, UsageError, missing_extra
 
 if TYPE_CHECKING:
+    from fgsnap.convert.pipeline import Result
     from fgsnap.runtime.launch import Begun
     from fgsnap.runtime.options import EngineOptions
     from fgsnap.snapshot import Manifest, Snapshot
@@ -112,6 +114,25 @@ class ByteSize(click.ParamType[int]):
         return size
 
 
+class RankList(click.ParamType[tuple[int, ...]]):
+    """Tensor parallel ranks, as ``0,3`` or ``0-3``."""
+
+    name = "ranks"
+    _span = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?", re.ASCII)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        ranks: list[int] = []
+        for word in str(value).split(","):
+            span = self._span.fullmatch(word.strip())
+            named = range(int(span[1]), int(span[2] or span[1]) + 1) if span else ()
+            if not named:
+                self.fail(f"{value!r} is not a list of ranks; write it as 0,3 or 0-3.", param, ctx)
+            ranks += named
+        return tuple(ranks)
+
+
 class WholeText(click.ParamType[str]):
     """A text that may hold blanks; several of them in one environment variable are split at newlines."""
 
@@ -171,6 +192,7 @@ def cli() -> None:
 @click.argument("source")
 @option("-o", "--output", type=click.Path(path_type=Path), help="Directory of the new snapshot.")
 @option("--tp", type=click.IntRange(min=1), default=1, help="Tensor parallel degree: one rank file each.")
+@option("--ranks", type=RankList(), help="Convert only these ranks (0,3 or 0-3); who converts the last one publishes.")
 @option("--dtype", type=click.Choice(DTYPES), help="Cast the weights; default: as in the checkpoint.")
 @option(
     "--target",
@@ -179,6 +201,7 @@ def cli() -> None:
     help="Whose kernels the weights are laid out for; any read them.",
 )
 @option("--revision", help="Branch, tag or commit of a Hub repository.")
+@option("--download", is_flag=True, help="Keep a Hub repository in the Hub cache; else its weights are streamed.")
 @option("--dry-run", is_flag=True, help="Print the plan and write nothing; needs only config.json.")
 @option("--workers", type=click.IntRange(min=1), help="Threads that read and cast ahead of the writer.")
 @option("--canary/--no-canary", default=True, help="Record a float32 forward for every start to be checked against.")
@@ -188,9 +211,11 @@ def convert(
     source: str,
     output: Path | None,
     tp: int,
+    ranks: tuple[int, ...] | None,
     dtype: str | None,
     target: str,
     revision: str | None,
+    download: bool,
     dry_run: bool,
     workers: int | None,
     canary: bool,
@@ -205,10 +230,11 @@ def convert(
     Examples:
       fgsnap convert HuggingFaceTB/SmolLM2-135M-Instruct -o snap/ --target cpu
       fgsnap convert ./checkpoint --tp 4 --dtype bfloat16 -o snap/
+      fgsnap convert ./checkpoint --tp 8 --ranks 0-3 -o snap/
       fgsnap convert ./checkpoint --tp 8 --dry-run
     """
     if dry_run:
-        _print_plan(as_json, source, tp=tp, dtype=dtype, target=target, revision=revision, workers=workers)
+        _print_plan(as_json, source, tp=tp, ranks=ranks, dtype=dtype, target=target, revision=revision, workers=workers)
         return
     if output is None:
         raise UsageError("convert needs -o DIR.", "It names the directory of the new snapshot.", "Add: -o snap/")
@@ -216,17 +242,52 @@ def convert(
     from fgsnap.convert.pipeline import convert as run_conversion
 
     result = run_conversion(
-        source, output, tp=tp, dtype=dtype, target=target, revision=revision, workers=workers, canary=canary,
-        progress=_bar(progress, "convert"), stage=_tell_canary,
+        source, output, tp=tp, ranks=ranks, dtype=dtype, target=target, revision=revision, download=download,
+        workers=workers, canary=canary, progress=_bar(progress, "convert"), stage=_tell_canary,
     )  # fmt: skip
     for note in result.notes:
         click.echo(f"Note: {note}", err=True)
     if as_json:
-        facts = {"id": result.id, "path": str(result.path), "bytes": result.bytes, "seconds": result.seconds}
-        print_json({**facts, "notes": list(result.notes)})
-        return
-    click.echo(f"{output}  id {result.id[:12]}  {size(result.bytes)} in {result.seconds:.1f} s")
-    click.echo(f"Next: fgsnap serve {output}", err=True)
+        print_json(_facts(result))
+    else:
+        _print_result(output, result, tp)
+
+
+def _facts(result: Result) -> dict[str, Any]:
+    network = None
+    if result.fetched is not None:
+        network = {"fetched": result.fetched, "needed": result.needed, "amplification": _amplification(result)}
+    return {
+        "id": result.id or None,
+        "path": str(result.path),
+        "bytes": result.bytes,
+        "seconds": result.seconds,
+        "missing": list(result.missing),
+        "network": network,
+        "notes": list(result.notes),
+    }
+
+
+def _amplification(result: Result) -> float | None:
+    """Bytes that came over the network for each that was needed."""
+    if result.fetched is None or not result.needed:
+        return None
+    return round(result.fetched / result.needed, 4)
+
+
+def _print_result(output: Path, result: Result, tp: int) -> None:
+    written = f"{size(result.bytes)} in {result.seconds:.1f} s"
+    if result.missing:
+        click.echo(f"{result.path}  {tp - len(result.missing)} of {tp} ranks  {written}")
+    else:
+        click.echo(f"{output}  id {result.id[:12]}  {written}")
+    if result.fetched is not None:
+        factor = _amplification(result)
+        of_what = f", {factor:.2f} times what these ranks are made of" if factor else ""
+        click.echo(f"streamed {size(result.fetched)}{of_what}")
+    missing = ",".join(map(str, result.missing))
+    next_step = f"convert the others, here or elsewhere: --ranks {missing}" if missing else f"fgsnap serve {output}"
+    click.echo(f"Next: {next_step}", err=True)
 
 
 def _tell_canary(stage: str) -> None:

@@ -11,11 +11,11 @@ import numpy as np
 from fgsnap.convert.cast import cast
 from fgsnap.convert.cut_tokenizer import cut_tokenizer
 from fgsnap.convert.opening import open_source
-from fgsnap.convert.pipeline import read_piece
 from fgsnap.convert.recipe import settle
 from fgsnap.convert.rules import Array
 from fgsnap.convert.source import NUMPY_DTYPES
 from fgsnap.convert.text_section import text_section
+from fgsnap.convert.weights import read_piece
 from fgsnap.layout import Piece, Shape, logical_shapes
 from fgsnap.snapshot import FileEntry
 from fgsnap.snapshot.comparing import Form, Side, Values
@@ -67,7 +67,7 @@ def checkpoint(name: str, dtype: DType | None) -> Iterator[Side]:
         def read(tensor: str, start: Shape, extent: Shape, target: memoryview) -> None:
             stored = recipe.stored[tensor]
             box: Array = np.frombuffer(target, NUMPY_DTYPES[stored]).reshape(extent)
-            read_piece(tensor, Piece(tensor, start, start, extent), box, stored, source, recipe)
+            read_piece(tensor, Piece(tensor, start, start, extent), box, stored, source.rows, recipe)
 
         yield Side(
             name=name,

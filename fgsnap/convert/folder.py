@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from fgsnap.convert.files import Files, LocalFiles
 from fgsnap.convert.source import (
     AGAIN,
     NUMPY_DTYPES,
@@ -24,13 +25,11 @@ from fgsnap.convert.source import (
     SourceTensor,
     brief,
     digest,
-    map_file,
     parse_json,
     pickled,
     read_json,
     read_text,
     refuse_changed,
-    regular_size,
     show,
     stamps,
 )
@@ -54,6 +53,8 @@ MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 100_000
 MAX_RANK = 8
 
+HEADERS_AT_ONCE = 8  # each of a shard on the Hub is two round trips
+
 # The dtypes fgsnap computes with, and the bits an element takes for every dtype of the format.
 USABLE: dict[str, DType] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 BITS = (
@@ -68,34 +69,61 @@ BITS = (
 class Folder:
     """A Hugging Face folder: config.json, safetensors shards, tokenizer files.
 
-    Symbolic links are followed, for a Hub cache is made of them.
+    Symbolic links are followed, for a Hub cache is made of them. The shards may lie elsewhere: ``files`` reads them.
     """
 
     kind: Literal["hf", "gguf"] = "hf"
     default_dtype: DType | None = None
     dequantised: tuple[str, ...] = ()
 
-    def __init__(self, path: Path, *, label: str, revision: str | None = None, config_only: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        label: str,
+        revision: str | None = None,
+        config_only: bool = False,
+        files: Files | None = None,
+    ) -> None:
         self.path = path
         self.label = label
         self.revision = revision
-        self._stamps = stamps(path / name for name in TEXT_FILES)
+        self.files: Files = files or LocalFiles(path)
+        self.traffic = self.files.traffic
+        self._stamps = stamps(path / name for name in (*TEXT_FILES, INDEX))
         self.config = read_config(path)
         self.tensors: dict[str, SourceTensor] = {}
         self.others: dict[str, str] = {}
         self._places: dict[str, tuple[str, int]] = {}
-        self._maps: dict[str, mmap.mmap] = {}
-        self._files: list[str] = []
+        self._shards: list[str] = []
         if not config_only:
-            self._files = weight_files(path)
-            self._stamps |= stamps(path / file for file in self._files)
-            self._read_headers(_weight_map(path))
+            self._read_headers(self._weight_map())
+
+    def _weight_map(self) -> dict[str, str]:
+        """Find the shards, which must all be there; returns the index's map, empty for a checkpoint of one file."""
+        if self.files.has(SINGLE):
+            self._shards = [SINGLE]
+            return {}
+        if not (self.path / INDEX).is_file():
+            raise no_weights(self.path.name, [entry.name for entry in self.path.iterdir()])
+        weight_map = weight_map_of(read_json(self.path / INDEX), INDEX)
+        self._shards = sorted({*weight_map.values()})
+        for shard in self._shards:
+            if not self.files.has(shard):
+                raise SourceError(
+                    f"The shard {shard} is missing.",
+                    f"{INDEX} lists {len(self._shards)} shards and the folder {self.path.name} lacks this one.",
+                    "Download the checkpoint again, or finish the download.",
+                )
+        return weight_map
 
     def _read_headers(self, weight_map: Mapping[str, str]) -> None:
         """Merge the shards' tables; the shards are the truth, the index must agree with them."""
         place: dict[str, str] = {}
-        for file in sorted({*self._files} - {INDEX}):
-            for entry in read_header(self.path / file):
+        with ThreadPoolExecutor(HEADERS_AT_ONCE, thread_name_prefix="header") as pool:
+            tables = list(pool.map(lambda file: read_header(self.files, file), self._shards))
+        for file, table in zip(self._shards, tables, strict=True):
+            for entry in table:
                 if entry.name in place:
                     raise SourceError(
                         f"The tensor {show(entry.name)} is in two shards.",
@@ -125,18 +153,10 @@ class Folder:
         tensor = self.tensors[name]
         assert 0 <= start <= stop <= tensor.shape[0]
         file, offset = self._places[name]
-        width = math.prod(tensor.shape[1:])
-        begin = offset + start * width * DTYPE_BYTES[tensor.dtype]
-        count = (stop - start) * width
-        flat: np.ndarray[Any, Any] = np.frombuffer(self._map(file), NUMPY_DTYPES[tensor.dtype], count, begin)
+        width = math.prod(tensor.shape[1:]) * DTYPE_BYTES[tensor.dtype]
+        data = self.files.read(file, offset + start * width, offset + stop * width)
+        flat: np.ndarray[Any, Any] = np.frombuffer(data, NUMPY_DTYPES[tensor.dtype])
         return flat.reshape(stop - start, *tensor.shape[1:])
-
-    def _map(self, file: str) -> mmap.mmap:
-        """The shard's mapping, made when its first tensor is read."""
-        found = self._maps.get(file)
-        if found is None:
-            found = self._maps.setdefault(file, map_file(self.path / file))
-        return found
 
     def text_files(self) -> dict[str, bytes]:
         found = {name: read_text(self.path / name) for name in TEXT_FILES if (self.path / name).is_file()}
@@ -150,15 +170,18 @@ class Folder:
         return found
 
     def file_digests(self, go_on: Callable[[], None]) -> dict[str, str]:
-        texts = [name for name in TEXT_FILES if (self.path / name).is_file()]
-        return {name: digest(self.path / name, go_on) for name in sorted({*texts, *self._files})}
+        index = [] if self._shards in ([], [SINGLE]) else [INDEX]
+        texts = [name for name in (*TEXT_FILES, *index) if (self.path / name).is_file()]
+        found = {name: digest(self.path / name, go_on) for name in texts}
+        found |= {name: self.files.digest(name, go_on) for name in self._shards}
+        return dict(sorted(found.items()))
 
     def check_unchanged(self) -> None:
         refuse_changed(self._stamps)
+        self.files.check_unchanged()
 
     def close(self) -> None:
-        """Let go of the maps; each is unmapped when the last array over it is gone."""
-        self._maps.clear()
+        self.files.close()
 
 
 class HeaderEntry(NamedTuple):
@@ -169,23 +192,6 @@ class HeaderEntry(NamedTuple):
     shape: tuple[int, ...]
     offset: int
     bytes: int
-
-
-def weight_files(path: Path) -> list[str]:
-    """The names of the files that hold the weights (and the index that lists them), all present in the folder."""
-    if (path / SINGLE).is_file():
-        return [SINGLE]
-    if (path / INDEX).is_file():
-        shards = shard_names(read_json(path / INDEX), INDEX)
-        for shard in shards:
-            if not (path / shard).is_file():
-                raise SourceError(
-                    f"The shard {shard} is missing.",
-                    f"{INDEX} lists {len(shards)} shards and the folder {path.name} lacks this one.",
-                    "Download the checkpoint again, or finish the download.",
-                )
-        return [INDEX, *shards]
-    raise no_weights(path.name, [entry.name for entry in path.iterdir()])
 
 
 def no_weights(label: str, names: Iterable[str]) -> SourceError:
@@ -235,74 +241,66 @@ def weight_map_of(index: Any, label: str) -> dict[str, str]:
     return found
 
 
-def _weight_map(path: Path) -> dict[str, str]:
-    """The index's map, or nothing for a checkpoint of one file."""
-    if (path / SINGLE).is_file():
-        return {}
-    return weight_map_of(read_json(path / INDEX), INDEX)
-
-
-def read_header(path: Path) -> list[HeaderEntry]:
-    """Parse and check the header of one safetensors file: every tensor inside the file, no overlap, no hole."""
-    with path.open("rb") as file:
-        size = regular_size(file.fileno(), path.name)
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise _bad(path, f"Its header claims {length} bytes in a file of {size}: truncated, or not safetensors.")
-        if length > MAX_HEADER_BYTES:
-            raise _bad(path, f"Its header of {length} bytes is above the limit of {MAX_HEADER_BYTES}.")
-        table = _parse_header(path, file.read(length))
+def read_header(files: Files, file: str) -> list[HeaderEntry]:
+    """Read and check the header of one safetensors file: every tensor inside the file, no overlap, no hole."""
+    size = files.size(file)
+    length = int.from_bytes(files.header(file, 0, min(8, size)), "little")
+    if size < 8 or length > size - 8:
+        raise _bad(file, f"Its header claims {length} bytes in a file of {size}: truncated, or not safetensors.")
+    if length > MAX_HEADER_BYTES:
+        raise _bad(file, f"Its header of {length} bytes is above the limit of {MAX_HEADER_BYTES}.")
+    table = _parse_header(file, bytes(files.header(file, 8, 8 + length)))
     if len(table) > MAX_TENSORS:
-        raise _bad(path, f"It lists {len(table)} tensors, above the limit of {MAX_TENSORS}.")
-    entries = [_header_entry(path, name, value, 8 + length) for name, value in table]
+        raise _bad(file, f"It lists {len(table)} tensors, above the limit of {MAX_TENSORS}.")
+    entries = [_header_entry(file, name, value, 8 + length) for name, value in table]
     end = 8 + length
     for entry in sorted(entries, key=lambda entry: (entry.offset, entry.bytes)):
         if entry.offset != end:
             relation = "overlaps the tensor before it" if entry.offset < end else "leaves a hole before it"
-            raise _bad(path, f"The tensor {show(entry.name)} {relation}: it starts at {entry.offset}, not at {end}.")
+            raise _bad(file, f"The tensor {show(entry.name)} {relation}: it starts at {entry.offset}, not at {end}.")
         end += entry.bytes
     if end != size:
         relation = "truncated" if end > size else "longer than its tensors"
-        raise _bad(path, f"It is {relation}: the header needs {end} bytes, the file has {size}.")
+        raise _bad(file, f"It is {relation}: the header needs {end} bytes, the file has {size}.")
     return entries
 
 
-def _parse_header(path: Path, raw: bytes) -> list[tuple[str, Any]]:
+def _parse_header(file: str, raw: bytes) -> list[tuple[str, Any]]:
     """The header's tensors as (name, description); a name that occurs twice is refused."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) != len(pairs):
             twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-            raise _bad(path, f"Its header lists {show(twice)} twice.")
+            raise _bad(file, f"Its header lists {show(twice)} twice.")
         return table
 
     try:
         table = json.loads(raw.decode(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise _bad(path, f"Its header is not JSON: {brief(error)}.") from None
+        raise _bad(file, f"Its header is not JSON: {brief(error)}.") from None
     if not isinstance(table, dict):
-        raise _bad(path, "Its header is not a JSON object.")
+        raise _bad(file, "Its header is not a JSON object.")
     table.pop("__metadata__", None)
     return list(table.items())
 
 
-def _header_entry(path: Path, name: str, value: Any, data: int) -> HeaderEntry:
+def _header_entry(file: str, name: str, value: Any, data: int) -> HeaderEntry:
     """Check one tensor's description: known dtype, sane shape, and exactly the bytes that those need."""
     if not isinstance(value, dict) or {"dtype", "shape", "data_offsets"} - set(value):
-        raise _bad(path, f"The tensor {show(name)} lacks dtype, shape or data_offsets.")
+        raise _bad(file, f"The tensor {show(name)} lacks dtype, shape or data_offsets.")
     if not name.isprintable():
-        raise _bad(path, f"The tensor name {show(name)} has characters that no real name has.")
+        raise _bad(file, f"The tensor name {show(name)} has characters that no real name has.")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise _bad(path, f"The tensor {show(name)} has the unknown dtype {show(dtype)}.")
+        raise _bad(file, f"The tensor {show(name)} has the unknown dtype {show(dtype)}.")
     if not _is_sizes(shape) or len(shape) > MAX_RANK:
-        raise _bad(path, f"The tensor {show(name)} has the shape {show(shape)}.")
+        raise _bad(file, f"The tensor {show(name)} has the shape {show(shape)}.")
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _bad(path, f"The tensor {show(name)} has the data_offsets {show(offsets)}.")
+        raise _bad(file, f"The tensor {show(name)} has the data_offsets {show(offsets)}.")
     begin, end = offsets
     if math.prod(shape) * BITS[dtype] != (end - begin) * 8:
-        raise _bad(path, f"The tensor {show(name)} is {dtype} {shape} and cannot take {show(end - begin)} bytes.")
+        raise _bad(file, f"The tensor {show(name)} is {dtype} {shape} and cannot take {show(end - begin)} bytes.")
     return HeaderEntry(name, dtype, tuple(shape), data + begin, end - begin)
 
 
@@ -311,8 +309,8 @@ def _is_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
 
 
-def _bad(path: Path, why: str) -> SourceError:
-    return SourceError(f"{path.name} is not a valid safetensors file.", why, AGAIN)
+def _bad(file: str, why: str) -> SourceError:
+    return SourceError(f"{file} is not a valid safetensors file.", why, AGAIN)
 
 
 def read_config(path: Path) -> dict[str, Any]:

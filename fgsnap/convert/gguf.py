@@ -24,6 +24,7 @@ from fgsnap.convert.source import (
     LOCAL,
     NUMPY_DTYPES,
     SourceTensor,
+    Traffic,
     digest,
     map_file,
     refuse_changed,
@@ -61,6 +62,7 @@ class Gguf:
 
     kind: Literal["hf", "gguf"] = "gguf"
     revision: str | None = None
+    traffic: Traffic | None = None
 
     def __init__(self, path: Path) -> None:
         self.path = path

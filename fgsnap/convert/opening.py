@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fgsnap.convert.source import LOCAL, PICKLED, Source, pickled
 from fgsnap.errors import NotFound, SourceError, UsageError, missing_extra
 
+if TYPE_CHECKING:
+    from fgsnap.convert.files import Files
+
 HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-def open_source(name: str, revision: str | None = None, *, config_only: bool = False) -> Source:
+def open_source(name: str, revision: str | None = None, *, config_only: bool = False, download: bool = False) -> Source:
     """Open a checkpoint by path or Hub name.
 
     Args:
         name: a folder, a ``.gguf`` file, ``org/name``, or ``hf://org/name@revision``.
         revision: branch, tag or commit on the Hub.
         config_only: read config.json and no weights (a plan needs no more).
+        download: keep a Hub repository's weights in the Hub's cache; else those that are not there are read by ranges.
     """
     if name.startswith("hf://"):
-        return _open_hub(name.removeprefix("hf://"), revision, config_only)
+        return _open_hub(name.removeprefix("hf://"), revision, config_only, download)
     if not name or not _exists(Path(name)):
         if HUB_NAME.fullmatch(name.partition("@")[0]) and not name.endswith(".gguf"):
-            return _open_hub(name, revision, config_only)
+            return _open_hub(name, revision, config_only, download)
         raise NotFound(
             f"There is no checkpoint {name!r}.",
             "It is neither a folder, a .gguf file nor a Hub name (org/name).",
@@ -68,8 +73,8 @@ def _open_file(path: Path) -> Source:
     return Gguf(path)
 
 
-def _open_hub(name: str, revision: str | None, config_only: bool) -> Source:
-    """Fetch what conversion reads into the Hub's own cache, at one commit, and open that folder."""
+def _open_hub(name: str, revision: str | None, config_only: bool, download: bool) -> Source:
+    """Fetch what is small into the Hub's own cache, at one commit, and open that folder."""
     repository, _, pinned = name.partition("@")
     if not HUB_NAME.fullmatch(repository):
         raise UsageError(f"{name!r} is not a Hub name.", "A Hub name is org/name or org/name@revision.")
@@ -80,15 +85,17 @@ def _open_hub(name: str, revision: str | None, config_only: bool) -> Source:
     _require("huggingface_hub")
     from fgsnap.convert import hub
 
-    folder, commit = hub.fetch(repository, revision or pinned or None, config_only=config_only)
-    return _open_folder(folder, repository, commit, config_only)
+    folder, commit, files = hub.fetch(
+        repository, revision or pinned or None, config_only=config_only, download=download
+    )
+    return _open_folder(folder, repository, commit, config_only, files)
 
 
-def _open_folder(path: Path, label: str, revision: str | None, config_only: bool) -> Source:
+def _open_folder(path: Path, label: str, revision: str | None, config_only: bool, files: Files | None = None) -> Source:
     _require("numpy")
     from fgsnap.convert.folder import Folder
 
-    return Folder(path, label=label, revision=revision, config_only=config_only)
+    return Folder(path, label=label, revision=revision, config_only=config_only, files=files)
 
 
 def _starts_with(path: Path, magic: bytes) -> bool:

@@ -1,65 +1,108 @@
-"""Conversion: one visible loop over ranks and slabs, from a checkpoint to a published snapshot.
+"""Conversion: from a checkpoint to a published snapshot.
 
-A slab is a few mebibytes of one stored tensor's rows. Threads read (and cast, and pack) slabs ahead while the main
-thread writes them in order, so the result does not depend on how many threads there are, and memory is bounded by the
-slabs in flight, not by a tensor. Nothing gets the target's name before a fresh process has opened it and bound every
-tensor.
+All rank files are written in one pass over the source (``weights``), or some of them now and the others by other
+processes, on this host or elsewhere, of which the last one publishes. Nothing gets the target's name before a fresh
+process has opened it and bound every tensor.
 """
 
 from __future__ import annotations
 
-import mmap
+import hashlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Event
 from typing import NamedTuple
 
 import msgspec
-import numpy as np
 
 import fgsnap
-from fgsnap.convert.cast import cast
+from fgsnap.atomic import Busy, refuse_taken
 from fgsnap.convert.cut_tokenizer import cut_tokenizer
 from fgsnap.convert.opening import open_source
-from fgsnap.convert.pack import checked_target, packed
-from fgsnap.convert.plan import SLAB, checked_dtype, default_workers, rank_layouts
+from fgsnap.convert.pack import checked_target
+from fgsnap.convert.plan import checked_dtype, checked_ranks, default_workers, rank_layouts
 from fgsnap.convert.recipe import Recipe, settle
-from fgsnap.convert.rules import Array, is_whole, read_box
-from fgsnap.convert.source import NUMPY_DTYPES, Source
+from fgsnap.convert.source import Source
 from fgsnap.convert.text_section import text_section
-from fgsnap.errors import FgsnapError, HostError, SnapshotRefused, missing_extra
-from fgsnap.layout import Piece, Shape, pieces, slabs
+from fgsnap.convert.weights import source_bytes, write_ranks
+from fgsnap.errors import FgsnapError, HostError, SnapshotRefused, UsageError, missing_extra
 from fgsnap.progress import Progress, counted
 from fgsnap.snapshot import (
-    PANEL_ROWS,
+    COMMIT,
     Canary,
     Manifest,
-    PlannedTensor,
     Provenance,
     RankLayout,
+    RankWriter,
     SnapshotWriter,
-    packed_bytes,
+    TextSection,
+    canonical,
+    open_snapshot,
+    rank_file,
 )
-from fgsnap.spec import DTYPE_BYTES, DType
+from fgsnap.snapshot.backlog import Backlog
+from fgsnap.snapshot.files import part_directory, parts_directory, show_ranks
+from fgsnap.snapshot.format import tensor_entries
+from fgsnap.snapshot.parts import Part, PartWriter, read_parts, refuse_other, remove_parts, verify_parts
+from fgsnap.spec import DType
+
+Stage = Callable[[str], None]
+
+BUSY_WAIT = 0.2
+"""Seconds between looks at whether another process has published what this one would."""
 
 
 class Result(msgspec.Struct, frozen=True):
-    """A published snapshot; ``bytes`` are those of its rank files, ``notes`` are for the user to know."""
+    """What a conversion has made.
+
+    Attributes:
+        id: the snapshot's; empty while ranks are missing.
+        path: the snapshot, or the directory of its parts while ranks are missing.
+        bytes: those of the rank files that it holds.
+        seconds: how long it took.
+        notes: for the user to know.
+        missing: ranks that nobody has converted yet.
+        fetched: bytes of weights that came over a network; None when nothing did.
+        needed: bytes of the source that the converted ranks are made of, each counted once, where that is known.
+    """
 
     id: str
     path: Path
     bytes: int
     seconds: float
     notes: tuple[str, ...] = ()
+    missing: tuple[int, ...] = ()
+    fetched: int | None = None
+    needed: int | None = None
+
+
+class _Job(NamedTuple):
+    """A conversion of which everything is settled before a byte is written."""
+
+    source: Source
+    recipe: Recipe
+    layouts: list[RankLayout]
+    files: dict[str, bytes]
+    text: TextSection
+    asked: DType | None
+    workers: int
+    progress: Progress | None
+
+    @property
+    def plan(self) -> str:
+        """The digest of what all parts of one snapshot have in common."""
+        tp = len(self.layouts)
+        tables = [tensor_entries(rank_file(rank, tp), layout) for rank, layout in enumerate(self.layouts)]
+        texts = {name: hashlib.sha256(data).hexdigest() for name, data in self.files.items()}
+        return hashlib.sha256(canonical((self.recipe.spec, tables, self.text, texts))).hexdigest()
 
 
 def convert(
@@ -67,23 +110,27 @@ def convert(
     output: Path | str,
     *,
     tp: int = 1,
+    ranks: Sequence[int] | None = None,
     dtype: str | None = None,
     target: str = "generic",
     revision: str | None = None,
+    download: bool = False,
     workers: int | None = None,
     canary: bool = True,
     progress: Progress | None = None,
-    stage: Callable[[str], None] | None = None,
+    stage: Stage | None = None,
 ) -> Result:
-    """Turn a checkpoint into a snapshot at ``output``; on any error or interrupt nothing is left behind.
+    """Turn a checkpoint into a snapshot at ``output``; on any error or interrupt nothing half-written is left behind.
 
     Args:
         source_name: a folder, a ``.gguf`` file, ``org/name`` or ``hf://org/name@revision``.
         output: the new directory.
         tp: tensor parallel degree, one rank file each.
+        ranks: convert only these, beside ``output``; who converts the last one that is missing publishes.
         dtype: cast every weight to this; None keeps what the checkpoint has (bfloat16 for a quantised GGUF file).
         target: whose layout the matrices get: "generic", or "cpu" for panels that its kernels read front to back.
         revision: branch, tag or commit of a Hub repository.
+        download: bring a Hub repository's weights into the Hub's cache first, instead of reading them by ranges.
         workers: threads that read ahead.
         canary: record a float32 forward of a fixed prompt, which every start is checked against.
         progress: told (bytes of tensors so far, bytes in all) after each slab.
@@ -91,44 +138,170 @@ def convert(
     """
     begin = time.monotonic()
     asked, layout = checked_dtype(dtype), checked_target(target)
+    chosen = None if ranks is None else checked_ranks(ranks, tp)
     if canary:
         _require_torch()
     enter = stage or (lambda _: None)
-    with closing(open_source(source_name, revision)) as source:
+    with closing(open_source(source_name, revision, download=download)) as source:
         recipe = settle(source, asked or source.default_dtype)
-        layouts = rank_layouts(recipe.spec, tp, recipe.stored, layout)
         texts = source.text_files()
-        text = text_section(texts, source.config, recipe.spec.vocab_size)
-        files = texts | cut_tokenizer(texts)
-        size = sum(layout.size for layout in layouts)
-        with SnapshotWriter(Path(output), recipe.spec, tp) as writer:
-            writer.check_space(size + sum(map(len, files.values())))
-            enter("weights")
-            with _digesting(source) as hashing:
-                wrote = counted(progress, sum(tensor.bytes for layout in layouts for tensor in layout.tensors))
-                _write_ranks(writer, layouts, source, recipe, workers or default_workers(), wrote)
-                digests = hashing.result()
-            source.check_unchanged()
-            for name in sorted(files):
-                writer.add_file(name, files[name])
-            identity = writer.write_manifest(
-                Manifest(
-                    requires=writer.requires,
-                    spec=recipe.spec,
-                    tp=tp,
-                    tensors=writer.tensors,
-                    files=writer.files,
-                    text=text,
-                    provenance=_provenance(source, recipe, asked, digests),
-                )
-            )
-            if canary:
-                enter("canary")
-                path = writer.publish(_canary(writer.directory, identity))
-            else:
-                _fresh_process(writer.directory, "--bind-only")
-                path = writer.publish(None)
-    return Result(identity, path, size, time.monotonic() - begin, _notes(texts, source, asked))
+        job = _Job(
+            source=source,
+            recipe=recipe,
+            layouts=rank_layouts(recipe.spec, tp, recipe.stored, layout),
+            files=texts | cut_tokenizer(texts),
+            text=text_section(texts, source.config, recipe.spec.vocab_size),
+            asked=asked,
+            workers=workers or default_workers(network=source.traffic is not None),
+            progress=progress,
+        )
+        if chosen is None:
+            made = _whole(job, Path(output), canary, enter)
+        else:
+            made = _in_parts(job, Path(output), chosen, canary, enter)
+        traffic = source.traffic
+        return msgspec.structs.replace(
+            made,
+            seconds=time.monotonic() - begin,
+            notes=(*made.notes, *_notes(texts, source, asked)),
+            fetched=traffic.fetched if traffic else None,
+        )
+
+
+def _whole(job: _Job, target: Path, canary: bool, enter: Stage) -> Result:
+    """Convert all ranks and publish."""
+    layouts = dict(enumerate(job.layouts))
+    size = sum(layout.size for layout in job.layouts)
+    with SnapshotWriter(target, job.recipe.spec, len(layouts)) as writer, ExitStack() as stack:
+        writer.check_space(size + sum(map(len, job.files.values())))
+        enter("weights")
+        files = {rank: writer.rank(rank, layout) for rank, layout in layouts.items()}
+        for file in files.values():
+            stack.callback(file.abandon)
+        provenance = _provenance(job, _write(job, files))
+        identity, path = _publish(job, writer, provenance, canary, enter)
+    return Result(identity, path, size, 0, needed=_needed(job, layouts))
+
+
+def _needed(job: _Job, layouts: dict[int, RankLayout]) -> int | None:
+    """Known only of weights that are stored as they are read."""
+    return None if job.source.dequantised else source_bytes(layouts, job.recipe)
+
+
+def _write(job: _Job, files: dict[int, RankWriter]) -> dict[str, str]:
+    """Write rank files, and close them; returns the digests of the source's files, which have not changed meanwhile."""
+    layouts = {rank: job.layouts[rank] for rank in files}
+    total = sum(tensor.bytes for layout in layouts.values() for tensor in layout.tensors)
+    with _digesting(job.source) as hashing:
+        wrote = counted(job.progress, total)
+        write_ranks(files, layouts, len(job.layouts), job.source, job.recipe, job.workers, wrote)
+        for file in files.values():
+            file.close()
+        digests = hashing.result()
+    job.source.check_unchanged()
+    return digests
+
+
+def _publish(job: _Job, writer: SnapshotWriter, provenance: Provenance, canary: bool, enter: Stage) -> tuple[str, Path]:
+    """Add to the ranks what makes them a snapshot, check it, and give it its name; returns its id and that."""
+    for name in sorted(job.files):
+        writer.add_file(name, job.files[name])
+    manifest = Manifest(
+        requires=writer.requires,
+        spec=job.recipe.spec,
+        tp=writer.tp,
+        tensors=writer.tensors,
+        files=writer.files,
+        text=job.text,
+        provenance=provenance,
+    )
+    identity = writer.write_manifest(manifest)
+    if canary:
+        enter("canary")
+        return identity, writer.publish(_canary(writer.directory, identity))
+    _fresh_process(writer.directory, "--bind-only")
+    return identity, writer.publish(None)
+
+
+def _in_parts(job: _Job, target: Path, ranks: tuple[int, ...], canary: bool, enter: Stage) -> Result:
+    """Convert those of the ranks that nobody has converted; publish if then none is missing."""
+    tp, plan = len(job.layouts), job.plan
+    _refuse_finished(target)
+    refuse_taken(target)
+    parts = read_parts(target, tp)
+    for part in parts.values():
+        refuse_other(target, part, plan, _provenance(job, {}))
+    absent = {rank: job.layouts[rank] for rank in ranks if rank not in parts}
+    if absent:
+        enter("weights")
+        _write_parts(job, target, absent, plan)
+    kept = [rank for rank in ranks if rank not in absent]
+    notes = (f"Converted before, and kept: {show_ranks(kept)}.",) if kept else ()
+    parts = read_parts(target, tp)
+    missing = tuple(sorted(set(range(tp)) - parts.keys()))
+    size = sum(layout.size for layout in absent.values())
+    made = Result("", parts_directory(target), size, 0, notes, missing, needed=_needed(job, absent))
+    if missing and not _published(target):
+        return made
+    identity = _publish_parts(job, target, parts, absent, canary, enter)
+    return msgspec.structs.replace(made, id=identity, path=target, missing=())
+
+
+def _refuse_finished(target: Path) -> None:
+    if (target / COMMIT).exists():
+        raise UsageError(
+            f"{target} is a finished snapshot.", "None of its ranks is missing.", "Choose another -o, or remove it."
+        )
+
+
+def _write_parts(job: _Job, target: Path, layouts: dict[int, RankLayout], plan: str) -> None:
+    tp, backlog = len(job.layouts), Backlog()
+    with ExitStack() as stack:
+        writers = {
+            rank: stack.enter_context(PartWriter(target, rank, tp, layout, backlog)) for rank, layout in layouts.items()
+        }
+        writers[min(writers)].check_space(sum(layout.size for layout in layouts.values()))
+        provenance = _provenance(job, _write(job, {rank: writer.file for rank, writer in writers.items()}))
+        for writer in writers.values():
+            writer.publish(plan, provenance)
+
+
+def _published(target: Path) -> str:
+    """The id of the snapshot that another process has published meanwhile; empty when none has."""
+    if not (target / COMMIT).exists():
+        return ""
+    with open_snapshot(target) as snapshot:
+        return snapshot.id
+
+
+def _publish_parts(
+    job: _Job, target: Path, parts: dict[int, Part], own: dict[int, RankLayout], canary: bool, enter: Stage
+) -> str:
+    """Make the snapshot of all parts; returns its id. Of several processes that come here at a time one does it."""
+    while not (identity := _published(target)):
+        try:
+            identity = _publish_once(job, target, parts, own, canary, enter)
+        except Busy:
+            time.sleep(BUSY_WAIT)  # for the other, or in its place should it fail
+        except (FgsnapError, OSError):
+            if not _published(target):
+                raise
+    remove_parts(target, len(job.layouts))
+    return identity
+
+
+def _publish_once(
+    job: _Job, target: Path, parts: dict[int, Part], own: dict[int, RankLayout], canary: bool, enter: Stage
+) -> str:
+    tp = len(job.layouts)
+    provenance = parts[min(own, default=0)].provenance
+    with SnapshotWriter(target, job.recipe.spec, tp) as writer:
+        for part in parts.values():
+            refuse_other(target, part, job.plan, provenance)
+        verify_parts(target, {rank: part for rank, part in parts.items() if rank not in own}, job.layouts)
+        for rank, part in parts.items():
+            writer.take(rank, job.layouts[rank], part_directory(target, rank, tp), part.entry)
+        return _publish(job, writer, provenance, canary, enter)[0]
 
 
 def _require_torch() -> None:
@@ -151,131 +324,18 @@ def _notes(texts: dict[str, bytes], source: Source, asked: DType | None) -> tupl
     return tuple(notes)
 
 
-def _provenance(source: Source, recipe: Recipe, asked: DType | None, files: dict[str, str]) -> Provenance:
+def _provenance(job: _Job, files: dict[str, str]) -> Provenance:
+    source = job.source
     return Provenance(
         source=source.label,
         revision=source.revision,
         files=files,
-        rules=recipe.digest,
+        rules=job.recipe.digest,
         family=source.config["model_type"],
         converter=fgsnap.__version__,
-        dropped=recipe.dropped,
-        dtype=asked or source.default_dtype,
+        dropped=job.recipe.dropped,
+        dtype=job.asked or source.default_dtype,
     )
-
-
-def _write_ranks(
-    writer: SnapshotWriter,
-    layouts: list[RankLayout],
-    source: Source,
-    recipe: Recipe,
-    workers: int,
-    wrote: Callable[[int], None],
-) -> None:
-    """Write every rank file, slab after slab, while ``workers`` threads read ahead."""
-    with ThreadPoolExecutor(workers, thread_name_prefix="read") as pool:
-        for rank, layout in enumerate(layouts):
-            with writer.rank(rank, layout) as file:
-                for slab, data in _read_ahead(pool, workers, layout, source, recipe):
-                    file.write(slab.offset, data)
-                    wrote(len(data))
-
-
-class Slab(NamedTuple):
-    """A box of a stored tensor, whole panels of a packed one, which goes to ``offset`` of the rank file."""
-
-    tensor: PlannedTensor
-    start: Shape
-    extent: Shape
-    offset: int
-
-
-def _slabs(layout: RankLayout) -> Iterator[Slab]:
-    for tensor in layout.tensors:
-        offset = tensor.offset
-        for start, extent in slabs(tensor.shape, SLAB // DTYPE_BYTES[tensor.dtype], PANEL_ROWS[tensor.layout]):
-            yield Slab(tensor, start, extent, offset)
-            offset += packed_bytes(tensor.layout, extent, tensor.dtype)
-
-
-def _read_ahead(
-    pool: ThreadPoolExecutor, workers: int, layout: RankLayout, source: Source, recipe: Recipe
-) -> Iterator[tuple[Slab, memoryview]]:
-    """All slabs of a rank file in order, each with its bytes."""
-    pending: deque[tuple[Slab, Future[memoryview]]] = deque()
-    for slab in _slabs(layout):
-        pending.append((slab, pool.submit(_fill, slab, source, recipe)))
-        if len(pending) > workers:
-            yield _oldest(pending)
-    while pending:
-        yield _oldest(pending)
-
-
-def _oldest(pending: deque[tuple[Slab, Future[memoryview]]]) -> tuple[Slab, memoryview]:
-    slab, filled = pending.popleft()
-    return slab, filled.result()
-
-
-def _fill(slab: Slab, source: Source, recipe: Recipe) -> memoryview:
-    """Read, cast, place and pack everything that makes one slab."""
-    rows = _unchanged(slab, source, recipe)
-    if rows is None:
-        rows = _assembled(slab, source, recipe)
-    if slab.tensor.layout == "words32":
-        rows = packed(rows)
-    flat: Array = rows.reshape(-1).view(np.uint8)
-    return flat.data
-
-
-def _assembled(slab: Slab, source: Source, recipe: Recipe) -> Array:
-    """The slab's values, put together from everything that makes them."""
-    tensor = slab.tensor
-    out: Array = np.empty(slab.extent, NUMPY_DTYPES[tensor.dtype])
-    for piece in pieces(tensor.segments, slab.start, slab.extent):
-        at = [low - start for low, start in zip(piece.stored_start, slab.start, strict=True)]
-        part = out[tuple(slice(low, low + size) for low, size in zip(at, piece.extent, strict=True))]
-        if piece.tensor is None:
-            part[...] = 0
-        else:
-            read_piece(piece.tensor, piece, part, tensor.dtype, source, recipe)
-    return out
-
-
-def _unchanged(slab: Slab, source: Source, recipe: Recipe) -> Array | None:
-    """The slab's rows where they lie in the source, when they are the source's: that saves a copy of most models.
-
-    Their pages are read here, by the thread that reads ahead, and not when they are written.
-    """
-    tensor = slab.tensor
-    piece, *more = pieces(tensor.segments, slab.start, slab.extent)
-    if more or piece.tensor is None or recipe.read[piece.tensor] != tensor.dtype:
-        return None
-    rule = recipe.rules[piece.tensor]
-    if rule.shape[1:] != piece.extent[1:] or not is_whole(rule):
-        return None
-    first = piece.logical_start[0]
-    rows: Array = source.rows(rule.takes[0].source, first, first + piece.extent[0])
-    flat: Array = rows.reshape(-1).view(np.uint8)
-    flat[:: mmap.PAGESIZE].max()
-    return rows
-
-
-def read_piece(
-    name: str, piece: Piece, part: Array, dtype: DType, source: Source, recipe: Recipe
-) -> None:  # fmt: skip
-    """Read the piece's box of a logical tensor into ``part``, cast to ``dtype``."""
-    rule, held = recipe.rules[name], recipe.read[name]
-    if held == dtype:
-        read_box(rule, source.rows, piece.logical_start, part)
-        return
-    raw: Array = np.empty(piece.extent, NUMPY_DTYPES[held])
-    read_box(rule, source.rows, piece.logical_start, raw)
-    if part.flags.c_contiguous:
-        cast(raw, held, part, dtype, rule.takes[0].source)
-    else:
-        narrowed: Array = np.empty(piece.extent, part.dtype)
-        cast(raw, held, narrowed, dtype, rule.takes[0].source)
-        np.copyto(part, narrowed)
 
 
 @contextmanager

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from typing import Any, Literal
 
 import msgspec
 
 from fgsnap.convert import families
+from fgsnap.convert.files import KEPT
 from fgsnap.convert.opening import open_source
 from fgsnap.convert.pack import checked_target
 from fgsnap.convert.source import Source
 from fgsnap.errors import SourceError, UsageError
 from fgsnap.layout import logical_shapes, possible_tp, stored_tensors
 from fgsnap.snapshot import Layout, PlannedTensor, RankLayout, panel_bytes, plan_rank, rank_file
-from fgsnap.snapshot.writing import DIGESTS_BEHIND
+from fgsnap.snapshot.backlog import BEHIND
 from fgsnap.spec import DTYPE_BYTES, DecoderSpec, DType
 
 SLAB = 4 << 20
@@ -69,17 +71,21 @@ def plan_source(
     tp: int = 1,
     dtype: str | None = None,
     target: str = "generic",
+    ranks: Sequence[int] | None = None,
     revision: str | None = None,
     workers: int | None = None,
 ) -> Plan:
     """The plan for a checkpoint by path or Hub name; of a Hub repository only config.json is fetched."""
     asked = checked_dtype(dtype)
     checked_target(target)  # before anything is fetched
+    chosen = None if ranks is None else checked_ranks(ranks, tp)
     with closing(open_source(name, revision, config_only=True)) as source:
         stated = _stated_dtype(source)
         origin: Literal["asked", "source", "assumed"] = "asked" if asked else "source" if stated else "assumed"
         spec = families.find(source.config).spec(source.config)
-        return plan(spec, tp, asked or stated or "float32", origin, workers, target)
+        network = source.revision is not None
+        workers = workers or default_workers(network)
+        return plan(spec, tp, asked or stated or "float32", origin, workers, target, chosen, network)
 
 
 def plan(
@@ -89,20 +95,29 @@ def plan(
     dtype_from: Literal["asked", "source", "assumed"] = "asked",
     workers: int | None = None,
     target: str = "generic",
+    chosen: tuple[int, ...] | None = None,
+    network: bool = False,
 ) -> Plan:
-    """The plan for a decoder whose tensors are all stored in ``dtype``."""
+    """The plan for a decoder whose tensors are all stored in ``dtype``; of the ``chosen`` ranks, if there are any.
+
+    ``network``: the weights may come over one.
+    """
     layouts = rank_layouts(spec, tp, dict.fromkeys(logical_shapes(spec), dtype), checked_target(target))
     ranks = tuple(
         PlannedRank(rank_file(rank, tp), layout.size, tuple(tensor.name for tensor in layout.tensors))
         for rank, layout in enumerate(layouts)
+        if chosen is None or rank in chosen
     )
     return Plan(
         ranks=ranks,
-        bytes=sum(layout.size for layout in layouts),
+        bytes=sum(rank.bytes for rank in ranks),
         dtype=dtype,
         dtype_from=dtype_from,
         target=target,
-        peak_memory=max(peak_memory(layouts, workers or default_workers()), _AT_REST + canary_memory(spec, layouts)),
+        peak_memory=max(
+            peak_memory(layouts, len(ranks), workers or default_workers(), network),
+            _AT_REST + canary_memory(spec, layouts),
+        ),
         kv_bytes_per_token=spec.kv_values_per_token() * DTYPE_BYTES[dtype],
         possible_tp=tuple(possible_tp(spec)),
     )
@@ -140,6 +155,21 @@ def _one_dtype(name: str, parts: list[str], dtypes: Mapping[str, DType]) -> DTyp
     return found[0]
 
 
+def checked_ranks(ranks: Sequence[int], tp: int) -> tuple[int, ...]:
+    """The ranks in ascending order, or UsageError."""
+    wrong = [rank for rank in ranks if not 0 <= rank < tp]
+    doubled = [rank for rank, times in Counter(ranks).items() if times > 1]
+    if ranks and not wrong and not doubled:
+        return tuple(sorted(ranks))
+    what = f"rank {wrong[0]}" if wrong else f"rank {doubled[0]} twice" if doubled else "no rank"
+    span = f"0 to {tp - 1}" if tp > 1 else "0"
+    raise UsageError(
+        f"--ranks names {what}.",
+        f"At tensor parallel degree {tp} the ranks are {span}.",
+        "Name some of them, each once: --ranks 0,3",
+    )
+
+
 def checked_dtype(dtype: str | None) -> DType | None:
     """The dtype the user asked for, or UsageError."""
     for known in ("bfloat16", "float16", "float32"):
@@ -157,21 +187,24 @@ def _stated_dtype(source: Source) -> DType | None:
     return source.default_dtype or (checked_dtype(name) if name in DTYPE_BYTES else None)
 
 
-def default_workers() -> int:
-    """Threads that read ahead: as many as this process may use, but more than a few only wait for the disk."""
-    return min(len(os.sched_getaffinity(0)), 4)
+def default_workers(network: bool = False) -> int:
+    """Threads that read ahead: as many as this process may use, but more than a few only wait for the disk.
+
+    Over a network each is a connection, and mostly waits.
+    """
+    return 8 if network else min(len(os.sched_getaffinity(0)), 4)
 
 
-def peak_memory(layouts: list[RankLayout], workers: int) -> int:
-    """About the most anonymous bytes of a conversion.
+def peak_memory(layouts: list[RankLayout], files: int, workers: int, network: bool = False) -> int:
+    """About the most anonymous bytes of a conversion that writes this many rank files at a time.
 
-    Slabs that wait for the disk or a digest, the slabs being made with what a cast or packing needs beside each, and
-    the tables.
+    Slabs that wait for the disk or a digest, one a file that ends within a huge page, the slabs being made with what a
+    cast or packing needs beside each, the tables, and what is kept of a network's.
     """
     slab = max(SLAB, max(_panel(tensor) for layout in layouts for tensor in layout.tensors))
     tensors = sum(len(layout.tensors) for layout in layouts)
-    held = DIGESTS_BEHIND + 2  # with the one that is being written and the one that is asked for next
-    return (held + 5 * workers) * slab + tensors * 8192 + (16 << 20)
+    held = -(-BEHIND // slab) + 2  # with the one that is being written and the one that is asked for next
+    return (held + files + 5 * workers) * slab + tensors * 8192 + (16 << 20) + (KEPT if network else 0)
 
 
 def _panel(tensor: PlannedTensor) -> int:

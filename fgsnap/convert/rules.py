@@ -168,7 +168,7 @@ def read_box(rule: Rule, rows: ReadRows, start: Shape, out: Array) -> None:
         out: a writable array, contiguous or a strided part of one.
     """
     for box in boxes(rule, start, out.shape):
-        first, last = _source_rows(box)
+        first, last = source_rows(box)
         data = rows(box.source, first, last)
         row = math.prod(box.source_shape[1:])
         np.copyto(_part(out, box), _strided(data, box, first * row).view(out.dtype))
@@ -269,7 +269,7 @@ def _rows(shape: Shape, piece: Take) -> int:
     return math.prod(_ordered(piece)) // math.prod(shape[1:])
 
 
-def _source_rows(box: Box) -> Range:
+def source_rows(box: Box) -> Range:
     """The rows of the source's axis 0 that hold the box."""
     row = math.prod(box.source_shape[1:])
     extents = itertools.chain.from_iterable(box.axes)

@@ -14,6 +14,7 @@ import re
 import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from blake3 import blake3
@@ -43,6 +44,19 @@ class SourceTensor(NamedTuple):
     shape: tuple[int, ...]
 
 
+class Traffic:
+    """Bytes of weights that have come over a network so far; headers do not count. Threads may share it."""
+
+    def __init__(self) -> None:
+        self.fetched = 0
+        self._lock = Lock()
+
+    def add(self, count: int) -> None:
+        """Count the bytes of one answer."""
+        with self._lock:
+            self.fetched += count
+
+
 class Source(Protocol):
     """A checkpoint, open for reading.
 
@@ -50,7 +64,7 @@ class Source(Protocol):
     ``revision`` is the Hub commit, if it came from there; ``config`` has the shape of a Hugging Face config.json.
     ``others`` are tensors of dtypes that fgsnap has no use for, name to dtype. ``default_dtype`` is the dtype to store
     in when the user asks for none; None keeps each tensor's own. ``dequantised`` names the formats that are read as
-    plain numbers.
+    plain numbers. ``traffic`` counts what comes over a network; None where nothing does.
     """
 
     label: str
@@ -61,6 +75,7 @@ class Source(Protocol):
     kind: Literal["hf", "gguf"]
     default_dtype: DType | None
     dequantised: tuple[str, ...]
+    traffic: Traffic | None
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray[Any, Any]:
         """Rows of axis 0, read only and C-contiguous; bfloat16 comes as its bits in uint16."""
@@ -71,7 +86,9 @@ class Source(Protocol):
         ...
 
     def file_digests(self, go_on: Callable[[], None]) -> dict[str, str]:
-        """BLAKE3 of every source file that was read, by name (``model.gguf`` for any GGUF file). Call it once.
+        """A digest of every source file that was read, by name (``model.gguf`` for any GGUF file). Call it once.
+
+        BLAKE3, or "sha256:" and the sha256 of a weight file from the Hub, which names it so.
 
         ``go_on`` is called every few milliseconds; what it raises ends the work.
         """
@@ -151,13 +168,21 @@ def _changed(name: str) -> SourceError:
     )
 
 
-def digest(path: Path, go_on: Callable[[], None]) -> str:
-    """BLAKE3 of a file's bytes, whatever its name in a Hub cache claims.
+class Hasher(Protocol):
+    """What hashlib and BLAKE3 have in common."""
 
-    Not sha256: no registry looks at these, and the output's sha256 takes its time already. Mapped and not read:
+    def update(self, data: memoryview, /) -> Any: ...
+
+    def hexdigest(self) -> str: ...
+
+
+def digest(path: Path, go_on: Callable[[], None], hasher: Hasher | None = None) -> str:
+    """BLAKE3 of a file's bytes, or what another hasher makes of them, whatever its name in a Hub cache claims.
+
+    Not sha256 unless the Hub names the file by it, for the output's sha256 takes its time already. Mapped and not read:
     conversion maps the same pages.
     """
-    hasher = blake3()
+    hasher = hasher or blake3()
     try:
         file = path.open("rb")
     except FileNotFoundError:

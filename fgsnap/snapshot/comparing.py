@@ -22,7 +22,7 @@ from fgsnap.progress import Progress, counted
 from fgsnap.snapshot.format import CHUNK, DIGEST_BYTES, FileEntry, Manifest, TextSection
 from fgsnap.snapshot.gathering import read_logical
 from fgsnap.snapshot.packing import PANEL_ROWS
-from fgsnap.snapshot.reading import Snapshot
+from fgsnap.snapshot.reading import Snapshot, chunk_digests
 from fgsnap.spec import DTYPE_BYTES, DecoderSpec, DType
 
 SLAB = 4 << 20
@@ -347,7 +347,9 @@ def _alike(a: Snapshot, b: Snapshot) -> set[str]:
 def _held(snapshot: Snapshot) -> dict[str, list[tuple[Any, ...]]]:
     """Where each logical tensor lies, in all ranks, and the digests of the chunks that it lies in."""
     files = snapshot.manifest.files
-    digests = {name: snapshot.chunk_digests(name) for name, entry in files.items() if entry.chunks is not None}
+    digests = {
+        name: chunk_digests(snapshot.path, name, entry) for name, entry in files.items() if entry.chunks is not None
+    }
     held: dict[str, list[tuple[Any, ...]]] = {}
     for entry in snapshot.manifest.tensors:
         first, last = entry.offset // CHUNK, -(-(entry.offset + entry.bytes) // CHUNK)

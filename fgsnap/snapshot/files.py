@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fgsnap.errors import HostError, SnapshotRefused
@@ -86,3 +87,55 @@ def read_all(descriptor: int, most: int) -> bytes:
         parts.append(part)
         most -= len(part)
     return b"".join(parts)
+
+
+PARTS = ".parts"
+_PART_NAME = re.compile(r"rank-(\d{5})-of-(\d{5})", re.ASCII)
+
+
+def parts_directory(target: Path) -> Path:
+    """Where rank files wait that were written by themselves, until all that make a snapshot are there."""
+    target = Path(os.path.abspath(target))
+    return target.parent / (target.name + PARTS)
+
+
+def part_directory(target: Path, rank: int, tp: int) -> Path:
+    """Where one of them lies."""
+    return parts_directory(target) / f"rank-{rank:05d}-of-{tp:05d}"
+
+
+def unfinished(path: Path) -> SnapshotRefused | None:
+    """The error for a snapshot of which so far there are parts only; None where there are none.
+
+    Args:
+        path: where the snapshot should be, or the directory of its parts.
+    """
+    target = path.parent / path.name.removesuffix(PARTS) if path.name.endswith(PARTS) else path
+    parts = parts_directory(target)
+    if not os.path.isdir(parts):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
+        return None
+    what = f"{target} is not a finished snapshot"
+    found = [match for match in map(_PART_NAME.fullmatch, listed(parts)) if match]
+    there, degrees = sorted(int(match[1]) for match in found), {int(match[2]) for match in found}
+    if len(degrees) != 1:
+        why = f"{parts.name} holds parts of {len(degrees)} tensor parallel degrees."
+        return SnapshotRefused(f"{what}.", why, "Convert its ranks with 'fgsnap convert --ranks'.")
+    tp = degrees.pop()
+    missing = sorted(set(range(tp)) - {*there})
+    if not missing:
+        return SnapshotRefused(
+            f"{what}.",
+            f"{parts.name} holds all {tp} ranks, but nobody has published them.",
+            "Run one of the conversions again: it keeps what is there, and publishes.",
+        )
+    return SnapshotRefused(
+        f"{what}: of {tp} ranks, {show_ranks(missing)} {'is' if len(missing) == 1 else 'are'} missing.",
+        f"{parts.name} holds {show_ranks(there)}.",
+        f"Convert the rest with --ranks {','.join(map(str, missing))}, or bring here the parts that other hosts made.",
+    )
+
+
+def show_ranks(ranks: Iterable[int]) -> str:
+    """``rank 3`` or ``ranks 0, 3``."""
+    numbers = sorted(ranks)
+    return f"rank{'s' if len(numbers) != 1 else ''} {', '.join(map(str, numbers))}"

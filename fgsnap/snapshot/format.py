@@ -65,7 +65,7 @@ class Provenance(msgspec.Struct, frozen=True):
     Attributes:
         source: repository id, or a GGUF file's own name for its model, or "local"; nothing of a path.
         revision: the resolved commit of a repository.
-        files: BLAKE3 of every source file; a single GGUF file goes by model.gguf.
+        files: BLAKE3 of every source file, "sha256:..." of weights on the Hub; a single GGUF file goes by model.gguf.
         rules: sha256 of the conversion rules' canonical form.
         family: the family module that wrote spec and rules.
         converter: the fgsnap version.
@@ -154,6 +154,13 @@ class RankLayout(msgspec.Struct, frozen=True):
     tensors: tuple[PlannedTensor, ...]
     data_start: int
     size: int
+
+
+def tensor_entries(file: str, layout: RankLayout) -> tuple[TensorEntry, ...]:
+    """The part of the manifest's table that tells of one rank file."""
+    return tuple(
+        TensorEntry(t.name, file, t.offset, t.bytes, t.dtype, t.shape, t.segments, t.layout) for t in layout.tensors
+    )
 
 
 def required_features(tensors: Iterable[TensorEntry]) -> tuple[str, ...]:

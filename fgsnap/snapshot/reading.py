@@ -17,7 +17,7 @@ import msgspec
 from fgsnap.errors import NotFound, SnapshotRefused
 from fgsnap.layout import Segment
 from fgsnap.snapshot.checks import canary_fault, manifest_fault, rank_headers
-from fgsnap.snapshot.files import changed, check_size, opened, present, read_all, refused
+from fgsnap.snapshot.files import changed, check_size, opened, present, read_all, refused, unfinished
 from fgsnap.snapshot.format import (
     CANARY,
     COMMIT,
@@ -98,15 +98,6 @@ class Snapshot:
             raise changed(self.path, name)
         return data
 
-    def chunk_digests(self, name: str) -> bytes:
-        """The BLAKE3 digests of a rank file's chunks, one after the other, checked against the manifest."""
-        entry = self.manifest.files[name]
-        with opened(self.path, chunks_file(name)) as descriptor:
-            recorded = read_all(descriptor, chunks_size(entry.bytes) + 1)
-        if hashlib.sha256(recorded).hexdigest() != entry.chunks:
-            raise changed(self.path, chunks_file(name))
-        return recorded
-
     def slices(self, logical: str) -> list[tuple[TensorEntry, Segment]]:
         """The stored slices that make up one logical tensor, each once even when several ranks hold it."""
         if not self._slices:
@@ -181,7 +172,7 @@ def open_snapshot(path: Path | str, *, committed: bool = True) -> Snapshot:
     """
     path = Path(path)
     if not os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
-        raise _no_directory(path)
+        raise unfinished(path) or _no_directory(path)
     commit = _read_commit(path) if committed else None
     raw = _read_json(path, MANIFEST)
     identity = hashlib.sha256(raw).hexdigest()
@@ -227,8 +218,19 @@ def _check_file(path: Path, name: str, size: int) -> None:
         check_size(path, name, descriptor, size)
 
 
+def chunk_digests(path: Path, name: str, entry: FileEntry) -> bytes:
+    """The BLAKE3 digests of the chunks of rank file ``name``, one after the other, checked against its ``entry``."""
+    with opened(path, chunks_file(name)) as descriptor:
+        recorded = read_all(descriptor, chunks_size(entry.bytes) + 1)
+    if hashlib.sha256(recorded).hexdigest() != entry.chunks:
+        raise changed(path, chunks_file(name))
+    return recorded
+
+
 def _read_commit(path: Path) -> Commit:
     if not present(path, COMMIT):
+        if error := unfinished(path):
+            raise error
         raise SnapshotRefused(
             f"{path} is not a finished snapshot.",
             f"It has no {COMMIT}, which is written last.",

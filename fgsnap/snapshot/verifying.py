@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +13,8 @@ from blake3 import blake3
 from fgsnap.errors import SnapshotRefused
 from fgsnap.progress import Progress, counted
 from fgsnap.snapshot.files import changed, check_size, listed, opened, refused
-from fgsnap.snapshot.format import CHUNK, DIGEST_BYTES, Manifest, chunks_file, chunks_size
-from fgsnap.snapshot.reading import Snapshot, open_snapshot
+from fgsnap.snapshot.format import CHUNK, DIGEST_BYTES, FileEntry, Manifest, TensorEntry, chunks_file, chunks_size
+from fgsnap.snapshot.reading import chunk_digests, open_snapshot
 
 
 class Report(NamedTuple):
@@ -44,7 +44,7 @@ def verify(path: Path | str, progress: Progress | None = None) -> Report:
                 snapshot.read_text(name)
                 advance(entry.bytes)
             else:
-                _verify_rank(snapshot, name, advance)
+                verify_rank(path, name, entry, manifest.tensors, advance)
         return Report(snapshot.id, len(manifest.files), total, snapshot.canary is not None)
 
 
@@ -55,11 +55,13 @@ def _refuse_strays(path: Path, manifest: Manifest) -> None:
         raise refused(path, f"{strays[0]} does not belong to it.")
 
 
-def _verify_rank(snapshot: Snapshot, name: str, advance: Callable[[int], None]) -> None:
+def verify_rank(
+    path: Path, name: str, entry: FileEntry, tensors: Iterable[TensorEntry], advance: Callable[[int], None]
+) -> None:
+    """Digest one rank file and its chunks; SnapshotRefused names the chunk and the ``tensors`` that are damaged."""
     from concurrent.futures import Future, ThreadPoolExecutor  # brings logging, which opening can do without
 
-    path, manifest = snapshot.path, snapshot.manifest
-    entry, recorded = manifest.files[name], snapshot.chunk_digests(name)
+    recorded = chunk_digests(path, name, entry)
     sha256 = hashlib.sha256()
     buffers = [memoryview(bytearray(min(CHUNK, entry.bytes))) for _ in range(2)]
     with opened(path, name) as descriptor, ThreadPoolExecutor(1) as pool:
@@ -68,7 +70,7 @@ def _verify_rank(snapshot: Snapshot, name: str, advance: Callable[[int], None]) 
         for index in range(chunks_size(entry.bytes) // DIGEST_BYTES):
             chunk = _read_chunk(descriptor, buffers[index % 2])
             if blake3(chunk).digest() != recorded[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]:
-                raise _bad_chunk(path, name, index, manifest)
+                raise _bad_chunk(path, name, index, tensors)
             if hashing is not None:
                 hashing.result()
             hashing = pool.submit(sha256.update, chunk)
@@ -84,8 +86,8 @@ def _read_chunk(descriptor: int, buffer: memoryview) -> memoryview:
     return buffer[:at]
 
 
-def _bad_chunk(path: Path, name: str, index: int, manifest: Manifest) -> SnapshotRefused:
+def _bad_chunk(path: Path, name: str, index: int, tensors: Iterable[TensorEntry]) -> SnapshotRefused:
     start, stop = index * CHUNK, (index + 1) * CHUNK
-    hit = [e.name for e in manifest.tensors if e.file == name and e.offset < stop and start < e.offset + e.bytes]
-    tensors = f", in {hit[0]}" + (f" to {hit[-1]}" if len(hit) > 1 else "") if hit else ""
-    return refused(path, f"{name} is damaged in chunk {index} (bytes {start} to {stop}{tensors}).")
+    hit = [e.name for e in tensors if e.file == name and e.offset < stop and start < e.offset + e.bytes]
+    where = f", in {hit[0]}" + (f" to {hit[-1]}" if len(hit) > 1 else "") if hit else ""
+    return refused(path, f"{name} is damaged in chunk {index} (bytes {start} to {stop}{where}).")

@@ -8,12 +8,13 @@ import os
 from collections import deque
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import msgspec
 from blake3 import blake3
 
-from fgsnap.atomic import PartialDirectory, create_file, host_errors, write_file
+from fgsnap.atomic import PartialDirectory, create_file, host_errors, link_file, write_file
+from fgsnap.snapshot.backlog import Backlog
 from fgsnap.snapshot.format import (
     CANARY,
     CHUNK,
@@ -33,14 +34,9 @@ from fgsnap.snapshot.format import (
     rank_file,
     rank_header,
     required_features,
+    tensor_entries,
 )
 from fgsnap.spec import DecoderSpec
-
-if TYPE_CHECKING:
-    from concurrent.futures import Future
-
-DIGESTS_BEHIND = 4
-"""Slabs that the digests may lag behind the disk."""
 
 HUGE_PAGE = 2 << 20
 """A file that is written in whole ones lies in the page cache in whole ones, where kernel and file system can: weights
@@ -64,6 +60,7 @@ class SnapshotWriter:
         self._manifest: Manifest | None = None
         self._entries: dict[str, FileEntry] = {}
         self._tables: dict[int, tuple[TensorEntry, ...]] = {}
+        self._backlog = Backlog()
         self._partial = PartialDirectory(target)
         self.directory = self._partial.path
 
@@ -95,14 +92,24 @@ class SnapshotWriter:
         self._partial.check_space(needed)
 
     def rank(self, rank: int, layout: RankLayout) -> RankWriter:
-        """Begin one rank file. Several may be open at once, each used by one thread."""
+        """Begin one rank file. Several may be open at once, all used by one thread."""
         assert 0 <= rank < self.tp
         self.check_space(layout.size)
         name = rank_file(rank, self.tp)
-        self._tables[rank] = tuple(
-            TensorEntry(t.name, name, t.offset, t.bytes, t.dtype, t.shape, t.segments, t.layout) for t in layout.tensors
-        )
-        return RankWriter(self.directory / name, layout, self._entries)
+        self._tables[rank] = tensor_entries(name, layout)
+        return RankWriter(self.directory / name, layout, self._entries, self._backlog)
+
+    def take(self, rank: int, layout: RankLayout, directory: Path, entry: FileEntry) -> None:
+        """Take a rank file and its chunks, which were written by themselves, out of another directory.
+
+        It keeps them too: they are linked where the file system can, and what is not published is not lost.
+        """
+        assert 0 <= rank < self.tp
+        name = rank_file(rank, self.tp)
+        for file in (name, chunks_file(name)):
+            link_file(directory / file, self.directory / file)
+        self._tables[rank] = tensor_entries(name, layout)
+        self._entries[name] = entry
 
     def add_file(self, name: str, data: bytes) -> None:
         """Write one text file; the manifest covers it."""
@@ -149,33 +156,37 @@ _LARGE = (b"safetensors", b"chunks")
 
 
 class RankWriter:
-    """Writes one rank file front to back, while two threads digest the bytes. Gaps are filled with zeros.
+    """Writes one rank file front to back; threads write and digest the bytes. Gaps are filled with zeros.
 
-    The digests take as long as the disk, and one of them longer than the other, so neither waits for the others at the
-    end of each slab: they may fall a few slabs behind.
+    Args:
+        path: the file, which must not exist.
+        layout: what is to lie where in it.
+        entries: gets the file's entry under its name when it is closed.
+        backlog: bounds what waits, over all files that are written at a time.
     """
 
-    def __init__(self, path: Path, layout: RankLayout, entries: dict[str, FileEntry]) -> None:
+    def __init__(self, path: Path, layout: RankLayout, entries: dict[str, FileEntry], backlog: Backlog) -> None:
         from concurrent.futures import ThreadPoolExecutor  # brings logging, which opening a snapshot can do without
 
         self.path = path
         self.layout = layout
         self._entries = entries
+        self._backlog = backlog
         self._sha256 = hashlib.sha256()
         self._chunk = blake3()
         self._chunk_bytes = 0
         self._chunks: list[bytes] = []
         self._at = 0
         self._written = 0
-        self._waiting: deque[memoryview] = deque()  # what has been appended and not written
+        self._arrived = 0
+        self._waiting: deque[memoryview] = deque()  # what has arrived to be written and is not
         with host_errors(path, layout.size):
             self._fd = create_file(path)
-        self._digesters = tuple(ThreadPoolExecutor(1, thread_name_prefix="digest") for _ in range(2))
-        self._behind: deque[list[Future[None]]] = deque()
+        self._threads = tuple(ThreadPoolExecutor(1, thread_name_prefix="write") for _ in range(3))
         try:
             self.write(0, memoryview(rank_header(path.name, layout.tensors, layout.data_start)))
         except BaseException:
-            self._release()
+            self.abandon()
             raise
 
     def __enter__(self) -> Self:
@@ -187,12 +198,13 @@ class RankWriter:
         if error is None:
             self.close()
         else:
-            self._release()
+            self.abandon()
 
     def write(self, offset: int, data: memoryview) -> None:
         """Write one slab at ``offset`` of the file, not before the end of the last one.
 
-        ``data`` is kept until it is digested, and must not change any more.
+        ``data`` is kept until it is on its way to the disk and digested, and must not change any more. What goes wrong
+        with it may be raised by a later call.
         """
         assert offset >= self._at, f"{self.path.name}: slab at {offset} after {self._at}"
         self._fill(offset)
@@ -204,12 +216,12 @@ class RankWriter:
         try:
             self._fill(self.layout.size)
             assert self._at == self.layout.size
+            self._backlog.drain()
             with host_errors(self.path, self.layout.size):
                 self._write_out(self._at)
                 os.fsync(self._fd)
-            self._catch_up(0)
         finally:
-            self._release()
+            self.abandon()
         if self._chunk_bytes:
             self._chunks.append(self._chunk.digest())
         chunks = b"".join(self._chunks)
@@ -219,9 +231,10 @@ class RankWriter:
         self._entries[self.path.name] = entry
         return entry
 
-    def _release(self) -> None:
-        for digester in self._digesters:
-            digester.shutdown(cancel_futures=True)
+    def abandon(self) -> None:
+        """Stop, and leave what was written to whoever removes its directory."""
+        for thread in self._threads:
+            thread.shutdown(cancel_futures=True)
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -231,14 +244,15 @@ class RankWriter:
             self._append(memoryview(bytes(min(offset - self._at, CHUNK))))
 
     def _append(self, data: memoryview) -> None:
-        digests = (self._sha256.update, self._digest_chunks)
-        jobs = [digester.submit(digest, data) for digester, digest in zip(self._digesters, digests, strict=True)]
-        self._behind.append(jobs)
-        self._waiting.append(data)
+        work = (self._write, self._sha256.update, self._digest_chunks)
         self._at += len(data)
+        self._backlog.add(len(data), [thread.submit(do, data) for thread, do in zip(self._threads, work, strict=True)])
+
+    def _write(self, data: memoryview) -> None:
+        self._waiting.append(data)
+        self._arrived += len(data)
         with host_errors(self.path, self.layout.size):
-            self._write_out(self._at // HUGE_PAGE * HUGE_PAGE)
-        self._catch_up(DIGESTS_BEHIND)
+            self._write_out(self._arrived // HUGE_PAGE * HUGE_PAGE)
 
     def _write_out(self, stop: int) -> None:
         """Write what waits, up to byte ``stop`` of the file."""
@@ -254,12 +268,6 @@ class RankWriter:
                 if done < len(first):
                     self._waiting.appendleft(first[done:])
                 done -= min(done, len(first))
-
-    def _catch_up(self, behind: int) -> None:
-        """Wait until the digests are no more than ``behind`` slabs behind."""
-        while len(self._behind) > behind:
-            for job in self._behind.popleft():
-                job.result()
 
     def _digest_chunks(self, data: memoryview) -> None:
         while data:

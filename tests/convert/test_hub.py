@@ -5,6 +5,7 @@ The library reads its environment once, at import, so a process is what a settin
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -24,9 +25,9 @@ OPEN = """
 import json, sys
 from fgsnap.convert.opening import open_source
 from fgsnap.errors import FgsnapError
-name, revision, config_only = json.loads(sys.argv[1])
+name, revision, config_only, download = json.loads(sys.argv[1])
 try:
-    source = open_source(name, revision, config_only=config_only)
+    source = open_source(name, revision, config_only=config_only, download=download)
     tensors = {name: source.rows(name, 0, t.shape[0]).tolist() for name, t in source.tensors.items()}
     print(json.dumps({"label": source.label, "revision": source.revision, "config": source.config, "tensors": tensors,
                       "digests": source.file_digests(lambda: None), "texts": sorted(source.text_files())}))
@@ -54,10 +55,19 @@ class Reader:
     def __init__(self, home: Path) -> None:
         self.home = home
 
-    def __call__(self, hub: Hub, name: str, revision: str | None = None, *, plan: bool = False, **env: str) -> Any:
+    def __call__(
+        self,
+        hub: Hub,
+        name: str,
+        revision: str | None = None,
+        *,
+        plan: bool = False,
+        download: bool = False,
+        **env: str,
+    ) -> Any:
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
         settings = {"HF_HOME": str(self.home), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_TELEMETRY": "1", **env}
-        command = [sys.executable, "-W", "error", "-c", OPEN, json.dumps([name, revision, plan])]
+        command = [sys.executable, "-W", "error", "-c", OPEN, json.dumps([name, revision, plan, download])]
         done = subprocess.run(command, env=inherited | settings, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
@@ -68,14 +78,15 @@ def read(tmp_path: Path) -> Reader:
     return Reader(tmp_path / "hf")
 
 
-def test_a_branch_is_resolved_to_its_commit_once(hub: Hub, read: Reader) -> None:
+@pytest.mark.parametrize("download", [False, True])
+def test_a_branch_is_resolved_to_its_commit_once(hub: Hub, read: Reader, download: bool) -> None:
     sha = hub.commit("org/tiny", {**MODEL, "tokenizer.json": b"{}", "README.md": b"x", "train.py": b"x", "a.bin": b"x"})
-    found = read(hub, "org/tiny")
+    found = read(hub, "org/tiny", download=download)
     assert (found["label"], found["revision"]) == ("org/tiny", sha)
     assert found["config"] == CONFIG
     assert found["tensors"] == {"a": [1.0, 2.0]}
     assert found["texts"] == ["config.json", "tokenizer.json"]
-    assert sorted(hub.downloads()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(hub.downloads()) == sorted(["config.json", *["model.safetensors"] * download, "tokenizer.json"])
     assert all(f"/resolve/{sha}/" in path for _, path, _ in hub.requests if "/resolve/" in path)
 
 
@@ -90,14 +101,17 @@ def test_a_revision_in_the_name_or_beside_it(hub: Hub, read: Reader) -> None:
     assert (clash["error"], clash["code"]) == ("UsageError", 2)
 
 
-def test_shards_come_by_their_index_and_no_other_file_comes(hub: Hub, read: Reader) -> None:
+@pytest.mark.parametrize("download", [False, True])
+def test_shards_come_by_their_index_and_no_other_file_comes(hub: Hub, read: Reader, download: bool) -> None:
     extra = {"consolidated.safetensors": float_file(z=[0.0]), "original/model.safetensors": float_file(z=[0.0])}
     hub.commit(
         "org/big", {"config.json": MODEL["config.json"], "model.safetensors.index.json": INDEX, **SHARDS, **extra}
     )
-    found = read(hub, "org/big")
+    found = read(hub, "org/big", download=download)
     assert found["tensors"] == {"a": [1.0], "b": [2.0]}
-    assert sorted(hub.downloads()) == sorted(["config.json", "model.safetensors.index.json", *SHARDS])
+    whole = SHARDS if download else ()
+    assert sorted(hub.downloads()) == sorted(["config.json", "model.safetensors.index.json", *whole])
+    assert {served.file for served in hub.served} == set(() if download else SHARDS)
 
 
 def test_a_plan_fetches_only_the_config(hub: Hub, read: Reader) -> None:
@@ -110,7 +124,7 @@ def test_a_plan_fetches_only_the_config(hub: Hub, read: Reader) -> None:
 
 def test_offline_reads_the_cache_without_a_request(hub: Hub, read: Reader) -> None:
     sha = hub.commit("org/tiny", MODEL)
-    online = read(hub, "org/tiny")
+    online = read(hub, "org/tiny", download=True)
     hub.requests.clear()
     assert read(hub, "org/tiny", HF_HUB_OFFLINE="1") == online
     assert read(hub, f"hf://org/tiny@{sha}", HF_HUB_OFFLINE="1")["revision"] == sha
@@ -137,6 +151,7 @@ def test_the_token_is_sent_and_a_private_model_needs_it(hub: Hub, read: Reader) 
     hub.requests.clear()
     assert read(hub, "org/secret", HF_TOKEN="hf_test_token")["tensors"] == {"a": [1.0, 2.0]}
     assert {token for _, _, token in hub.requests} == {"Bearer hf_test_token"}
+    assert {token for _, _, token in hub.storage_requests} == {None}
 
 
 @pytest.mark.parametrize(("name", "words"), [("org/none", "org/none"), ("hf://org/tiny@v9", "'v9'")])
@@ -162,7 +177,7 @@ def test_a_hub_that_fails_or_is_down_is_a_network_error(hub: Hub, read: Reader) 
 def test_a_hub_that_is_down_is_no_reason_to_use_an_old_commit_silently(read: Reader) -> None:
     with serving() as hub:
         hub.commit("org/tiny", MODEL)
-        read(hub, "org/tiny")
+        read(hub, "org/tiny", download=True)
     error = read(hub, "org/tiny")
     assert (error["error"], error["code"]) == ("NetworkError", 5)
     assert "HF_HUB_OFFLINE=1" in error["lines"][2]
@@ -189,12 +204,40 @@ def test_a_repository_that_lacks_a_listed_shard_is_refused_by_its_name(hub: Hub,
     assert "model-00002-of-00002.safetensors" in error["lines"][0]
 
 
-def test_hub_digests_are_those_of_the_files(hub: Hub, read: Reader) -> None:
+def test_digests_are_those_by_which_the_hub_knows_the_weights(hub: Hub, read: Reader) -> None:
     hub.commit("org/tiny", MODEL)
-    assert read(hub, "org/tiny")["digests"] == {name: blake3(data).hexdigest() for name, data in MODEL.items()}
+    weights = "sha256:" + hashlib.sha256(MODEL["model.safetensors"]).hexdigest()
+    wanted = {"config.json": blake3(MODEL["config.json"]).hexdigest(), "model.safetensors": weights}
+    assert read(hub, "org/tiny")["digests"] == wanted
+    assert read(hub, "org/tiny", download=True)["digests"] == wanted
 
 
 @pytest.mark.parametrize("name", ["hf://", "hf://org", "hf://org/../x", "hf://org/a/b", "hf://-x/y", "hf://org/a--b"])
 def test_bad_hub_names_are_usage_errors(name: str) -> None:
     with pytest.raises(UsageError, match="is not a Hub name"):
         open_source(name)
+
+
+def test_what_the_cache_holds_is_read_there(hub: Hub, read: Reader) -> None:
+    hub.commit("org/big", {"config.json": MODEL["config.json"], "model.safetensors.index.json": INDEX, **SHARDS})
+    before = read(hub, "org/big", download=True)
+    hub.served.clear()
+    assert read(hub, "org/big") == before
+    assert not hub.served
+
+
+def test_a_file_in_the_cache_that_is_not_what_it_was_is_refused(hub: Hub, read: Reader) -> None:
+    hub.commit("org/tiny", MODEL)
+    read(hub, "org/tiny", download=True)
+    cached = next(read.home.rglob("model.safetensors")).resolve()
+    cached.write_bytes(cached.read_bytes()[:-4] + b"\0\0\0\0")
+    error = read(hub, "org/tiny")
+    assert error["error"] == "SourceError" and "damaged" in error["lines"][0]
+
+
+def test_weights_that_the_hub_names_no_sha256_of_are_downloaded(hub: Hub, read: Reader) -> None:
+    hub.without_sha256.add("model.safetensors")
+    hub.commit("org/tiny", MODEL)
+    found = read(hub, "org/tiny")
+    assert found["tensors"] == {"a": [1.0, 2.0]} and not hub.served
+    assert found["digests"]["model.safetensors"] == "sha256:" + hashlib.sha256(MODEL["model.safetensors"]).hexdigest()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fgsnap.convert import pipeline
+from fgsnap.convert import weights as weights_loop
 from fgsnap.convert.export import export
 from fgsnap.convert.families import llama
 from fgsnap.convert.pipeline import convert
@@ -89,7 +89,7 @@ def test_a_cast_is_packed(tmp_path):
 def test_slabs_of_any_size_and_any_workers_give_one_snapshot(tmp_path, model, monkeypatch):
     first = packed(model, tmp_path / "first", tp=2)
     for slab in (1, 1000, 3300, 7000):
-        monkeypatch.setattr(pipeline, "SLAB", slab)
+        monkeypatch.setattr(weights_loop, "SLAB", slab)
         assert packed(model, tmp_path / f"slab{slab}", tp=2, workers=slab % 3 + 1).id == first.id
 
 

@@ -21,6 +21,7 @@ import torch
 from blake3 import blake3
 
 from fgsnap.convert import pipeline
+from fgsnap.convert import weights as weights_loop
 from fgsnap.convert.families import llama
 from fgsnap.convert.pipeline import convert
 from fgsnap.convert.plan import rank_layouts
@@ -101,7 +102,7 @@ def test_every_degree_holds_the_same_model(tmp_path, config, tp):
 def test_slabs_of_any_size_give_one_snapshot(tmp_path, model, monkeypatch):
     first = plain(model, tmp_path / "first", tp=2)
     for slab in (1, 100, 1000, 5000):
-        monkeypatch.setattr(pipeline, "SLAB", slab)
+        monkeypatch.setattr(weights_loop, "SLAB", slab)
         assert plain(model, tmp_path / f"slab{slab}", tp=2).id == first.id
 
 
@@ -196,7 +197,7 @@ print(convert(sys.argv[1], sys.argv[2], tp=3, workers=int(sys.argv[3]), canary=F
 """
 
 
-def test_twenty_rebuilds_give_one_snapshot(tmp_path):
+def test_twenty_rebuilds_give_one_snapshot(tmp_path, monkeypatch):
     """Whatever the number of workers, umask, hash seed and locale, and wherever the source lies."""
     config = {**CONFIG, "vocab_size": 1999}
     source = folder(tmp_path / "model", config, weights(config), shards=3, generation_config__json={"eos_token_id": 2})
@@ -212,6 +213,7 @@ def test_twenty_rebuilds_give_one_snapshot(tmp_path):
         )  # fmt: skip
         ids.add(done.stdout.strip())
         trees.append(digests(target))
+    monkeypatch.setattr(weights_loop, "SLAB", 3000)  # so that there is work for several workers
     before = os.umask(0)
     try:
         for run in range(17):
@@ -249,15 +251,15 @@ def test_a_renamed_gguf_file_gives_the_same_snapshot(tmp_path, name, source):
 
 def test_the_readers_order_does_not_matter(tmp_path, model, monkeypatch):
     """Threads that finish in any order still write in one."""
-    monkeypatch.setattr(pipeline, "SLAB", 500)
-    fill = pipeline._fill
+    monkeypatch.setattr(weights_loop, "SLAB", 500)
+    fill = weights_loop._make
 
     def dawdling(*arguments):
         time.sleep(random.random() / 2000)
         return fill(*arguments)
 
     first = plain(model, tmp_path / "first", workers=1)
-    monkeypatch.setattr(pipeline, "_fill", dawdling)
+    monkeypatch.setattr(weights_loop, "_make", dawdling)
     assert plain(model, tmp_path / "second", workers=8).id == first.id
 
 
@@ -550,8 +552,9 @@ def test_overflow_names_the_tensor(tmp_path):
         plain(source, tmp_path / "snap", dtype="float16")
 
 
-def test_memory_does_not_grow_with_the_tensors(tmp_path):
-    """64 MiB of weights in one tensor pass through slabs of 4 MiB."""
+@pytest.mark.parametrize(("tp", "dtype", "most"), [(1, "bfloat16", 48), (4, "bfloat16", 64), (4, "float32", 112)])
+def test_memory_does_not_grow_with_the_tensors(tmp_path, tp, dtype, most):
+    """64 MiB of weights in one tensor pass through slabs of 4 MiB, at float32 128 MiB in copies of their own."""
     config = {**CONFIG, "vocab_size": 700_000, "tie_word_embeddings": True}
     source = folder(tmp_path / "m", config, weights(config))
     program = (
@@ -561,14 +564,15 @@ def test_memory_does_not_grow_with_the_tensors(tmp_path):
         "    lines = open('/proc/self/status').read().splitlines()\n"
         "    return max(int(line.split()[1]) for line in lines if line.startswith('RssAnon')) >> 10\n"
         "seen = [anonymous()]\n"
-        "convert(sys.argv[1], sys.argv[2], canary=False, workers=2, progress=lambda *_: seen.append(anonymous()))\n"
+        "settings = {'tp': int(sys.argv[3]), 'dtype': sys.argv[4], 'canary': False, 'workers': 2}\n"
+        "convert(sys.argv[1], sys.argv[2], **settings, progress=lambda *_: seen.append(anonymous()))\n"
         "print(max(seen) - seen[0])\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, str(source), str(tmp_path / "snap")],
+        [sys.executable, "-c", program, str(source), str(tmp_path / "snap"), str(tp), dtype],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert int(done.stdout) < 48
+    assert int(done.stdout) < most
 
 
 def test_dtypes_of_a_fused_tensor_must_agree():

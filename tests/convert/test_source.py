@@ -16,6 +16,7 @@ from blake3 import blake3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fgsnap.convert.files import LocalFiles
 from fgsnap.convert.folder import MAX_HEADER_BYTES, read_header
 from fgsnap.convert.opening import open_source
 from fgsnap.errors import NotFound, SourceError, UsageError
@@ -357,7 +358,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
     for length in range(len(VALID)):
         path.write_bytes(VALID[:length])
         with pytest.raises(SourceError):
-            read_header(path)
+            read_header(LocalFiles(path.parent), path.name)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -369,7 +370,7 @@ def test_a_damaged_header_is_refused_or_still_sound(tmp_path: Path, changes: lis
     path = tmp_path / "model.safetensors"
     path.write_bytes(data)
     try:
-        entries = read_header(path)
+        entries = read_header(LocalFiles(path.parent), path.name)
     except SourceError:
         return
     assert sum(item.bytes for item in entries) == 24
