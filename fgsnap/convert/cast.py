@@ -66,6 +66,13 @@ def _from_float32(data: Array, out: Array, target: DType, label: str) -> None:
 def _bfloat16_bits(data: Array) -> Array:
     """The upper halves of the float32 bits, rounded to nearest even; a NaN stays one."""
     bits = np.ascontiguousarray(data).view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    narrow: Array = np.where(np.isnan(data), (bits >> 16) | 0x40, rounded).astype(np.uint16)
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    narrow: Array = rounded.astype(np.uint16)
+    nan = np.isnan(data)
+    if nan.any():
+        narrow[nan] = (bits[nan] >> 16) | 0x40
     return narrow

@@ -1,9 +1,9 @@
 """Export: a snapshot back as a Hugging Face safetensors checkpoint, by the same two maps, backwards.
 
 Segments gather each logical tensor from the ranks; the family's rules put its values where conversion would read them.
-A snapshot made from safetensors at its own dtypes gives every tensor back bit for bit. Its digests are checked first:
-a checkpoint has none that could tell of damage later. Files are written in a directory beside the target, which gets
-its name when everything is on disk.
+A snapshot made from plain weights at their own dtypes gives every tensor back bit for bit; of quantised ones it gives
+the numbers that they stood for, and notes that. Its digests are checked first: a checkpoint has none that could tell of
+damage later. Files are written in a directory beside the target, which gets its name when everything is on disk.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fgsnap.convert import families
 from fgsnap.convert.folder import INDEX, SINGLE
 from fgsnap.convert.plan import SLAB
 from fgsnap.convert.rules import Array, Rule, Shape, digest, sources, write_box
-from fgsnap.convert.source import NUMPY_DTYPES
+from fgsnap.convert.source import NUMPY_DTYPES, parse_json
 from fgsnap.layout import logical_shapes, slabs
 from fgsnap.progress import Progress, counted, part
 from fgsnap.snapshot import Manifest, Snapshot, open_snapshot, read_logical, verify
@@ -82,11 +82,11 @@ def export(
             for name, data in _texts(snapshot):
                 write_file(new.path / name, data)
             path = new.publish()
-        return Exported(path, sum(map(len, shards)), total, _notes(manifest, rules))
+        return Exported(path, sum(map(len, shards)), total, _notes(manifest, rules, _quantised_by(snapshot)))
 
 
 def _rules(manifest: Manifest) -> tuple[Rule, ...]:
-    """Those that the checkpoint was read by, where it was one; else the family's first."""
+    """Those that the checkpoint was read by, where plain weights have such; else the family's first."""
     family = families.find({"model_type": manifest.provenance.family})
     variants = [rules(manifest.spec) for rules in family.rules]
     return next((rules for rules in variants if digest(rules) == manifest.provenance.rules), variants[0])
@@ -194,21 +194,32 @@ def _texts(snapshot: Snapshot) -> Iterator[tuple[str, bytes]]:
     for name in manifest.files:
         if not name.startswith("rank-") and name != CUT:
             data = snapshot.read_text(name)
-            yield name, _with_dtype(data, manifest.provenance.dtype) if name == "config.json" else data
+            yield name, _plain(data, manifest.provenance.dtype) if name == "config.json" else data
 
 
-def _with_dtype(config: bytes, dtype: DType | None) -> bytes:
-    """config.json with the dtype that the weights were cast to, whatever it stated before."""
-    parsed = msgspec.json.decode(config, type=dict[str, Any])
+def _plain(config: bytes, dtype: DType | None) -> bytes:
+    """config.json with the dtype that the weights were cast to, whatever it stated before, and of plain weights."""
+    parsed = parse_json(config, "config.json")
     keys = [key for key in ("dtype", "torch_dtype") if key in parsed] or ["torch_dtype"]
-    if dtype is None or all(parsed.get(key) == dtype for key in keys):
-        return config
-    return _json({**parsed, **dict.fromkeys(keys, dtype)})
+    changed = {**parsed, **(dict.fromkeys(keys, dtype) if dtype is not None else {})}
+    changed.pop("quantization_config", None)
+    return config if changed == parsed else _json(changed)
 
 
-def _notes(manifest: Manifest, rules: tuple[Rule, ...]) -> tuple[str, ...]:
+def _quantised_by(snapshot: Snapshot) -> str | None:
+    """The method by which the checkpoint's weights were quantised, as its config.json names it."""
+    if "config.json" not in snapshot.manifest.files:
+        return None
+    config = parse_json(snapshot.read_text("config.json"), "config.json")
+    stated = config.get("quantization_config") or {}
+    return str(stated.get("quant_method")) if stated else None
+
+
+def _notes(manifest: Manifest, rules: tuple[Rule, ...], quantised: str | None) -> tuple[str, ...]:
     origin, notes = manifest.provenance, []
-    if origin.rules != digest(rules):
+    if quantised is not None:
+        notes.append(f"Quantised weights ({quantised}) were dequantised when they were converted; these are plain.")
+    elif origin.rules != digest(rules):
         notes.append("The source was no Hugging Face checkpoint; names and row order are those of one.")
     if origin.dtype is not None:
         notes.append(f"The weights were stored in {origin.dtype} when they were converted, whatever the source had.")

@@ -1,7 +1,8 @@
-"""A Hugging Face checkpoint folder: safetensors files, their index, and the text files beside them.
+"""A Hugging Face checkpoint folder: its weights, their index, and the text files beside them.
 
-Follows the format's own rules and refuses what the safetensors library would refuse or overlook: holes, overlaps, names
-that occur twice, sizes that disagree, shard names that point elsewhere.
+The weights are safetensors files, or PyTorch's where there are none. Follows safetensors' own rules and refuses what
+its library would refuse or overlook: holes, overlaps, names that occur twice, sizes that disagree, shard names that
+point elsewhere. ``state_dict`` reads PyTorch's files.
 """
 
 from __future__ import annotations
@@ -20,24 +21,29 @@ import numpy as np
 from fgsnap.convert.files import Files, LocalFiles
 from fgsnap.convert.source import (
     AGAIN,
+    MAX_RANK,
     NUMPY_DTYPES,
-    PICKLED,
+    FileTensor,
+    OtherTensor,
     SourceTensor,
     brief,
     digest,
     parse_json,
-    pickled,
     read_json,
     read_text,
     refuse_changed,
     show,
     stamps,
 )
+from fgsnap.convert.state_dict import read_state_dict
 from fgsnap.errors import SourceError
-from fgsnap.spec import DTYPE_BYTES, DType
+from fgsnap.spec import DType
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+WEIGHTS = ((SINGLE, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
+"""The file that holds a whole model and the index that lists its shards; the first pair that is there counts."""
+INDICES = tuple(index for _, index in WEIGHTS)
 TEXT_FILES = (
     "config.json",
     "generation_config.json",
@@ -47,11 +53,11 @@ TEXT_FILES = (
     "chat_template.json",
 )
 SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,199}")
+PYTORCH = re.compile(r".*\.(bin|pt|pth|ckpt|pkl)")
 
 # Real headers stay far below these; the caps keep a hostile one from filling memory before it is refused.
 MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 100_000
-MAX_RANK = 8
 
 HEADERS_AT_ONCE = 8  # each of a shard on the Hub is two round trips
 
@@ -66,8 +72,18 @@ BITS = (
 )
 
 
+class _Place(NamedTuple):
+    """Where a tensor lies: an array of numpy's ``dtype`` in ``file``, whose first byte is at ``offset``."""
+
+    file: str
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
 class Folder:
-    """A Hugging Face folder: config.json, safetensors shards, tokenizer files.
+    """A Hugging Face folder: config.json, weights, tokenizer files.
 
     Symbolic links are followed, for a Hub cache is made of them. The shards may lie elsewhere: ``files`` reads them.
     """
@@ -90,38 +106,39 @@ class Folder:
         self.revision = revision
         self.files: Files = files or LocalFiles(path)
         self.traffic = self.files.traffic
-        self._stamps = stamps(path / name for name in (*TEXT_FILES, INDEX))
+        self._stamps = stamps(path / name for name in (*TEXT_FILES, *INDICES))
         self.config = read_config(path)
         self.tensors: dict[str, SourceTensor] = {}
-        self.others: dict[str, str] = {}
-        self._places: dict[str, tuple[str, int]] = {}
+        self.others: dict[str, OtherTensor] = {}
+        self._places: dict[str, _Place] = {}
+        self._index: str | None = None
         self._shards: list[str] = []
         if not config_only:
-            self._read_headers(self._weight_map())
+            self._find_weights()
+            self._read_headers()
 
-    def _weight_map(self) -> dict[str, str]:
-        """Find the shards, which must all be there; returns the index's map, empty for a checkpoint of one file."""
-        if self.files.has(SINGLE):
-            self._shards = [SINGLE]
-            return {}
-        if not (self.path / INDEX).is_file():
+    def _find_weights(self) -> None:
+        """Find the files that hold the weights, which must all be there."""
+        found = weights_file(self.files.has)
+        if found is None:
             raise no_weights(self.path.name, [entry.name for entry in self.path.iterdir()])
-        weight_map = weight_map_of(read_json(self.path / INDEX), INDEX)
-        self._shards = sorted({*weight_map.values()})
+        if found not in INDICES:
+            self._shards = [found]
+            return
+        self._index, self._shards = found, shard_names(read_json(self.path / found), found)
         for shard in self._shards:
             if not self.files.has(shard):
                 raise SourceError(
                     f"The shard {shard} is missing.",
-                    f"{INDEX} lists {len(self._shards)} shards and the folder {self.path.name} lacks this one.",
+                    f"{found} lists {len(self._shards)} shards and the folder {self.path.name} lacks this one.",
                     "Download the checkpoint again, or finish the download.",
                 )
-        return weight_map
 
-    def _read_headers(self, weight_map: Mapping[str, str]) -> None:
+    def _read_headers(self) -> None:
         """Merge the shards' tables; the shards are the truth, the index must agree with them."""
         place: dict[str, str] = {}
         with ThreadPoolExecutor(HEADERS_AT_ONCE, thread_name_prefix="header") as pool:
-            tables = list(pool.map(lambda file: read_header(self.files, file), self._shards))
+            tables = list(pool.map(self._read_table, self._shards))
         for file, table in zip(self._shards, tables, strict=True):
             for entry in table:
                 if entry.name in place:
@@ -132,31 +149,44 @@ class Folder:
                     )
                 place[entry.name] = file
                 self._add(file, entry)
-        for name, file in weight_map.items():
+        if self._index is not None:
+            self._compare(self._index, place)
+
+    def _read_table(self, file: str) -> list[FileTensor]:
+        return (read_state_dict if file.endswith(".bin") else read_header)(self.files, file)
+
+    def _compare(self, index: str, place: Mapping[str, str]) -> None:
+        for name, file in weight_map_of(read_json(self.path / index), index).items():
             if place.get(name) != file:
                 where = f"it is in {place[name]}" if name in place else "no shard holds it"
                 raise SourceError(
-                    f"{INDEX} is wrong about the tensor {show(name)}.",
+                    f"{index} is wrong about the tensor {show(name)}.",
                     f"The index says {file}; {where}.",
                     "Download the checkpoint again, index and shards together.",
                 )
 
-    def _add(self, file: str, entry: HeaderEntry) -> None:
+    def _add(self, file: str, entry: FileTensor) -> None:
         dtype = USABLE.get(entry.dtype)
-        if dtype is None:
-            self.others[entry.name] = entry.dtype
-            return
-        self.tensors[entry.name] = SourceTensor(entry.name, dtype, entry.shape)
-        self._places[entry.name] = (file, entry.offset)
+        if dtype is not None:
+            self.tensors[entry.name] = SourceTensor(entry.name, dtype, entry.shape)
+        else:
+            self.others[entry.name] = OtherTensor(entry.dtype, entry.shape)
+        if dtype is not None or BITS[entry.dtype] == 8:
+            held = NUMPY_DTYPES[dtype] if dtype is not None else "u1"
+            shape = entry.shape or (1,)
+            self._places[entry.name] = _Place(file, entry.offset, held, shape, entry.strides or _in_order(shape, held))
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray[Any, Any]:
-        tensor = self.tensors[name]
-        assert 0 <= start <= stop <= tensor.shape[0]
-        file, offset = self._places[name]
-        width = math.prod(tensor.shape[1:]) * DTYPE_BYTES[tensor.dtype]
-        data = self.files.read(file, offset + start * width, offset + stop * width)
-        flat: np.ndarray[Any, Any] = np.frombuffer(data, NUMPY_DTYPES[tensor.dtype])
-        return flat.reshape(stop - start, *tensor.shape[1:])
+        place = self._places[name]
+        assert 0 <= start <= stop <= place.shape[0]
+        shape = (stop - start, *place.shape[1:])
+        begin = place.offset + start * place.strides[0]
+        last = sum((size - 1) * stride for size, stride in zip(shape, place.strides, strict=True))
+        span = 0 if 0 in shape else last + np.dtype(place.dtype).itemsize
+        data = self.files.read(place.file, begin, begin + span)
+        found: np.ndarray[Any, Any] = np.ndarray(shape, place.dtype, data, 0, place.strides)
+        in_order: np.ndarray[Any, Any] = np.ascontiguousarray(found)  # a copy only where the file has another order
+        return in_order
 
     def text_files(self) -> dict[str, bytes]:
         found = {name: read_text(self.path / name) for name in TEXT_FILES if (self.path / name).is_file()}
@@ -170,8 +200,8 @@ class Folder:
         return found
 
     def file_digests(self, go_on: Callable[[], None]) -> dict[str, str]:
-        index = [] if self._shards in ([], [SINGLE]) else [INDEX]
-        texts = [name for name in (*TEXT_FILES, *index) if (self.path / name).is_file()]
+        texts = [name for name in TEXT_FILES if (self.path / name).is_file()]
+        texts += [] if self._index is None else [self._index]
         found = {name: digest(self.path / name, go_on) for name in texts}
         found |= {name: self.files.digest(name, go_on) for name in self._shards}
         return dict(sorted(found.items()))
@@ -184,20 +214,21 @@ class Folder:
         self.files.close()
 
 
-class HeaderEntry(NamedTuple):
-    """One tensor of a safetensors file: dtype as the file spells it, offset from the start of the file."""
+def _in_order(shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:
+    """Bytes from one index to the next, an axis each, where the rows lie one after the other."""
+    inner = (math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    return tuple(count * np.dtype(dtype).itemsize for count in inner)
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    bytes: int
+
+def weights_file(has: Callable[[str], bool]) -> str | None:
+    """The file that holds the whole model, or the index of those that do; None where there is neither."""
+    return next((name for names in WEIGHTS for name in names if has(name)), None)
 
 
 def no_weights(label: str, names: Iterable[str]) -> SourceError:
-    """The error for a folder or repository without safetensors weights, with the way out for what it has instead."""
+    """The error for a folder or repository without weights to read, with the way out for what it has instead."""
     present = sorted(names)
-    pickles = [name for name in present if PICKLED.fullmatch(name)]
+    pytorch = [name for name in present if PYTORCH.fullmatch(name)]
     tensors = [name for name in present if name.endswith(".safetensors")]
     quantised = [name for name in present if name.endswith(".gguf")]
     if tensors:
@@ -212,11 +243,15 @@ def no_weights(label: str, names: Iterable[str]) -> SourceError:
             f"Each is a model of its own: {', '.join(quantised[:3])}.",
             "Give the .gguf file itself as the source.",
         )
-    if pickles:
-        return pickled(f"{label} holds PyTorch pickle files only ({pickles[0]}).")
+    if pytorch:
+        return SourceError(
+            f"{label} has PyTorch files ({pytorch[0]}), but neither {' nor '.join(WEIGHTS[1])}.",
+            "Nothing says which of them make one whole model.",
+            f"Add the index file, rename a single complete one to {WEIGHTS[1][0]}, or save the model as safetensors.",
+        )
     return SourceError(
         f"{label} holds no weights.",
-        f"There is neither {SINGLE} nor {INDEX}.",
+        f"There is neither {SINGLE} nor {WEIGHTS[1][0]}, nor the index of shards of either.",
         "Check that the download is complete and that this is a model's own folder.",
     )
 
@@ -229,19 +264,20 @@ def shard_names(index: Any, label: str) -> list[str]:
 def weight_map_of(index: Any, label: str) -> dict[str, str]:
     """An index's map from tensor to shard, refused when a name could leave the folder."""
     found = index.get("weight_map") if isinstance(index, dict) else None
+    ending = Path(label.removesuffix(".index.json")).suffix
     if not isinstance(found, dict) or not found:
         raise SourceError(f"{label} has no weight_map.", "It should map each tensor to its shard.", AGAIN)
     for tensor, file in found.items():
-        if not isinstance(file, str) or not SAFE_NAME.fullmatch(file) or not file.endswith(".safetensors"):
+        if not isinstance(file, str) or not SAFE_NAME.fullmatch(file) or not file.endswith(ending):
             raise SourceError(
                 f"{label} names an unsafe shard for {show(tensor)}.",
-                f"{show(file)} is not the plain name of a .safetensors file beside the index.",
+                f"{show(file)} is not the plain name of a {ending} file beside the index.",
                 "Do not use this checkpoint before you know who made it.",
             )
     return found
 
 
-def read_header(files: Files, file: str) -> list[HeaderEntry]:
+def read_header(files: Files, file: str) -> list[FileTensor]:
     """Read and check the header of one safetensors file: every tensor inside the file, no overlap, no hole."""
     size = files.size(file)
     length = int.from_bytes(files.header(file, 0, min(8, size)), "little")
@@ -285,7 +321,7 @@ def _parse_header(file: str, raw: bytes) -> list[tuple[str, Any]]:
     return list(table.items())
 
 
-def _header_entry(file: str, name: str, value: Any, data: int) -> HeaderEntry:
+def _header_entry(file: str, name: str, value: Any, data: int) -> FileTensor:
     """Check one tensor's description: known dtype, sane shape, and exactly the bytes that those need."""
     if not isinstance(value, dict) or {"dtype", "shape", "data_offsets"} - set(value):
         raise _bad(file, f"The tensor {show(name)} lacks dtype, shape or data_offsets.")
@@ -301,7 +337,7 @@ def _header_entry(file: str, name: str, value: Any, data: int) -> HeaderEntry:
     begin, end = offsets
     if math.prod(shape) * BITS[dtype] != (end - begin) * 8:
         raise _bad(file, f"The tensor {show(name)} is {dtype} {shape} and cannot take {show(end - begin)} bytes.")
-    return HeaderEntry(name, dtype, tuple(shape), data + begin, end - begin)
+    return FileTensor(name, dtype, tuple(shape), data + begin, end - begin)
 
 
 def _is_sizes(value: Any) -> bool:

@@ -23,6 +23,7 @@ from fgsnap.convert.source import (
     AGAIN,
     LOCAL,
     NUMPY_DTYPES,
+    OtherTensor,
     SourceTensor,
     Traffic,
     digest,
@@ -137,7 +138,7 @@ class _Header:
         found = [self._tensor() for _ in range(count)]
         self.tensors: dict[str, SourceTensor] = {}
         self.places: dict[str, Place] = {}
-        self.others: dict[str, str] = {}
+        self.others: dict[str, OtherTensor] = {}
         self._place(found)
 
     def _check_start(self) -> None:
@@ -203,7 +204,7 @@ class _Header:
                 raise self._bad(f"The tensor {show(name)} needs {where}; the file has {self.size}.")
             self.places[name] = place
             if place.type in NUMBERS:
-                self.others[name] = place.type
+                self.others[name] = OtherTensor(place.type, shape)
             else:
                 self.tensors[name] = SourceTensor(name, UNQUANTISED.get(place.type, "float32"), shape)
             ends.append((place.offset, place.offset + length, name))

@@ -2,7 +2,7 @@
 
 A name is no identity, so the revision is resolved to a commit once and every file comes from that commit. Token, cache
 folder, endpoint, proxy and offline mode are the library's conventions (HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE).
-Only the files that conversion reads are fetched: never code, never pickles.
+Only the files that conversion reads are fetched: never code, and PyTorch's files only where there is nothing else.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from huggingface_hub import HfApi, hf_hub_url, snapshot_download
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import disable_progress_bars
 
-from fgsnap.convert.folder import INDEX, SINGLE, TEXT_FILES, no_weights, shard_names
+from fgsnap.convert.folder import INDICES, TEXT_FILES, no_weights, shard_names, weights_file
 from fgsnap.convert.hub_errors import hub_errors
 from fgsnap.convert.ranges import HubFile, HubFiles
 from fgsnap.convert.source import read_json
@@ -62,14 +62,13 @@ def _fetch_rest(repository: str, commit: str, folder: Path, download: bool) -> d
         return {}
     listed = {file.rfilename: file for file in files if "/" not in file.rfilename}
     wanted = [name for name in TEXT_FILES if name in listed]
-    weights = []
-    if SINGLE in listed:
-        weights = [SINGLE]
-    elif INDEX in listed:
-        _fetch(repository, commit, [INDEX])
-        weights = _listed_shards(repository, folder, listed)
-    elif "config.json" in listed:
+    found = weights_file(listed.__contains__)
+    if found is None and "config.json" in listed:
         raise no_weights(repository, listed)
+    weights = [] if found is None else [found]
+    if found in INDICES:
+        _fetch(repository, commit, weights)
+        weights = _listed_shards(repository, folder, found, listed)
     remote = {} if download else {
         name: HubFile(hf_hub_url(repository, name, revision=commit), listed[name].lfs.size, listed[name].lfs.sha256)
         for name in weights
@@ -79,13 +78,13 @@ def _fetch_rest(repository: str, commit: str, folder: Path, download: bool) -> d
     return remote
 
 
-def _listed_shards(repository: str, folder: Path, listed: dict[str, Any]) -> list[str]:
-    shards = shard_names(read_json(folder / INDEX), INDEX)
+def _listed_shards(repository: str, folder: Path, index: str, listed: dict[str, Any]) -> list[str]:
+    shards = shard_names(read_json(folder / index), index)
     absent = [shard for shard in shards if shard not in listed]
     if absent:
         raise SourceError(
             f"{repository} lacks the shard {absent[0]}.",
-            f"Its {INDEX} lists {len(shards)} shards, {len(absent)} of them absent.",
+            f"Its {index} lists {len(shards)} shards, {len(absent)} of them absent.",
             "The repository is incomplete: try another revision, or tell its owner.",
         )
     return shards

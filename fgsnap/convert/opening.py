@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fgsnap.convert.source import LOCAL, PICKLED, Source, pickled
+from fgsnap.convert.source import LOCAL, Source
 from fgsnap.errors import NotFound, SourceError, UsageError, missing_extra
 
 if TYPE_CHECKING:
@@ -60,11 +60,9 @@ def _exists(path: Path) -> bool:
 def _open_file(path: Path) -> Source:
     """A GGUF file; nothing else is a whole checkpoint in one file."""
     if not path.is_file() or (path.suffix != ".gguf" and not _starts_with(path, b"GGUF")):
-        if PICKLED.fullmatch(path.name):
-            raise pickled(f"{path.name} is a PyTorch pickle file.")
         raise UsageError(
             f"{path.name} is not a checkpoint.",
-            "A single file has to be GGUF; a safetensors checkpoint is a folder with its config.json.",
+            "A single file has to be GGUF; any other checkpoint is a folder with its config.json.",
             "Give the folder that holds the file.",
         )
     _require("numpy", "gguf")
@@ -93,9 +91,10 @@ def _open_hub(name: str, revision: str | None, config_only: bool, download: bool
 
 def _open_folder(path: Path, label: str, revision: str | None, config_only: bool, files: Files | None = None) -> Source:
     _require("numpy")
+    from fgsnap.convert.dequantised import dequantised
     from fgsnap.convert.folder import Folder
 
-    return Folder(path, label=label, revision=revision, config_only=config_only, files=files)
+    return dequantised(Folder(path, label=label, revision=revision, config_only=config_only, files=files))
 
 
 def _starts_with(path: Path, magic: bytes) -> bool:

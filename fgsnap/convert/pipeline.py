@@ -315,7 +315,8 @@ def _notes(texts: dict[str, bytes], source: Source, asked: DType | None) -> tupl
     notes = []
     if source.dequantised:
         kinds, dtype = ", ".join(source.dequantised), asked or source.default_dtype
-        notes.append(f"Quantised weights ({kinds}) were dequantised: the snapshot holds them in {dtype}.")
+        held = f"in {dtype}" if dtype else "as plain numbers"
+        notes.append(f"Quantised weights ({kinds}) were dequantised: the snapshot holds them {held}.")
     if "tokenizer.json" not in texts:
         notes.append(
             "The checkpoint has no tokenizer.json, without which serve and run refuse the snapshot: add the file "

@@ -14,7 +14,7 @@ from fgsnap.convert import families
 from fgsnap.convert.files import KEPT
 from fgsnap.convert.opening import open_source
 from fgsnap.convert.pack import checked_target
-from fgsnap.convert.source import Source
+from fgsnap.convert.source import Source, stated_dtype
 from fgsnap.errors import SourceError, UsageError
 from fgsnap.layout import logical_shapes, possible_tp, stored_tensors
 from fgsnap.snapshot import Layout, PlannedTensor, RankLayout, panel_bytes, plan_rank, rank_file
@@ -182,9 +182,7 @@ def checked_dtype(dtype: str | None) -> DType | None:
 
 def _stated_dtype(source: Source) -> DType | None:
     """The dtype the checkpoint says its weights are in, where it says so."""
-    stated = source.config.get("dtype") or source.config.get("torch_dtype")
-    name = stated.removeprefix("torch.") if isinstance(stated, str) else None
-    return source.default_dtype or (checked_dtype(name) if name in DTYPE_BYTES else None)
+    return source.default_dtype or stated_dtype(source.config) or ("bfloat16" if source.dequantised else None)
 
 
 def default_workers(network: bool = False) -> int:

@@ -64,7 +64,7 @@ def settle(source: Source, dtype: DType | None) -> Recipe:
 
 def _rules(source: Source, family: Family, spec: DecoderSpec) -> tuple[Rule, ...]:
     if source.kind == "hf":
-        variants = [rules(spec) for rules in family.rules]
+        variants = [rules(spec) for rules in (*family.rules, *family.quantised_rules)]
         whole = (rules for rules in variants if sources(rules).keys() <= source.tensors.keys())
         return next(whole, variants[0])
     if family.gguf_rules is None:
@@ -85,7 +85,7 @@ def _check_present(source: Source, rules: Iterable[Rule]) -> None:
         more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
         if name in source.others:
             raise UnsupportedModel(
-                f"The tensor {name!r} is stored as {source.others[name]}{more}.",
+                f"The tensor {name!r} is stored as {source.others[name].dtype}{more}.",
                 "fgsnap reads weights in float32, bfloat16 and float16.",
                 "Convert the unquantised checkpoint.",
             )
@@ -119,7 +119,8 @@ def _dropped(
 ) -> tuple[str, ...]:  # fmt: skip
     """The source's tensors that no rule takes, each for a known reason; any other is refused."""
     left = sorted(({*source.tensors} | {*source.others}) - {*sources(rules)})
-    output, embedding = family.tied_head
+    output, _ = family.tied_head
+    embedding = next(rule.takes[0].source for rule in rules if rule.tensor == "embed.weight")
     unknown = [name for name in left if not family.unused(name, spec) and not (name == output and spec.head.tied)]
     if unknown:
         shown = ", ".join(map(repr, unknown[:3])) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")

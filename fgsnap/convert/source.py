@@ -1,8 +1,8 @@
 """What a checkpoint is to conversion: its tensors read lazily, by rows, over mmap, and its small files with care.
 
-``folder`` and ``gguf`` are such sources; ``opening`` picks one. A reader trusts no header: every name, size and offset
-is checked with Python integers against the file before anything is mapped or allocated. What the tensors mean is the
-families' business.
+``folder`` and ``gguf`` are such sources, ``dequantised`` is one around another; ``opening`` picks. A reader trusts no
+header: every name, size and offset is checked with Python integers against the file before anything is mapped or
+allocated. What the tensors mean is the families' business.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import re
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
@@ -32,8 +31,9 @@ Stamps = dict[Path, tuple[int, int, int] | None]
 """Inode, size and time of the last change of each file."""
 LOCAL = "local"
 """The label of a checkpoint that has no name of its own; those of its folder and files are the user's."""
-PICKLED = re.compile(r".*\.(bin|pt|pth|ckpt|pkl)")
 AGAIN = "Download it again; if it stays so, the checkpoint is damaged where it came from."
+MAX_RANK = 8
+"""Most axes of a tensor."""
 
 
 class SourceTensor(NamedTuple):
@@ -57,12 +57,38 @@ class Traffic:
             self.fetched += count
 
 
+class OtherTensor(NamedTuple):
+    """One tensor of a dtype that fgsnap does not compute with, spelled as the checkpoint's format spells it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class FileTensor(NamedTuple):
+    """One tensor as a file of the checkpoint describes it.
+
+    Attributes:
+        name, shape: its own.
+        dtype: as safetensors spells it.
+        offset: of its first byte from the start of the file.
+        bytes: its size.
+        strides: bytes from one index to the next, an axis each; None where the rows lie one after the other.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    bytes: int
+    strides: tuple[int, ...] | None = None
+
+
 class Source(Protocol):
     """A checkpoint, open for reading.
 
     ``label`` names it wherever it lies: a Hub repository's id, a GGUF file's own name for its model, else LOCAL;
     ``revision`` is the Hub commit, if it came from there; ``config`` has the shape of a Hugging Face config.json.
-    ``others`` are tensors of dtypes that fgsnap has no use for, name to dtype. ``default_dtype`` is the dtype to store
+    ``others`` are tensors of dtypes that fgsnap does not compute with. ``default_dtype`` is the dtype to store
     in when the user asks for none; None keeps each tensor's own. ``dequantised`` names the formats that are read as
     plain numbers. ``traffic`` counts what comes over a network; None where nothing does.
     """
@@ -71,14 +97,17 @@ class Source(Protocol):
     revision: str | None
     config: dict[str, Any]
     tensors: dict[str, SourceTensor]
-    others: dict[str, str]
+    others: dict[str, OtherTensor]
     kind: Literal["hf", "gguf"]
     default_dtype: DType | None
     dequantised: tuple[str, ...]
     traffic: Traffic | None
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray[Any, Any]:
-        """Rows of axis 0, read only and C-contiguous; bfloat16 comes as its bits in uint16."""
+        """Rows of axis 0, read only and C-contiguous; bfloat16 comes as its bits in uint16.
+
+        A scalar is one row. A folder gives those of ``others`` as well whose elements are a byte each, as uint8.
+        """
         ...
 
     def text_files(self) -> dict[str, bytes]:
@@ -101,14 +130,11 @@ class Source(Protocol):
     def close(self) -> None: ...
 
 
-def pickled(what: str) -> SourceError:
-    """The error for weights that only unpickling could read, with the way out."""
-    return SourceError(
-        what,
-        "Unpickling runs code from the file, so fgsnap never does it.",
-        "Convert it to safetensors where nothing can be harmed (a container without network): load it with "
-        "torch.load(weights_only=True) and save with safetensors.torch.save_file.",
-    )
+def stated_dtype(config: Mapping[str, Any]) -> DType | None:
+    """The dtype that a config.json says its weights are in; None where it says none that fgsnap stores."""
+    stated = config.get("dtype") or config.get("torch_dtype")
+    name = stated.removeprefix("torch.") if isinstance(stated, str) else None
+    return next((known for known in NUMPY_DTYPES if known == name), None)
 
 
 def read_json(path: Path) -> Any:

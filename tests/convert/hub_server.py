@@ -93,7 +93,7 @@ class Hub:
         return times
 
     def is_large(self, name: str) -> bool:
-        return name.endswith(".safetensors") and name not in self.without_sha256
+        return name.endswith((".safetensors", ".bin")) and name not in self.without_sha256
 
 
 @contextmanager

@@ -292,7 +292,7 @@ def test_plain_types_are_views_in_their_own_dtype(tmp_path: Path) -> None:
     source = open_source(str(write(tmp_path / "m.gguf", {**LLAMA, "llama.vocab_size": 9}, tensors)))
     dtypes = {name: tensor.dtype for name, tensor in source.tensors.items()}
     assert dtypes == {"full": "float32", "half": "float16", "bf16": "bfloat16"}
-    assert source.others == {"ids": "I32"}
+    assert source.others == {"ids": ("I32", (4,))}
     np.testing.assert_array_equal(source.rows("full", 1, 4), full[1:4])
     np.testing.assert_array_equal(source.rows("half", 0, 3), half)
     np.testing.assert_array_equal(source.rows("bf16", 2, 5), bits.view(np.uint16)[2:5])

@@ -6,6 +6,7 @@ The library reads its environment once, at import, so a process is what a settin
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from blake3 import blake3
 
 from fgsnap.convert.opening import open_source
@@ -184,12 +186,34 @@ def test_a_hub_that_is_down_is_no_reason_to_use_an_old_commit_silently(read: Rea
     assert read(hub, "org/tiny", HF_HUB_OFFLINE="1")["tensors"] == {"a": [1.0, 2.0]}
 
 
-def test_pickles_and_gguf_are_refused_before_anything_is_downloaded(hub: Hub, read: Reader) -> None:
-    hub.commit("org/old", {"config.json": MODEL["config.json"], "pytorch_model.bin": b"x"})
-    pickled = read(hub, "org/old")
-    assert pickled["error"] == "SourceError"
-    assert "pytorch_model.bin" in pickled["lines"][0]
-    assert "safetensors" in pickled["lines"][2]
+def state_dict(**tensors: list[float]) -> bytes:
+    file = io.BytesIO()
+    torch.save({name: torch.tensor(values) for name, values in tensors.items()}, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("download", [False, True])
+def test_a_repository_with_pytorch_files_only(hub: Hub, read: Reader, download: bool) -> None:
+    """By ranges, headers of the archive's entries included; as one file, or as shards with their index."""
+    config = MODEL["config.json"]
+    hub.commit("org/old", {"config.json": config, "pytorch_model.bin": state_dict(a=[1.0, 2.0], b=[3.0])})
+    assert read(hub, "org/old", download=download)["tensors"] == {"a": [1.0, 2.0], "b": [3.0]}
+    shards = {"pytorch_model-1.bin": state_dict(a=[1.0]), "pytorch_model-2.bin": state_dict(b=[2.0])}
+    index = {"pytorch_model.bin.index.json": json.dumps({"weight_map": dict(zip("ab", shards, strict=True))}).encode()}
+    hub.commit("org/shards", {"config.json": config, **index, **shards})
+    found = read(hub, "org/shards", download=download)
+    assert found["tensors"] == {"a": [1.0], "b": [2.0]}
+    assert sorted(found["digests"]) == sorted(["config.json", *index, *shards])
+    hub.commit("org/both", {**MODEL, "pytorch_model.bin": state_dict(a=[9.0])})
+    assert read(hub, "org/both", download=download)["tensors"] == {"a": [1.0, 2.0]}
+
+
+def test_weights_of_no_known_name_and_gguf_are_refused_before_anything_is_downloaded(hub: Hub, read: Reader) -> None:
+    hub.commit("org/old", {"config.json": MODEL["config.json"], "weights.pt": b"x"})
+    unknown = read(hub, "org/old")
+    assert unknown["error"] == "SourceError"
+    assert "weights.pt" in unknown["lines"][0]
+    assert "safetensors" in unknown["lines"][2]
     hub.commit("org/quant", {"model.gguf": b"x"})
     assert "config.json" in read(hub, "org/quant")["lines"][0]
     assert hub.downloads() == ["config.json"]

@@ -82,7 +82,7 @@ def test_bfloat16_comes_as_bits_and_misaligned_data_is_fine(tmp_path: Path) -> N
 def test_tensors_of_other_dtypes_are_listed_apart(tmp_path: Path) -> None:
     header = {"mask": entry("BOOL", [4], 0, 4), "ids": entry("I64", [1], 4, 12), "a": entry("F32", [1], 12, 16)}
     source = open_source(str(folder(tmp_path, file_of(header, bytes(16)))))
-    assert source.others == {"mask": "BOOL", "ids": "I64"}
+    assert source.others == {"mask": ("BOOL", (4,)), "ids": ("I64", (1,))}
     assert list(source.tensors) == ["a"]
 
 
@@ -217,12 +217,10 @@ def test_a_config_that_is_not_an_object(tmp_path: Path, text: str, words: str) -
     assert "config.json" in refused(tmp_path, words).what
 
 
-def test_pickles_are_refused_with_the_way_out(tmp_path: Path) -> None:
-    error = refused(folder(tmp_path, pytorch_model__bin=b"\x80\x02"), "pytorch_model.bin")
-    assert "runs code" in error.why
-    assert "safetensors" in error.next_step
-    alone = refused(tmp_path / "pytorch_model.bin", "pytorch_model.bin")
-    assert (type(alone), alone.exit_code, alone.lines()[1:]) == (SourceError, 1, error.lines()[1:])
+def test_pytorch_files_of_other_names_are_not_guessed_at(tmp_path: Path) -> None:
+    folder(tmp_path, consolidated__00__pth=b"x")
+    error = refused(tmp_path, "consolidated.00.pth")
+    assert "pytorch_model.bin" in error.next_step and "safetensors" in error.next_step
 
 
 def test_no_weights_at_all_and_weights_of_another_name(tmp_path: Path) -> None:

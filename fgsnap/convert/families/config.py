@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from fgsnap.convert.quantisation import quantisation
 from fgsnap.errors import SourceError, UnsupportedModel
 from fgsnap.spec import Activation, DynamicNtk, Linear, Llama3, LongRope, Rope, Yarn
 
@@ -72,13 +73,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 def check_keys(config: Config, known: frozenset[str]) -> None:
     """Refuse, by name, every key that is neither ``known`` to the family nor harmless and that holds a value."""
-    for key in QUANTISED:
-        if config.get(key):
-            raise UnsupportedModel(
-                f"This checkpoint is quantised (config key {key!r}).",
-                "Its weights are packed in a form that this version of fgsnap does not read.",
-                "Convert the unquantised checkpoint, or a GGUF file of the model.",
-            )
+    quantisation(config)  # refuses what cannot be read
     for key, value in config.items():
         if value is None or key in QUANTISED or key in known or key in HARMLESS:
             continue

@@ -35,6 +35,8 @@ class Family(NamedTuple):
         rules: spec -> how its tensors are made of a checkpoint's; one for each way that checkpoints name them. The
             first whose sources are all there is taken.
         refused: what of the family is not supported, and why.
+        quantised_rules: the same for checkpoints whose tensors have other names, or lie in another order, where they
+            are quantised; export never writes those.
         gguf_rules: the same for a GGUF file; None where fgsnap does not read the family from GGUF.
         unused: whether a source tensor, by name, says nothing that the config does not.
         tied_head: names of the output matrix and of the embedding that it equals in a tied checkpoint.
@@ -44,6 +46,7 @@ class Family(NamedTuple):
     spec: Spec
     rules: tuple[Rules, ...]
     refused: str = ""
+    quantised_rules: tuple[Rules, ...] = ()
     gguf_rules: Rules | None = None
     unused: Callable[[str, DecoderSpec], bool] = computed
     tied_head: tuple[str, str] = ("lm_head.weight", "model.embed_tokens.weight")

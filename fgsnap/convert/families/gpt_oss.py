@@ -1,10 +1,12 @@
 """GPT-OSS: sinks in the softmax, windows on every other layer, experts with a clamped activation, biases everywhere.
 
-Published weights hold the experts in MXFP4, which the source gives as numbers; others hold them as plain stacks, each
-matrix the other way round.
+Published weights hold the experts in MXFP4, which the source gives as numbers, all rows of all experts in one matrix;
+others hold them as plain stacks, each matrix the other way round.
 """
 
 from __future__ import annotations
+
+import math
 
 from fgsnap.convert.families.config import Config, check_keys, integer, number, rope
 from fgsnap.convert.families.family import Family
@@ -80,8 +82,10 @@ def rules(spec: DecoderSpec) -> tuple[Rule, ...]:
 
 
 def mxfp4_rules(spec: DecoderSpec) -> tuple[Rule, ...]:
-    """How they are made of the published weights: [experts, out, in], gates and ups in turn."""
-    how: dict[str, Make] = {"experts.gate": _every_other_row(0), "experts.up": _every_other_row(1)}
+    """How they are made of the published weights: [experts * out, in], gates and ups in turn."""
+    how: dict[str, Make] = {
+        "experts.gate": _every_other_row(0), "experts.up": _every_other_row(1), "experts.down": _one_matrix,
+    }  # fmt: skip
     return by_name(spec, OUTER, NORMS | ATTENTION | MXFP4, how)
 
 
@@ -100,8 +104,8 @@ def _every_other(index: int) -> Make:
 def _every_other_row(index: int) -> Make:
     def make(name: str, source: str, shape: Shape) -> Rule:
         count, inner, *width = shape
-        view = (count, inner, 2, *width)
-        return rule(name, shape, (take(source, (count, 2 * inner, *width), view, {2: (index, index + 1)}),))
+        whole = (count * 2 * inner, *width) if width else (count, 2 * inner)
+        return rule(name, shape, (take(source, whole, (count, inner, 2, *width), {2: (index, index + 1)}),))
 
     return make
 
@@ -113,4 +117,9 @@ def _down(name: str, source: str, shape: Shape) -> Rule:
     return rule(name, shape, (take(source, (count, inner, out), order=(0, 2, 1)),))
 
 
-FAMILY = Family("gpt-oss-20b, gpt-oss-120b", spec, (mxfp4_rules, rules))
+def _one_matrix(name: str, source: str, shape: Shape) -> Rule:
+    *rows, width = shape
+    return rule(name, shape, (take(source, shape if len(rows) == 1 else (math.prod(rows), width), shape),))
+
+
+FAMILY = Family("gpt-oss-20b, gpt-oss-120b", spec, (rules,), quantised_rules=(mxfp4_rules,))
