@@ -64,6 +64,7 @@ bench: $(BENCH)/.installed
 	$(BENCH)/bin/python benchmarks/startup.py --output benchmarks/results
 	mkdir -p build
 	$(BENCH)/bin/python benchmarks/convert.py --dir build --output benchmarks/results
+	$(BENCH)/bin/python benchmarks/convert_scale.py --dir build --output benchmarks/results
 	$(BENCH)/bin/python benchmarks/parity.py --output benchmarks/results
 	$(BENCH)/bin/python benchmarks/report.py
 

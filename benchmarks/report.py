@@ -80,6 +80,14 @@ Milliseconds of CPU time to load a tokenizer, imports left out, and microseconds
 
 """
 
+LARGE_CONVERSION = """\
+## Converting for many ranks
+
+All {tp} ranks in one pass, beside a plain read + write + fsync of the same bytes. Memory is RssAnon of the converting
+process at its peak. Falcon-180B at full depth is planned in {plan} s.
+
+"""
+
 PARITY = """\
 ## Parity with transformers
 
@@ -136,6 +144,7 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         "tokenizer_loading": tokenizers,
         "build": build,
         "convert": conversion,
+        "convert_scale": large_conversion,
         "parity": parity,
     }
     known = {name: section for name, section in sections.items() if name in results}
@@ -214,6 +223,28 @@ def conversion(result: dict[str, Any]) -> str:
     ]
     heads = ("checkpoint", "seconds", "plain copy", "share of its rate", "memory, MiB", "with a cast", "canary")
     return CONVERSION.format(cache=result["cache"]) + table(heads, rows)
+
+
+def large_conversion(result: dict[str, Any]) -> str:
+    sparse, real = result["sparse"], result["real"]
+    heads = ("checkpoint", "seconds", "plain copy", "share of its rate", "memory, MiB")
+    rows = [
+        (
+            f"Falcon-180B, {sparse['layers']} of 80 layers, zeros: {sparse['bytes'] / 1e9:.2f} GB",
+            f"{sparse['seconds']:.1f}",
+            "",
+            "",
+            f"{sparse['peak_anonymous_mebibytes']:.1f}",
+        ),
+        (
+            f"a Falcon of random weights: {real['bytes'] / 1e9:.2f} GB",
+            spread(real["convert_seconds"]),
+            spread(real["plain_seconds"]),
+            spread(real["share_of_plain"]),
+            f"{real['peak_anonymous_mebibytes']:.1f}",
+        ),
+    ]
+    return LARGE_CONVERSION.format(tp=result["tp"], plan=spread(result["plan"]["seconds"])) + table(heads, rows)
 
 
 def parity(result: dict[str, Any]) -> str:
