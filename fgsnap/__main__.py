@@ -17,10 +17,10 @@ def main() -> NoReturn:
     gc.disable()
     begun = None
     if sys.argv[1:2] == ["serve"]:  # its second process has things to do while this one reads the command line
-        from fgsnap.runtime import launch
+        from fgsnap.runtime import launch, torchrun
 
         with contextlib.suppress(OSError):  # it is tried again where errors are told
-            begun = launch.begin()
+            begun = None if torchrun.follows() else launch.begin()
     from fgsnap.cli import run_cli
 
     gc.freeze()

@@ -64,7 +64,7 @@ def engine_options(command: Command) -> Command:
             ),
             option(
                 "--tp", type=click.IntRange(min=1),
-                help="Tensor parallel degree; default: the snapshot's, or 1 if there are fewer CPUs.",
+                help="Tensor parallel degree; default: the snapshot's, or what this host has processors or GPUs for.",
             ),
             option("--max-model-len", type=click.IntRange(min=1), help="Longest context; default: the model's."),
             option("--max-batch-tokens", type=click.IntRange(min=1), default=512, help="Token budget of one forward."),

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -271,10 +271,11 @@ class RealService:
         environment: dict[str, str] | None = None,
         directory: Path = ROOT,
         python: str = sys.executable,
+        command: Sequence[str] = FGSNAP,
     ) -> None:
         self.began = time.monotonic()
         self.process = subprocess.Popen(
-            [python, *FGSNAP, "serve", str(snapshot), "--port", "0", *options],
+            [python, *command, "serve", str(snapshot), "--port", "0", *options],
             stderr=subprocess.PIPE,
             text=True,
             cwd=directory,

@@ -59,6 +59,7 @@ OUTER = {
     "fgsnap.kernels.reference_attention": {"torch"},
     "fgsnap.kernels.reference_experts": {"torch"},
     "fgsnap.kernels.reference_sampling": {"torch"},
+    "fgsnap.kernels.reference_ranks": {"torch"},
     "fgsnap.kernels.choose": {"torch"},
     "fgsnap.kernels": set(),
     "fgsnap.convert": {"blake3", "msgspec", "numpy", "gguf", "huggingface_hub", "tokenizers"},

@@ -45,7 +45,7 @@ def choose(
         features: what the model needs, as spec.features names it.
         dtype: of activations and KV cache.
         threads: CPU threads; None: library.default_threads().
-        ranks: the part in a tensor parallel group, which only native computes.
+        ranks: the part in a tensor parallel group; None: all of it.
 
     Raises:
         HostError: the backend or device is not to be had here.
@@ -56,22 +56,16 @@ def choose(
         raise UsageError(f"There is no backend {prefer!r}.", "", f"Choose one of {', '.join(BACKENDS)} with --backend.")
     needed = frozenset(features)
     wanted = settled_device(prefer, device)
-    if ranks is not None and (prefer == "reference" or wanted != "cpu"):
-        raise UsageError(
-            f"The reference backend does not compute at tensor parallel degree {ranks.size}.",
-            "Only native does, on the CPU.",
-            "Use --tp 1, or --backend native.",
-        )
     if prefer == "reference":
-        return _settled(_reference(wanted, needed, dtype, threads), "asked for")
-    obstacle = _native_obstacle(wanted, needed, dtype)
+        return _settled(_reference(wanted, needed, dtype, threads, ranks), "asked for")
+    obstacle = _native_obstacle(wanted, needed, dtype, ranks)
     if obstacle is None:
         reason = "asked for" if prefer == "native" else f"computes this model on {wanted} without torch"
         return _settled(_native(dtype, threads, ranks), reason)
-    if prefer == "native" or ranks is not None:
+    if prefer == "native":
         raise obstacle
     why = obstacle.why if isinstance(obstacle, HostError) else obstacle.what.rstrip(".")
-    return _settled(_reference(wanted, needed, dtype, threads), f"native cannot: {why}")
+    return _settled(_reference(wanted, needed, dtype, threads, ranks), f"native cannot: {why}")
 
 
 def _settled(ops: Ops, reason: str) -> tuple[Ops, list[Choice]]:
@@ -83,14 +77,21 @@ def settled_device(prefer: str, device: str) -> str:
     if device != "auto":
         return device
     # The driver's device file is looked for first: asking torch would import it on hosts that have no use for it.
-    if prefer == "native" or not Path("/dev/nvidiactl").exists() or importlib.util.find_spec("torch") is None:
+    if prefer == "native" or not Path("/dev/nvidiactl").exists():
         return "cpu"
+    return "cuda" if cuda_devices() else "cpu"
+
+
+def cuda_devices() -> int:
+    """How many CUDA devices torch can use. This process may fork afterwards, for it has not touched them."""
+    if importlib.util.find_spec("torch") is None:
+        return 0
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return int(torch.cuda.device_count())
 
 
-def _reference(device: str, needed: frozenset[str], dtype: str, threads: int | None) -> Ops:
+def _reference(device: str, needed: frozenset[str], dtype: str, threads: int | None, ranks: Ranks | None) -> Ops:
     if importlib.util.find_spec("torch") is None:
         raise missing_extra("torch", "torch", "The reference backend")
     from fgsnap.kernels.library import default_threads
@@ -99,7 +100,7 @@ def _reference(device: str, needed: frozenset[str], dtype: str, threads: int | N
     from fgsnap.kernels.reference import Reference
 
     _refuse_unsupported("reference", Reference.supports, needed)
-    return Reference(device, dtype, threads)
+    return Reference(device, dtype, threads, ranks)
 
 
 def _native(dtype: str, threads: int | None, ranks: Ranks | None) -> Ops:
@@ -109,7 +110,7 @@ def _native(dtype: str, threads: int | None, ranks: Ranks | None) -> Ops:
 
 
 def _native_obstacle(
-    device: str, needed: frozenset[str], dtype: str
+    device: str, needed: frozenset[str], dtype: str, ranks: Ranks | None
 ) -> HostError | UnsupportedModel | UsageError | None:
     """Why the native backend cannot compute this model here; None when it can."""
     if device != "cpu":
@@ -124,6 +125,12 @@ def _native_obstacle(
             "The native backend is not to be had here.",
             reason,
             "Reinstall fgsnap with a C++ compiler, or use --backend reference.",
+        )
+    if ranks is not None and ranks.memory is None:
+        return UsageError(
+            "The native backend does not compute in processes that torchrun has started.",
+            "Its ranks share memory, as only processes do that fgsnap itself has started.",
+            "Leave torchrun out: --tp N starts N ranks. Or use --backend reference.",
         )
     if dtype not in native.DTYPES:
         return UsageError(

@@ -38,7 +38,7 @@ from fgsnap.kernels.ops import (
     Sampled,
     Sampling,
 )
-from fgsnap.kernels.ranks import Ranks, anonymous_memory
+from fgsnap.kernels.ranks import RankLost, Ranks, anonymous_memory
 from fgsnap.kernels.tape import (
     BF16,
     F16,
@@ -144,6 +144,7 @@ class Native:
         self._handle = handle
         self._ranks = ranks
         if ranks is not None:
+            assert ranks.memory is not None, "choose sees to it"
             library.fgsnap_join(handle, address(memoryview(ranks.memory)), len(ranks.memory), ranks.rank, ranks.size)
         self._pool = Pool()
         self._tape = Tape(self._pool)
@@ -242,16 +243,20 @@ class Native:
         self._norm("norm", x, y, 0, x.columns, args)
         return y
 
-    def norm_heads(self, qkv: Activation, args: AttentionArgs, query: NormArgs, key: NormArgs) -> Activation:
+    def norm_heads(
+        self, qkv: Activation, args: AttentionArgs, query: NormArgs, key: NormArgs, heads: int
+    ) -> Activation:
         queries, keys = args.heads * args.head_dim, args.kv_heads * args.head_dim
         if qkv.columns != queries + 2 * keys:
             raise misuse("norm_heads", f"qkv {_show(qkv)}, expected {queries + 2 * keys} columns")
         parts = ((0, queries, query), (queries, keys, key))
-        sums = None if self._ranks is None else self.all_reduce(self._squares(qkv, parts))
-        for column, (begin, width, norm) in enumerate(parts):
-            whole = _ALONE
-            if sums is not None and self._ranks is not None:
-                whole = (sums.register, sums.columns, column, self._ranks.size * width)
+        wholes = [_ALONE, _ALONE]
+        if self._ranks is not None:
+            sums = self.all_reduce(self._squares(qkv, parts))
+            # A key head counts once for each rank that holds it.
+            counts = (heads * args.head_dim, self._ranks.size * keys)
+            wholes = [(sums.register, sums.columns, column, count) for column, count in enumerate(counts)]
+        for (begin, width, norm), whole in zip(parts, wholes, strict=True):
             self._norm("norm_heads", qkv, qkv, begin, width, norm, whole)
         return qkv
 
@@ -674,7 +679,7 @@ class Native:
     def _check(self, code: int, op: str) -> None:
         assert code != 2, f"{op}: the records and the library disagree"
         if code == 3:
-            raise HostError("A tensor parallel rank has ended.", "The others cannot go on without it.")
+            raise RankLost
         if code != 0:
             raise HostError(
                 "The native backend ran out of memory.", f"In {op}.", "Lower --kv-memory or --max-batch-tokens."

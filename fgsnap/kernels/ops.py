@@ -270,8 +270,11 @@ class Ops(Protocol):
         """Normalise the last axis of x [T, H] in float32."""
         ...
 
-    def norm_heads(self, qkv: Tensor, args: AttentionArgs, query: NormArgs, key: NormArgs) -> Tensor:
-        """Normalise all queries [N D] and all keys [K D] of qkv [T, (N + 2K) D], each as one vector over all ranks."""
+    def norm_heads(self, qkv: Tensor, args: AttentionArgs, query: NormArgs, key: NormArgs, heads: int) -> Tensor:
+        """Normalise all queries [N D] and all keys [K D] of qkv [T, (N + 2K) D], each as one vector over all ranks.
+
+        ``heads`` is how many query heads all ranks have together, those of zeros not counted.
+        """
         ...
 
     def add(self, x: Tensor, branch: Tensor, multiplier: float = 1.0) -> Tensor:

@@ -1,8 +1,9 @@
-"""Tensor parallel ranks of one host, as the native backend knows them: processes over a piece of shared memory."""
+"""Tensor parallel ranks of one host, as the backends know them: which one this is, and where it meets the others."""
 
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 from typing import NamedTuple
 
 from fgsnap.errors import HostError
@@ -11,25 +12,46 @@ from fgsnap.kernels.library import address, load
 ROWS_AT_ONCE = 64  # rows of the residual stream that fit the shared memory; more are summed piece by piece
 
 
+class RankLost(HostError):
+    """Another rank has ended, and this one cannot go on."""
+
+    def __init__(self) -> None:
+        super().__init__("A tensor parallel rank has ended.", "The others cannot go on without it.")
+
+
 class Ranks(NamedTuple):
-    """One of ``size`` processes of this host that compute together; ``memory`` is shared by all of them."""
+    """One of ``size`` processes of this host that compute together.
+
+    Attributes:
+        rank: which one, from 0.
+        size: how many there are.
+        memory: what the native backend sums in, shared by all of them; None where they share none.
+        meeting: descriptor of an empty file that all of them have open, in which torch's processes find one another;
+            None where torchrun has a store for that.
+        lost: whether another one is known to have ended.
+    """
 
     rank: int
     size: int
-    memory: mmap.mmap
+    memory: mmap.mmap | None = None
+    meeting: int | None = None
+    lost: Callable[[], bool] = lambda: False
 
     def give_up(self) -> None:
-        """Tell the others that a rank has ended: whoever waits for it fails at once."""
+        """Tell the others that a rank has ended: whoever waits for it fails at once.
+
+        Those that share no memory see it by themselves: their connections to it break.
+        """
         library, _ = load()
-        assert library is not None, "ranks are made by rank_memory, which needs the library"
-        library.fgsnap_give_up(address(memoryview(self.memory)), len(self.memory), self.size)
+        if self.memory is not None and library is not None:
+            library.fgsnap_give_up(address(memoryview(self.memory)), len(self.memory), self.size)
 
 
-def rank_memory(count: int, width: int) -> mmap.mmap:
-    """Memory for ``count`` ranks that are forked after this, to lay together rows of ``width`` float32."""
-    library, reason = load()
+def rank_memory(count: int, width: int) -> mmap.mmap | None:
+    """Memory for ``count`` ranks that are forked after this, to sum rows of ``width`` float32; None without native."""
+    library, _ = load()
     if library is None:
-        raise HostError("The native backend cannot be used.", reason, "Use --tp 1 --backend reference.")
+        return None
     return anonymous_memory(library.fgsnap_ranks_memory(count, ROWS_AT_ONCE * width), mmap.MAP_SHARED)
 
 

@@ -33,9 +33,11 @@ from fgsnap.kernels.ops import (
     Sampled,
     Sampling,
 )
+from fgsnap.kernels.ranks import Ranks
 from fgsnap.kernels.reference_attention import attention, normalized, rotated, tempered
 from fgsnap.kernels.reference_experts import route, turned_round
 from fgsnap.kernels.reference_plan import Plan, Reach, RopeTable
+from fgsnap.kernels.reference_ranks import Group
 from fgsnap.kernels.reference_sampling import picked, scored
 
 DTYPES: dict[str, torch.dtype] = {
@@ -79,24 +81,29 @@ def inference(op: Callable[P, R]) -> Callable[P, R]:
 
 
 class Reference:
-    """Implements ops.Ops with torch, for one rank: what would be summed or gathered over ranks is complete.
+    """Implements ops.Ops with torch.
 
     Args:
         device: a torch device, such as "cpu", "cuda" or "cuda:1".
         dtype: of activations and of the KV cache; weights keep their own.
         threads: for torch's CPU ops; None leaves torch's choice.
+        ranks: which tensor parallel rank this is, on CUDA with the device of its number; None: the only one.
     """
 
     name = "reference"
     supports = frozenset(FEATURES.split())
 
-    def __init__(self, device: str = "cpu", dtype: str = "bfloat16", threads: int | None = None) -> None:
+    def __init__(
+        self, device: str = "cpu", dtype: str = "bfloat16", threads: int | None = None, ranks: Ranks | None = None
+    ) -> None:
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise HostError(
                 f"The device {device} cannot be used.",
                 "torch finds no CUDA device on this host, or is a build without CUDA.",
                 "Use --device cpu, or install a CUDA build of torch.",
             )
+        if ranks is not None and device.startswith("cuda"):
+            device = f"cuda:{ranks.rank}"
         if threads is not None:
             torch.set_num_threads(threads)
         self.device = device
@@ -107,6 +114,7 @@ class Reference:
         self._activation = DTYPES[dtype]
         self._upcast_bytes = UPCAST_BYTES.get(self._device.type, UPCAST_BYTES["cpu"])
         self._scratch = torch.empty(0, device=self._device)
+        self._group = None if ranks is None else Group(ranks, self._device)
 
     # tensors
 
@@ -177,11 +185,19 @@ class Reference:
         return normalized(x, args)
 
     @inference
-    def norm_heads(self, qkv: torch.Tensor, args: AttentionArgs, query: NormArgs, key: NormArgs) -> torch.Tensor:
+    def norm_heads(
+        self, qkv: torch.Tensor, args: AttentionArgs, query: NormArgs, key: NormArgs, heads: int
+    ) -> torch.Tensor:
         """Normalise the two vectors of each row, and leave the values as they are."""
         kv_width = args.kv_heads * args.head_dim
         queries, keys, values = qkv.split([args.heads * args.head_dim, kv_width, kv_width], dim=-1)
-        return torch.cat((normalized(queries, query), normalized(keys, key), values), dim=-1)
+        of_queries = of_keys = None
+        if self._group is not None:
+            squares = [part.float().square().sum(-1, keepdim=True) for part in (queries, keys)]
+            of_queries, of_keys = self._group.sum(torch.cat(squares, dim=-1)).split(1, dim=-1)
+            of_queries = of_queries / (heads * args.head_dim)
+            of_keys = of_keys / (self._group.size * kv_width)  # a key head counts once for each rank that holds it
+        return torch.cat((normalized(queries, query, of_queries), normalized(keys, key, of_keys), values), dim=-1)
 
     @inference
     def add(self, x: torch.Tensor, branch: torch.Tensor, multiplier: float = 1.0) -> torch.Tensor:
@@ -298,12 +314,16 @@ class Reference:
         out = self.linear(inner, args.down[expert], down_bias).float()
         return out if args.weigh_input else out * weights
 
+    @inference
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """One rank's sum is complete."""
-        return x
+        """As Group.sum says; one rank's sum is complete."""
+        return x if self._group is None else self._group.sum(x)
 
+    @inference
     def gather(self, logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
         """One rank's logits are complete, but for padding."""
+        if self._group is not None:
+            logits = torch.cat(self._group.all(logits), dim=-1)
         return logits[:, :vocab_size]
 
     # results
@@ -318,13 +338,14 @@ class Reference:
         self, x: torch.Tensor, plan: Plan, head: HeadArgs, vocab_size: int, targets: Sequence[int], top: int
     ) -> list[Sampled]:
         """Some rows' logits at a time."""
-        assert len(targets) == len(plan.rows) and vocab_size == head.vocab_size
+        assert len(targets) == len(plan.rows)
         rows = x.index_select(0, plan.rows).float()
-        step = max(1, SCORED_BYTES // (4 * head.vocab_size))
+        step = max(1, SCORED_BYTES // (4 * vocab_size))
         found: list[Sampled] = []
         for start in range(0, len(targets), step):
             stop = start + step
-            found += scored(self._logits(rows[start:stop], head), targets[start:stop], top)
+            logits = self.gather(self._logits(rows[start:stop], head), vocab_size)
+            found += scored(logits, targets[start:stop], top)
         return found
 
     def _logits(self, x: torch.Tensor, head: HeadArgs) -> torch.Tensor:

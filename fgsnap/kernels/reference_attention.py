@@ -14,12 +14,18 @@ from fgsnap.kernels.reference_plan import Gather
 SCORE_BYTES = 64 << 20
 
 
-def normalized(x: torch.Tensor, args: NormArgs) -> torch.Tensor:
-    """Normalise the last axis in float32; the weight multiplies after rounding to x's dtype unless float32_weight."""
+def normalized(x: torch.Tensor, args: NormArgs, mean_square: torch.Tensor | None = None) -> torch.Tensor:
+    """Normalise the last axis in float32; the weight multiplies after rounding to x's dtype unless float32_weight.
+
+    ``mean_square`` [..., 1] is that of the vectors x are parts of; None: they are whole.
+    """
     wide = x.float()
     if args.kind == "ln":
+        assert mean_square is None, "ranks do not know the mean of the whole"
         wide = wide - wide.mean(-1, keepdim=True)
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + args.eps)
+    if mean_square is None:
+        mean_square = wide.square().mean(-1, keepdim=True)
+    wide = wide * torch.rsqrt(mean_square + args.eps)
     if not args.float32_weight:
         wide = wide.to(x.dtype).float()
     if args.weight is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from fgsnap.errors import HostError, UsageError
 from fgsnap.kernels.choose import Choice, choose, settled_device
@@ -62,6 +62,14 @@ if TYPE_CHECKING:
 
 DEFAULT_BLOCK_SIZE = 16
 DEFAULT_KV_MEMORY = 2 << 30  # or half of what is left beside the weights where that is less
+
+
+class Sizes(NamedTuple):
+    """What all tensor parallel ranks must have alike, as rank 0 settles it: see Decoder."""
+
+    blocks: int
+    block_size: int
+    max_length: int
 
 
 class Decoder:
@@ -200,7 +208,8 @@ class Decoder:
         if norm is not None:
             assert weights.q_norm is not None and weights.k_norm is not None
             if norm.scope == "projection":
-                qkv = ops.norm_heads(qkv, args, weights.q_norm, weights.k_norm)
+                heads = self._layers[index].attention.heads
+                qkv = ops.norm_heads(qkv, args, weights.q_norm, weights.k_norm, heads)
             else:
                 args = args._replace(qk_norm=QkNormArgs(weights.q_norm, weights.k_norm, norm.after_rope))
         return ops.attend(ops.append(qkv, cache, plan, args, rope), cache, plan, args)
@@ -333,7 +342,8 @@ def load_decoder(
     max_length: int | None = None,
     threads: int | None = None,
     ranks: Ranks | None = None,
-    announce: Callable[[Batch], None] | None = None,
+    sizes: Callable[[], Sizes] | None = None,
+    announce: Callable[[Sizes | Batch], None] | None = None,
 ) -> Decoder:
     """A decoder over ``snapshot``, with as many KV blocks as fit into ``kv_memory`` bytes, or exactly ``blocks``.
 
@@ -341,7 +351,9 @@ def load_decoder(
 
     ``dtype`` "auto" computes in the dtype that the snapshot stores, float16 on a CPU in float32. ``max_length`` None is
     the model's own limit, or what the KV cache can hold when that is less. ``ranks`` is the part that this process has
-    in a tensor parallel group, None: all of it; ``kv_memory`` and the defaults are for the whole group.
+    in a tensor parallel group, None: all of it; ``kv_memory`` and the defaults are for the whole group. ``announce`` is
+    told of the sizes as soon as they are settled, and of every batch before it is computed; another rank than 0 has
+    ``sizes`` instead, which waits until it is told them.
 
     Raises:
         HostError: the backend or the memory is not to be had.
@@ -350,22 +362,27 @@ def load_decoder(
     """
     spec = snapshot.manifest.spec
     device = settled_device(backend, device)
-    settled = _settled_dtype(snapshot, dtype, device)
-    ops, choices = choose(backend, device, features(spec), settled, threads, ranks)
+    computed = _settled_dtype(snapshot, dtype, device)
+    ops, choices = choose(backend, device, features(spec), computed, threads, ranks)
     rank, tp = (0, 1) if ranks is None else (ranks.rank, ranks.size)
-    block_bytes = tp * _block_bytes(spec, ops, block_size, tp)
-    if blocks is None:
-        blocks = _settled_memory(kv_memory, _weight_bytes(snapshot), ops.device) // block_bytes
-    length = _settled_length(spec, max_length, blocks, block_size, block_bytes)
+    if sizes is not None:
+        settled = sizes()
+    else:
+        block_bytes = tp * _block_bytes(spec, ops, block_size, tp)
+        if blocks is None:
+            blocks = _settled_memory(kv_memory, _weight_bytes(snapshot), ops.device) // block_bytes
+        settled = Sizes(blocks, block_size, _settled_length(spec, max_length, blocks, block_size, block_bytes))
+    if announce is not None:
+        announce(settled)
     weights = load(snapshot, ops, tp, rank)
     return Decoder(
         spec,
         weights,
         ops,
-        blocks=blocks,
-        block_size=block_size,
-        max_length=length,
-        dtype=settled,
+        blocks=settled.blocks,
+        block_size=settled.block_size,
+        max_length=settled.max_length,
+        dtype=computed,
         choices=choices,
         tp=tp,
         rank=rank,

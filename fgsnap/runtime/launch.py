@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fgsnap.errors import HostError, NotFound, UsageError
-from fgsnap.runtime import process, startup, wire
+from fgsnap.runtime import process, startup, torchrun, wire
 from fgsnap.runtime.options import ServeOptions
 from fgsnap.runtime.worker import ENDING
 from fgsnap.snapshot import open_snapshot
@@ -47,12 +47,18 @@ def begin() -> Begun:
 def serve(options: ServeOptions, begun: Begun | None = None) -> int:
     """Serve until a signal ends it; returns the exit code. ``begun`` is what ``begin`` returned, if it was called.
 
+    As another tensor parallel rank than torchrun's first, follow that one instead, and never return.
+
     Raises:
         SnapshotRefused, NotFound: the snapshot cannot be opened.
         HostError: the port is taken, or this host cannot run the model.
         UsageError: an option points nowhere.
     """
     with _leaving_on_signals():
+        if torchrun.follows():
+            from fgsnap.runtime.ranks import load_as_chosen
+
+            load_as_chosen(open_snapshot(options.snapshot), options.engine)
         return _serve(options, *(begun or begin()))
 
 
@@ -78,7 +84,9 @@ def _serve(options: ServeOptions, clock: startup.Clock, child: process.Worker) -
 
             text = Text(snapshot)
             clock.mark("tokenizer")
-            running = service.Service(options, snapshot, text, keys, clock, lambda: process.tell(process.spawn(), what))
+            # What torchrun has started it starts anew, all of it together.
+            respawn = None if torchrun.place() else lambda: process.tell(process.spawn(), what)
+            running = service.Service(options, snapshot, text, keys, clock, respawn)
             return asyncio.run(running.run(listener, child))
     finally:
         child.kill()

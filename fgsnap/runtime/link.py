@@ -38,7 +38,7 @@ class Link:
     """Holds the engine worker for the server.
 
     Args:
-        start: starts a replacement worker.
+        start: starts a replacement worker; None: nobody does, and ``supervise`` ends with the first one.
         tell: takes a line for the operator.
         on_phase: takes each phase of a worker's start.
         on_ready: called whenever an engine begins to serve.
@@ -49,7 +49,7 @@ class Link:
 
     def __init__(
         self,
-        start: Callable[[], Worker],
+        start: Callable[[], Worker] | None,
         *,
         tell: Callable[[str], None],
         on_phase: Callable[[wire.Phase], None] = lambda phase: None,
@@ -121,7 +121,7 @@ class Link:
             failed_starts = 0 if self.engine is not None else failed_starts + 1
             error = self._damage() or self._failure or _died(how)
             refused = error.exit_code == SnapshotRefused.exit_code
-            if refused or failed_starts > (RETRIES if self.restarts else 0):
+            if refused or self._start is None or failed_starts > (RETRIES if self.restarts else 0):
                 self._lose_all("The snapshot is damaged." if refused else "The engine cannot start.")
                 self._settle("failed")
                 raise error

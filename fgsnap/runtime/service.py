@@ -42,7 +42,7 @@ class Service:
         text: its tokenizer and template.
         keys: accepted API keys.
         clock: the phases of this process so far.
-        respawn: starts a worker in place of one that died.
+        respawn: starts a worker in place of one that died; None: the service ends with it.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Service:
         text: TextSide,
         keys: Sequence[bytes],
         clock: startup.Clock,
-        respawn: Callable[[], Worker],
+        respawn: Callable[[], Worker] | None,
     ) -> None:
         self._options = options
         self._snapshot = snapshot

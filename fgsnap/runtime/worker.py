@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fgsnap.errors import FgsnapError, RequestError, SnapshotRefused
+from fgsnap.errors import FgsnapError, HostError, RequestError, SnapshotRefused
 from fgsnap.runtime import startup, wire
 
 if TYPE_CHECKING:
@@ -33,6 +33,10 @@ ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 AHEAD = ("fgsnap.snapshot", "fgsnap.kernels.native", "fgsnap.runtime.canary")
 """Modules that are most likely needed, and imported while it is not yet known what to serve."""
+
+
+TELL_SECONDS = 1.0
+"""What computes without a rank that has ended gets so long to fail, and to be told why, before its process ends."""
 
 
 class ParentGone(Exception):
@@ -158,7 +162,7 @@ def begin_engine(told: Callable[[], wire.Begin], mark: Callable[[str], None]) ->
 
         verify(options.snapshot)
         mark("verify")
-    decoder = load_as_chosen(snapshot, options.engine)
+    decoder = load_as_chosen(snapshot, options.engine, _end_soon)
     mark("map and bind")
     canary = check_canary(decoder, snapshot)
     mark("canary")
@@ -167,7 +171,7 @@ def begin_engine(told: Callable[[], wire.Begin], mark: Callable[[str], None]) ->
     return engine, wire.Ready(
         backend=decoder.ops.name,
         device=decoder.ops.device,
-        setting=decoder.setting,
+        setting=_setting(decoder, snapshot),
         reason=decoder.choices[0].reason,
         canary=canary,
         max_length=decoder.max_length,
@@ -175,6 +179,17 @@ def begin_engine(told: Callable[[], wire.Begin], mark: Callable[[str], None]) ->
         block_size=decoder.block_size,
         token_budget=budget,
     )
+
+
+def _end_soon() -> None:
+    """End this process, of which another rank was lost, also where it waits for work or for a device."""
+    time.sleep(TELL_SECONDS)
+    os._exit(HostError.exit_code)
+
+
+def _setting(decoder: Decoder, snapshot: Snapshot) -> str:
+    own = snapshot.manifest.tp
+    return decoder.setting if decoder.tp == own else f"{decoder.setting}, resharded from degree {own}"
 
 
 def _open(options: wire.Begin) -> Snapshot:

@@ -113,7 +113,7 @@ def attended(ops, rows, qkv, bias, args, rope=None, heads_norm=None):
     plan = ops.plan(whole(rows), rows)
     found = ops.linear(tensor(ops, hidden(rows)), qkv, bias)
     if heads_norm is not None:
-        found = ops.norm_heads(found, args, *heads_norm)
+        found = ops.norm_heads(found, args, *heads_norm, args.heads)
     cache = ops.kv_cache(1, rows, args.kv_heads, args.head_dim)
     q = ops.append(found, cache, plan, args, rope)
     return ops.attend(q, cache, plan, args)

@@ -380,43 +380,43 @@ def test_norm_heads(backend, heads, kv_heads):
     key = Norm("rms", 1e-2, exact(k, seed=2), float32_weight=True)
     qkv = exact(9, n + 2 * k, seed=3, scale=2.0)
     args = AttentionArgs(heads, kv_heads, dim, 1.0)
-    found = values_of(ops, ops.norm_heads(tensor(ops, qkv), args, query.args(ops), key.args(ops)), 9, n + 2 * k)
+    found = values_of(ops, ops.norm_heads(tensor(ops, qkv), args, query.args(ops), key.args(ops), heads), 9, n + 2 * k)
     expected = torch.cat([query(qkv[:, :n]), key(qkv[:, n : n + k]), qkv[:, n + k :]], -1)
     assert_close(found, expected, backend.activation)
     assert torch.equal(found[:, n + k :], qkv[:, n + k :])
 
 
-@pytest.mark.skipif(not native.available()[0], reason="only native computes in ranks")
-@pytest.mark.parametrize("kv_heads", [3, 1], ids=["divided", "replicated"])
-def test_norm_heads_over_native_ranks(kv_heads):
-    """Each rank has some of the heads and normalises them by the squares of all; one key head is on every rank."""
-    heads, dim, size = 6, 12, 3
+@pytest.mark.skipif(not native.available()[0], reason="ranks of one process share native's memory")
+@pytest.mark.parametrize("heads, kv_heads", [(6, 3), (6, 1), (5, 1)], ids=["divided", "repeated", "filled up"])
+def test_norm_heads_over_native_ranks(heads, kv_heads):
+    """Each rank normalises its heads by the squares of all: a key head may be on every rank, and a query head zeros."""
+    dim, size = 12, 3
     n, k = heads * dim, kv_heads * dim
     query, key = Norm("rms", 1e-5, exact(n, seed=1)), Norm("rms", 1e-2, exact(k, seed=2))
     qkv = exact(9, n + 2 * k, seed=3, scale=2.0)
     expected = torch.cat([query(qkv[:, :n]), key(qkv[:, n : n + k]), qkv[:, n + k :]], -1)
     memory = rank_memory(size, 2)
-    own_kv = max(1, kv_heads // size)
+    own, own_kv = -(-heads // size), max(1, kv_heads // size)
+
+    def queries(rank, whole):
+        return torch.nn.functional.pad(whole, (0, own * size * dim - n)).split(own * dim, -1)[rank]
+
+    def keys(rank, whole):
+        first = rank * own_kv % kv_heads * dim
+        return whole[..., first : first + own_kv * dim]
 
     def part(rank, whole):
         """Rank's columns of queries, keys and values."""
-        first = rank * own_kv % kv_heads * dim
-        keys, values = n + first, n + k + first
-        q = whole[:, rank * n // size : (rank + 1) * n // size]
-        return torch.cat([q, whole[:, keys : keys + own_kv * dim], whole[:, values : values + own_kv * dim]], -1)
-
-    def norms_of(ops, rank):
-        first = rank * own_kv % kv_heads * dim
-        of_queries = query._replace(weight=query.weight[rank * n // size : (rank + 1) * n // size])
-        of_keys = key._replace(weight=key.weight[first : first + own_kv * dim])
-        return of_queries.args(ops), of_keys.args(ops)
+        q, k_and_v = whole.split([n, 2 * k], -1)
+        return torch.cat([queries(rank, q), *(keys(rank, both) for both in k_and_v.split(k, -1))], -1)
 
     def compute(rank):
         ops = native.Native("float32", 1, ranks=Ranks(rank, size, memory))
-        own = part(rank, qkv)
-        args = AttentionArgs(heads // size, own_kv, dim, 1.0)
-        found = ops.norm_heads(tensor(ops, own), args, *norms_of(ops, rank))
-        return values_of(ops, found, 9, own.shape[1])
+        own_norms = (query._replace(weight=queries(rank, query.weight)), key._replace(weight=keys(rank, key.weight)))
+        mine = part(rank, qkv)
+        args = AttentionArgs(own, own_kv, dim, 1.0)
+        found = ops.norm_heads(tensor(ops, mine), args, *(norm.args(ops) for norm in own_norms), heads)
+        return values_of(ops, found, 9, mine.shape[1])
 
     with ThreadPoolExecutor(size) as pool:
         for rank, found in enumerate(pool.map(compute, range(size))):

@@ -11,6 +11,7 @@ from fgsnap.errors import HostError, UnsupportedModel, UsageError
 from fgsnap.kernels import choose as choosing
 from fgsnap.kernels import native
 from fgsnap.kernels.choose import OPS, choose
+from fgsnap.kernels.ranks import Ranks
 
 LLAMA = frozenset({"attention.rope", "layer.sequential", "layer.attn_in", "layer.mlp_in", "norm.rms", "mlp.silu"})
 
@@ -85,6 +86,12 @@ def test_unknown_backends_are_refused_with_those_that_exist():
 def test_native_on_a_gpu_is_refused():
     with pytest.raises(UsageError, match="CPU alone"):
         choose("native", "cuda", LLAMA, "float32")
+
+
+@pytest.mark.skipif(not native.available()[0], reason="it says first that it is not built")
+def test_native_in_ranks_that_share_no_memory_is_refused():
+    with pytest.raises(UsageError, match="torchrun"):
+        choose("native", "cpu", LLAMA, "float32", ranks=Ranks(0, 2))
 
 
 def test_cuda_where_there_is_none_is_refused(monkeypatch):

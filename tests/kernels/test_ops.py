@@ -351,7 +351,7 @@ class Everything:
         ops = self.ops
         x = ops.add(ops.embed(plan, self.embed, 1.5), ops.positions(plan, self.positions, 2))
         qkv = ops.linear(ops.norm(x, self.norm), self.qkv)
-        qkv = ops.norm_heads(qkv, self.attention, self.query_norm, self.key_norm)
+        qkv = ops.norm_heads(qkv, self.attention, self.query_norm, self.key_norm, self.heads)
         q = ops.append(qkv, self.caches[0], plan, self.attention, self.rope)
         x = ops.add(x, ops.all_reduce(ops.linear(ops.attend(q, self.caches[0], plan, self.attention), self.out)))
         normed = ops.norm(x, self.norm)
