@@ -65,6 +65,7 @@ bench: $(BENCH)/.installed
 	mkdir -p build
 	$(BENCH)/bin/python benchmarks/convert.py --dir build --output benchmarks/results
 	$(BENCH)/bin/python benchmarks/convert_scale.py --dir build --output benchmarks/results
+	$(BENCH)/bin/python benchmarks/reshard.py --dir build --output benchmarks/results
 	$(BENCH)/bin/python benchmarks/parity.py --output benchmarks/results
 	$(BENCH)/bin/python benchmarks/report.py
 

@@ -58,6 +58,19 @@ imports. The canary is computed by a process of its own, which has torch loaded.
 
 """
 
+RESHARDING = """\
+## Opening at another degree
+
+A Llama-shaped snapshot of {gigabytes:.2f} GB opened at another tensor parallel degree than its own, a process a rank,
+until every page has been touched, beside one of the same weights that was converted at that degree. Native tensors are
+mapped; `read` reads the native files into memory. Ratios are of the times of one round. Bytes that were copied, and
+bytes that the disk gave in cold loads, are for each byte needed; the last column is the tensor of 1 MiB or more, of any
+rank, that asks most of the disk when it is opened by itself. Promised from TP 8: 1.00 copied, at most 1.05 from the
+disk, at most 1.2 of the time of a cold native load, and from the page cache, where a native load copies nothing, at
+most 1.2 of the time of `read`.
+
+"""
+
 PACKING = """\
 ## The packed layout
 
@@ -145,6 +158,7 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         "build": build,
         "convert": conversion,
         "convert_scale": large_conversion,
+        "reshard": resharding,
         "parity": parity,
     }
     known = {name: section for name, section in sections.items() if name in results}
@@ -245,6 +259,29 @@ def large_conversion(result: dict[str, Any]) -> str:
         ),
     ]
     return LARGE_CONVERSION.format(tp=result["tp"], plan=spread(result["plan"]["seconds"])) + table(heads, rows)
+
+
+def resharding(result: dict[str, Any]) -> str:
+    rows = [
+        (
+            f"`{pair['target']}`, {pair['from']} to {pair['to']}",
+            spread(pair["seconds"]["resharded cold"]),
+            spread(pair["seconds"]["native cold"]),
+            spread(pair["cold_ratio"]),
+            spread(pair["cold_ratio_to_read"]),
+            spread(pair["warm_ratio"]),
+            spread(pair["warm_ratio_to_read"]),
+            f"{pair['copied']:.2f}",
+            spread(pair["device_reads"], 3),
+            f"{pair['device_reads_of_tensors']['most']:.3f}",
+        )
+        for pair in result["pairs"]
+    ]
+    heads = (
+        "target, degrees", "cold, s", "native, cold, s", "ratio", "to `read`", "warm ratio", "to `read`", "copied",
+        "from the disk", "of a tensor",
+    )  # fmt: skip
+    return RESHARDING.format(gigabytes=result["pairs"][0]["bytes"] / 1e9) + table(heads, rows)
 
 
 def parity(result: dict[str, Any]) -> str:

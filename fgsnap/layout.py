@@ -331,7 +331,7 @@ class _Rank:
                 segments.append(Segment(None, axis, 0, cut.padding, offset + cut.stop - cut.start))
             offset += cut.size
         shape = self._shapes[next(iter(present))]
-        return [StoredTensor(name, _with(shape, axis, offset), tuple(segments))]
+        return [StoredTensor(name, with_axis(shape, axis, offset), tuple(segments))]
 
 
 def pieces(segments: Iterable[Segment], start: Shape, extent: Shape) -> Iterator[Piece]:
@@ -341,9 +341,9 @@ def pieces(segments: Iterable[Segment], start: Shape, extent: Shape) -> Iterator
         low = max(start[axis], segment.offset)
         high = min(start[axis] + extent[axis], segment.offset + segment.stop - segment.start)
         if low < high:
-            stored = _with(start, axis, low)
-            logical = _with(start, axis, segment.start + low - segment.offset)
-            yield Piece(segment.tensor, logical, stored, _with(extent, axis, high - low))
+            stored = with_axis(start, axis, low)
+            logical = with_axis(start, axis, segment.start + low - segment.offset)
+            yield Piece(segment.tensor, logical, stored, with_axis(extent, axis, high - low))
 
 
 def slabs(shape: Shape, most: int, rows: int = 1) -> Iterator[tuple[Shape, Shape]]:
@@ -359,43 +359,45 @@ def slabs(shape: Shape, most: int, rows: int = 1) -> Iterator[tuple[Shape, Shape
             yield (*index, top, *(0 for _ in inner)), (*(1 for _ in stack), min(step, height - top), *inner)
 
 
-def _with(shape: Shape, axis: int, value: int) -> Shape:
+def with_axis(shape: Shape, axis: int, value: int) -> Shape:
+    """The shape, or place, with another value on one axis."""
     return (*shape[:axis], value, *shape[axis + 1 :])
 
 
-def copy_box(
-    source: memoryview,
-    source_shape: Shape,
-    source_start: Shape,
-    target: memoryview,
-    target_shape: Shape,
-    target_start: Shape,
-    extent: Shape,
-    item: int,
-) -> int:
-    """Copy one box between two row-major byte buffers and return the bytes copied.
+class Runs(NamedTuple):
+    """``number`` runs of ``size`` bytes at equal distances, from ``source`` on in one buffer, ``target`` in another."""
+
+    source: int
+    source_step: int
+    target: int
+    target_step: int
+    size: int
+    number: int
+
+
+def box_runs(
+    source_shape: Shape, source_start: Shape, target_shape: Shape, target_start: Shape, extent: Shape, item: int
+) -> Iterator[Runs]:
+    """The bytes of a box that two row-major tensors share, in runs that are as long as both allow.
 
     Args:
-        source, target: flat byte views of the two whole tensors.
-        source_shape, target_shape: their shapes in elements.
+        source_shape, target_shape: the shapes of the two, in elements.
         source_start, target_start: where the box begins in each.
         extent: the box's size per axis.
         item: bytes an element.
 
-    A box that spans whole rows in both is one copy; otherwise one copy a run of the last axes that both share.
+    A box that spans whole rows in both is one run; otherwise there is one a row, and one Runs a matrix of a stack.
     """
-    axes = len(extent)
-    inner = axes - 1
+    inner = len(extent) - 1
     while inner > 0 and extent[inner] == source_shape[inner] == target_shape[inner]:
         inner -= 1
-    run = math.prod(extent[inner:]) * item
-    source_strides, target_strides = _strides(source_shape, item), _strides(target_shape, item)
-    source_at = sum(s * d for s, d in zip(source_start, source_strides, strict=True))
-    target_at = sum(s * d for s, d in zip(target_start, target_strides, strict=True))
-    for step in _steps(extent[:inner], source_strides, target_strides):
-        a, b = source_at + step[0], target_at + step[1]
-        target[b : b + run] = source[a : a + run]
-    return math.prod(extent) * item
+    size = math.prod(extent[inner:]) * item
+    sources, targets = _strides(source_shape, item), _strides(target_shape, item)
+    source, target = _offset(source_start, sources), _offset(target_start, targets)
+    number, *steps = (extent[inner - 1], sources[inner - 1], targets[inner - 1]) if inner else (1, size, size)
+    for index in itertools.product(*map(range, extent[: max(0, inner - 1)])):
+        begin = source + _offset(index, sources), target + _offset(index, targets)
+        yield Runs(begin[0], steps[0], begin[1], steps[1], size, number)
 
 
 def _strides(shape: Shape, item: int) -> list[int]:
@@ -405,10 +407,5 @@ def _strides(shape: Shape, item: int) -> list[int]:
     return strides
 
 
-def _steps(extent: Shape, a: list[int], b: list[int]) -> Iterator[tuple[int, int]]:
-    if not extent:
-        yield 0, 0
-        return
-    for index in range(extent[0]):
-        for inner in _steps(extent[1:], a[1:], b[1:]):
-            yield index * a[0] + inner[0], index * b[0] + inner[1]
+def _offset(index: Shape, strides: list[int]) -> int:
+    return sum(at * stride for at, stride in zip(index, strides, strict=False))

@@ -236,7 +236,7 @@ WRONG_CANARY = Canary("", list(range(14)), [1] * 14, [5.0] * 14)
 
 
 def servable_snapshot(
-    path: Path, *, canary: Literal["right", "wrong", "none"] = "right", max_length: int = 256
+    path: Path, *, canary: Literal["right", "wrong", "none"] = "right", max_length: int = 256, tp: int = 1
 ) -> Path:
     """A tiny random Llama with a tokenizer and a chat template, ready to serve."""
     files = {"tokenizer.json": byte_tokenizer(), "chat_template.jinja": CHAT_TEMPLATE.encode()}
@@ -244,7 +244,7 @@ def servable_snapshot(
 
     def write(canary: Canary | None) -> None:
         make_snapshot(
-            path, tiny_spec(vocab_size=258, max_length=max_length), text_files=files, text=text, canary=canary
+            path, tiny_spec(vocab_size=258, max_length=max_length), tp, text_files=files, text=text, canary=canary
         )
 
     write(WRONG_CANARY if canary == "wrong" else None)

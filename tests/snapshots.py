@@ -151,9 +151,10 @@ def stored_array(tensor, weights: Mapping[str, np.ndarray], dtype: DType) -> np.
     return stored
 
 
-def words32(array: np.ndarray) -> bytes:
-    """A matrix, or a stack of them, in panels of 32 rows, word by word as docs/format.md defines it."""
-    matrix = array.reshape(-1, array.shape[-1])
+def words32(matrix: np.ndarray) -> bytes:
+    """The matrix, or each of a stack, in panels of 32 rows, word by word as docs/format.md defines it."""
+    if matrix.ndim > 2:
+        return b"".join(map(words32, matrix))
     data, width, packed = matrix.tobytes(), matrix[0].nbytes, bytearray()
     for panel in range(0, len(matrix), 32):
         for word in range(0, width, 4):

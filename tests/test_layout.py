@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from fgsnap.errors import UsageError
 from fgsnap.layout import (
+    Runs,
     Segment,
+    box_runs,
     check_tp,
-    copy_box,
     logical_shapes,
     padded_vocabulary,
     pieces,
@@ -236,7 +237,7 @@ def boxes(draw: st.DrawFn) -> tuple:
 
 @given(boxes())
 @settings(max_examples=200, deadline=None)
-def test_copying_a_box_is_what_numpy_does(box: tuple) -> None:
+def test_the_runs_of_a_box_are_what_numpy_copies(box: tuple) -> None:
     source_shape, source_start, target_shape, target_start, extent, item = box
     kind = {2: np.uint16, 4: np.uint32}[item]
     source = np.arange(1, 1 + math.prod(source_shape), dtype=kind).reshape(source_shape)
@@ -245,6 +246,16 @@ def test_copying_a_box_is_what_numpy_does(box: tuple) -> None:
     there = tuple(slice(a, a + n) for a, n in zip(target_start, extent, strict=True))
     expected[there] = source[here]
     views = memoryview(source).cast("B"), memoryview(target).cast("B")
-    copied = copy_box(views[0], source_shape, source_start, views[1], target_shape, target_start, extent, item)
+    copied = 0
+    for runs in box_runs(source_shape, source_start, target_shape, target_start, extent, item):
+        for run in range(runs.number):
+            a, b = runs.source + run * runs.source_step, runs.target + run * runs.target_step
+            views[1][b : b + runs.size] = views[0][a : a + runs.size]
+            copied += runs.size
     assert copied == math.prod(extent) * item
     np.testing.assert_array_equal(target, expected)
+
+
+def test_a_box_of_whole_rows_is_one_run() -> None:
+    assert list(box_runs((8, 4, 6), (2, 0, 0), (3, 4, 6), (0, 0, 0), (3, 4, 6), 2)) == [Runs(96, 144, 0, 144, 144, 1)]
+    assert list(box_runs((8, 6), (0, 0), (8, 12), (0, 6), (8, 6), 2)) == [Runs(0, 12, 12, 24, 12, 8)]

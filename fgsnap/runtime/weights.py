@@ -1,13 +1,11 @@
 """A snapshot's tensors as a backend's tensors, ordered as the decoder uses them. Binding is validation.
 
 What a spec needs and what a snapshot holds must agree tensor by tensor, in name, dtype, shape and bytes, before an op
-runs on it. At the snapshot's own degree 1 nothing is copied: the tensors are views of the mapped file.
+runs on it. At the snapshot's own degree nothing is copied: the tensors are views of the mapped files.
 """
 
 from __future__ import annotations
 
-import math
-import mmap
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, overload
 
@@ -15,7 +13,7 @@ from fgsnap import layout
 from fgsnap.errors import SnapshotRefused
 from fgsnap.kernels.ops import NormArgs, Ops, Tensor
 from fgsnap.layout import StoredTensor
-from fgsnap.snapshot import Snapshot, TensorBytes, gather, opened_at, packed_bytes
+from fgsnap.snapshot import Snapshot, TensorBytes, gathered, opened_at, packed_bytes
 from fgsnap.spec import DTYPE_BYTES, Attention, DecoderSpec, Experts, Norm
 
 
@@ -95,14 +93,15 @@ Find = Callable[[StoredTensor], TensorBytes]
 
 
 def load(snapshot: Snapshot, ops: Ops, tp: int = 1, rank: int = 0) -> Weights:
-    """Bind every tensor of ``rank`` of ``tp`` to ``ops``. The degree is 1 or the snapshot's own.
+    """Bind every tensor of ``rank`` of ``tp`` to ``ops``. The degree is any that divides the model.
 
     What is added to a sum over ranks is bound on rank 0 alone.
 
     Raises:
-        SnapshotRefused: a tensor is missing, superfluous, or not what the spec says.
+        SnapshotRefused: a tensor is missing, superfluous, or not what the spec says; or see snapshot.opened_at.
+        UsageError, HostError: see snapshot.opened_at.
     """
-    binder = _Binder(snapshot.manifest.spec, ops, _mapped(snapshot, tp, rank), tp, rank)
+    binder = _Binder(snapshot.manifest.spec, ops, _opened(snapshot, tp, rank), tp, rank)
     return binder.weights([binder.layer(index) for index in range(snapshot.manifest.spec.depth)])
 
 
@@ -111,7 +110,7 @@ def load_by_layer(snapshot: Snapshot, ops: Ops) -> Weights:
 
     For a single pass over a model of any size and degree, such as the canary's.
     """
-    find = _mapped(snapshot, 1, 0) if snapshot.manifest.tp == 1 else _assembled(snapshot)
+    find = _opened(snapshot, 1, 0) if snapshot.manifest.tp == 1 else _assembled(snapshot)
     binder = _Binder(snapshot.manifest.spec, ops, find)
     return binder.weights(_LayersOnDemand(binder.layer, snapshot.manifest.spec.depth))
 
@@ -257,7 +256,7 @@ def _refused(name: str, found: str, wanted: str) -> SnapshotRefused:
     )
 
 
-def _mapped(snapshot: Snapshot, tp: int, rank: int) -> Find:
+def _opened(snapshot: Snapshot, tp: int, rank: int) -> Find:
     table = opened_at(snapshot, tp, rank)
     expected_names = {stored.name for stored in layout.stored_tensors(snapshot.manifest.spec, tp, rank)}
     superfluous = sorted(table.keys() - expected_names)
@@ -274,12 +273,4 @@ def _mapped(snapshot: Snapshot, tp: int, rank: int) -> Find:
 
 def _assembled(snapshot: Snapshot) -> Find:
     """Each tensor put together from the ranks' parts when it is asked for; its memory lives as long as it does."""
-    dtypes = {entry.name: entry.dtype for entry in snapshot.manifest.tensors}
-
-    def find(expected: StoredTensor) -> TensorBytes:
-        dtype = dtypes[expected.name]
-        data = memoryview(mmap.mmap(-1, math.prod(expected.shape) * DTYPE_BYTES[dtype]))
-        gather(snapshot, expected.segments, expected.shape, data)
-        return TensorBytes(dtype, expected.shape, data)
-
-    return find
+    return lambda expected: gathered(snapshot, [expected])[expected.name]

@@ -10,7 +10,7 @@ hostile snapshot raises SnapshotRefused.
     writing     SnapshotWriter
     checks      whether a manifest is one that its own spec implies
     reading     open_snapshot, Snapshot
-    gathering   the same weights at TP 1, or by logical tensors
+    gathering   the same weights at another degree, or by logical tensors
     verifying   every byte of every covered file
 """
 
@@ -36,7 +36,7 @@ from fgsnap.snapshot.format import (
     rank_file,
     rank_header,
 )
-from fgsnap.snapshot.gathering import TensorBytes, gather, opened_at, read_logical
+from fgsnap.snapshot.gathering import TensorBytes, gathered, opened_at, read_logical
 from fgsnap.snapshot.packing import PANEL_ROWS, Layout, packed_bytes, panel_bytes
 from fgsnap.snapshot.reading import Snapshot, open_snapshot
 from fgsnap.snapshot.verifying import Report, verify
@@ -67,7 +67,7 @@ __all__ = [
     "TextSection",
     "canonical",
     "chunks_file",
-    "gather",
+    "gathered",
     "open_snapshot",
     "opened_at",
     "packed_bytes",

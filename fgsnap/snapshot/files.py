@@ -34,19 +34,20 @@ def opened(path: Path, name: str) -> Iterator[int]:
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO):
             raise refused(path, f"{name} is not a regular file.") from error
-        raise _unreadable(path, name, error) from error
+        raise unreadable(path, name, error) from error
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise refused(path, f"{name} is not a regular file.")
         try:
             yield descriptor
         except OSError as error:
-            raise _unreadable(path, name, error) from error
+            raise unreadable(path, name, error) from error
     finally:
         os.close(descriptor)
 
 
-def _unreadable(path: Path, name: str, error: OSError) -> HostError:
+def unreadable(path: Path, name: str, error: OSError) -> HostError:
+    """The error for a file that is there and cannot be read."""
     reason = os.strerror(error.errno) if error.errno else str(error)
     remedy = "Check the file's permissions and the disk."
     if error.errno == errno.ENOMEM:
@@ -70,7 +71,7 @@ def listed(path: Path) -> list[str]:
     try:
         return sorted(entry.name for entry in path.iterdir())
     except OSError as error:
-        raise _unreadable(path, "", error) from error
+        raise unreadable(path, "", error) from error
 
 
 def check_size(path: Path, name: str, descriptor: int, expected: int) -> None:

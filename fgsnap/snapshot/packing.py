@@ -55,6 +55,13 @@ def file_shape(layout: Layout, shape: Shape, dtype: DType) -> Shape:
     return (*stack, _panels(height), width * item // WORD, PANEL_ROWS[layout], WORD // item)
 
 
+def units(layout: Layout, shape: Shape, dtype: DType) -> Shape:
+    """How many entries of each axis lie together: of words32 the rows of a panel, and in them the values of a word."""
+    if layout == "row":
+        return (1,) * len(shape)
+    return (*(1 for _ in shape[:-2]), PANEL_ROWS[layout], WORD // DTYPE_BYTES[dtype])
+
+
 def unpacked(panel: memoryview, start: int, stop: int) -> bytes:
     """Rows ``start:stop`` of one words32 panel, row-major. An array's stride is the quickest way without numpy."""
     words = array("I")

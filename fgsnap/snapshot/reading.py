@@ -7,7 +7,7 @@ import hashlib
 import mmap
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
@@ -17,7 +17,7 @@ import msgspec
 from fgsnap.errors import NotFound, SnapshotRefused
 from fgsnap.layout import Segment
 from fgsnap.snapshot.checks import canary_fault, manifest_fault, rank_headers
-from fgsnap.snapshot.files import changed, check_size, opened, present, read_all, refused, unfinished
+from fgsnap.snapshot.files import changed, check_size, opened, present, read_all, refused, unfinished, unreadable
 from fgsnap.snapshot.format import (
     CANARY,
     COMMIT,
@@ -33,6 +33,7 @@ from fgsnap.snapshot.format import (
     canonical,
     chunks_file,
     chunks_size,
+    rank_file,
 )
 
 _LARGEST_JSON = 64 << 20
@@ -61,8 +62,16 @@ class RankFile:
             self.data.close()
 
 
+Slices = dict[str, list[tuple[TensorEntry, Segment]]]
+"""The stored slices that make up each logical tensor."""
+
+
 class Snapshot:
-    """An opened snapshot: the manifest, and read-only views of tensors over one mapping a rank file."""
+    """An opened snapshot: the manifest, and read-only views of tensors over one mapping a rank file.
+
+    Attributes:
+        copied: bytes that were copied so far, for tensors that could not be used where they are mapped.
+    """
 
     def __init__(
         self, path: Path, manifest: Manifest, identity: str, canary: Canary | None, ranks: dict[str, RankFile]
@@ -71,9 +80,10 @@ class Snapshot:
         self.manifest = manifest
         self.id = identity
         self.canary = canary
+        self.copied = 0
         self._ranks = ranks
         self._views = {name: memoryview(rank.data) for name, rank in ranks.items()}
-        self._slices: dict[str, list[tuple[TensorEntry, Segment]]] = {}
+        self._slices: dict[int, Slices] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -98,11 +108,32 @@ class Snapshot:
             raise changed(self.path, name)
         return data
 
-    def slices(self, logical: str) -> list[tuple[TensorEntry, Segment]]:
-        """The stored slices that make up one logical tensor, each once even when several ranks hold it."""
-        if not self._slices:
-            self._slices = _index(self.manifest.tensors)
-        return self._slices[logical]
+    def read(self, file: str, at: int, parts: Sequence[memoryview]) -> None:
+        """Fill ``parts``, one after the other, with the bytes of a rank file from ``at`` on; threads may do so at once.
+
+        Unlike the mapped bytes, those of a file that was cut short raise SnapshotRefused, and nothing is killed.
+        """
+        descriptor, left = self._ranks[file].descriptor, sum(map(len, parts))
+        try:
+            while (count := os.preadv(descriptor, parts, at)) < left:
+                if count == 0:
+                    raise _touched(self.path, f"{file} now ends at byte {at}.")
+                parts, at, left = _after(parts, count), at + count, left - count
+        except OSError as error:
+            raise unreadable(self.path, file, error) from error
+
+    def read_ahead(self, file: str, start: int, stop: int) -> None:
+        """Have these bytes of a rank file, a few mebibytes, read from disk while something else is done."""
+        with contextlib.suppress(OSError, AttributeError):  # a hint, which not every system takes
+            os.posix_fadvise(self._ranks[file].descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
+
+    def slices(self, near: int = 0) -> Slices:
+        """The slices of every logical tensor, each once: where several ranks hold it, the first from ``near`` on."""
+        if near not in self._slices:
+            tensors, first = self.manifest.tensors, rank_file(near, self.manifest.tp)
+            start = next(at for at, entry in enumerate(tensors) if entry.file == first)
+            self._slices[near] = _index((*tensors[start:], *tensors[:start]))
+        return self._slices[near]
 
     def check_unchanged(self) -> None:
         """Whether the mapped bytes can still be believed: a call a rank file, no reading.
@@ -138,8 +169,18 @@ def _touched(path: Path, why: str) -> SnapshotRefused:
     )
 
 
-def _index(tensors: Iterable[TensorEntry]) -> dict[str, list[tuple[TensorEntry, Segment]]]:
-    slices: dict[str, list[tuple[TensorEntry, Segment]]] = {}
+def _after(parts: Sequence[memoryview], count: int) -> list[memoryview]:
+    """What is left of the parts after their first ``count`` bytes."""
+    left = []
+    for part in parts:
+        if count < len(part):
+            left.append(part[count:])
+        count = max(0, count - len(part))
+    return left
+
+
+def _index(tensors: Iterable[TensorEntry]) -> Slices:
+    slices: Slices = {}
     seen: set[tuple[str, int, int, int]] = set()
     for entry in tensors:
         for segment in entry.segments:
@@ -194,9 +235,7 @@ def _map_ranks(path: Path, manifest: Manifest) -> dict[str, RankFile]:
     try:
         for name, entry in manifest.files.items():
             if name in headers:
-                ranks[name] = _map_rank(path, name, entry)
-                if ranks[name].data[: len(headers[name])] != headers[name]:
-                    raise refused(path, f"The header of {name} is not the one that {MANIFEST} implies.")
+                ranks[name] = _map_rank(path, name, entry, headers[name])
             else:
                 _check_file(path, name, entry.bytes)
     except BaseException:
@@ -206,10 +245,13 @@ def _map_ranks(path: Path, manifest: Manifest) -> dict[str, RankFile]:
     return ranks
 
 
-def _map_rank(path: Path, name: str, entry: FileEntry) -> RankFile:
+def _map_rank(path: Path, name: str, entry: FileEntry, header: bytes) -> RankFile:
     _check_file(path, chunks_file(name), chunks_size(entry.bytes))
     with opened(path, name) as descriptor:
         check_size(path, name, descriptor, entry.bytes)
+        # Through the mapping this would read a huge page of a file that may not be needed.
+        if os.pread(descriptor, len(header), 0) != header:
+            raise refused(path, f"The header of {name} is not the one that {MANIFEST} implies.")
         return RankFile(descriptor)
 
 
