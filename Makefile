@@ -56,6 +56,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python benchmarks/report.py --check
+	$(BIN)/python benchmarks/manifests.py --check
 
 bench: $(BENCH)/.installed
 	$(BENCH)/bin/python benchmarks/cli.py --output benchmarks/results
@@ -66,7 +67,9 @@ bench: $(BENCH)/.installed
 	$(BENCH)/bin/python benchmarks/convert.py --dir build --output benchmarks/results
 	$(BENCH)/bin/python benchmarks/convert_scale.py --dir build --output benchmarks/results
 	$(BENCH)/bin/python benchmarks/reshard.py --dir build --output benchmarks/results
+	$(BENCH)/bin/python benchmarks/plan.py --output benchmarks/results
 	$(BENCH)/bin/python benchmarks/parity.py --output benchmarks/results
+	$(BENCH)/bin/python benchmarks/families.py --output benchmarks/results
 	$(BENCH)/bin/python benchmarks/report.py
 
 # PEERS_ARGS='--only startup,speed' measures these parts anew, --fresh all of them. The last line is JSON.

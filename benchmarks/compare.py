@@ -6,6 +6,7 @@ norms away from 1, biases away from 0.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,16 +31,17 @@ TINY = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-ABSENT = object()
-"""A setting that a model type does not have."""
 
 
 def tiny_checkpoint(folder: Path, family: str, dtype: str = "float32", seed: int = 0, **changes: Any) -> Path:
-    """Save a random checkpoint of a model type with transformers' own classes; ``changes`` go into its config."""
+    """Save a random checkpoint of a model type with transformers' own classes.
+
+    ``changes`` go into its config; ``...`` leaves a setting out.
+    """
     # A dict of rope parameters is written back to by transformers, so each checkpoint gets its own.
     settings = {**TINY, **{key: dict(value) if isinstance(value, dict) else value for key, value in changes.items()}}
     torch.manual_seed(seed)
-    settings = {key: value for key, value in settings.items() if value is not ABSENT}
+    settings = {key: value for key, value in settings.items() if value is not ...}
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **settings))
     with torch.no_grad():
         for name, values in [*model.named_parameters(), *model.named_buffers()]:
@@ -93,36 +95,39 @@ class Fgsnap:
         """Float64 logits [all tokens, V]; every step carries up to ``chunk`` tokens of every unfinished sequence."""
         tables = self._tables([len(tokens) for tokens in sequences])
         found: list[list[torch.Tensor]] = [[] for _ in sequences]
-        done = 0
-        while done < max(map(len, sequences)):
+        for done in range(0, max(map(len, sequences)), chunk):
             live = [s for s, tokens in enumerate(sequences) if done < len(tokens)]
             parts = [sequences[s][done : done + chunk] for s in live]
-            rows = self._step(parts, done, [tables[s] for s in live])
+            batch = _batch(parts, [done for _ in live], [tables[s] for s in live])
+            rows = self._floats(batch._replace(rows=range(len(batch.tokens))))
             for s, own in zip(live, rows.split([len(part) for part in parts]), strict=True):
                 found[s].append(own)
-            done += chunk
         return torch.cat([part for parts in found for part in parts])
 
     def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
         """The ``count`` most likely next tokens, one after the other, whatever they are."""
-        table = self._tables([len(prompt) + count])[0]
-        tokens: list[int] = []
-        part, done = list(prompt), 0
-        while len(tokens) < count:
-            last = (len(part) - 1,)
-            batch = Batch(part, range(done, done + len(part)), (0, len(part)), (done + len(part),), (table,), last)
-            tokens.append(self._decoder.sample(self._decoder.forward(batch), [Sampling()])[0].token)
-            part, done = tokens[-1:], done + len(part)
-        return tokens
+        return self.greedy_together([prompt], count, len(prompt))[0]
 
-    def _step(self, parts: list[Sequence[int]], done: int, tables: list[list[int]]) -> torch.Tensor:
-        tokens = [token for part in parts for token in part]
-        starts = [sum(map(len, parts[:s])) for s in range(len(parts) + 1)]
-        positions = [done + i for part in parts for i in range(len(part))]
-        lengths = [done + len(part) for part in parts]
-        logits = self._decoder.forward(Batch(tokens, positions, starts, lengths, tables, range(len(tokens))))
-        flat = torch.frombuffer(bytearray(self._decoder.ops.floats(logits)), dtype=torch.float32)
-        return flat.view(len(tokens), -1).double()
+    def greedy_together(self, prompts: Sequence[Sequence[int]], count: int, chunk: int) -> list[list[int]]:
+        """The same of several prompts, in steps of up to ``chunk`` tokens of each prompt and one of each answer."""
+        tables = self._tables([len(prompt) + count for prompt in prompts])
+        waiting, done = [list(prompt) for prompt in prompts], [0 for _ in prompts]
+        found: list[list[int]] = [[] for _ in prompts]
+        while live := [s for s, tokens in enumerate(found) if len(tokens) < count]:
+            parts = [waiting[s][:chunk] for s in live]
+            batch = _batch(parts, [done[s] for s in live], [tables[s] for s in live])
+            sampled = self._decoder.sample(self._decoder.forward(batch), [Sampling() for _ in live])
+            for s, part, answer in zip(live, parts, sampled, strict=True):
+                done[s] += len(part)
+                waiting[s] = waiting[s][len(part) :]
+                if not waiting[s]:
+                    found[s].append(answer.token)
+                    waiting[s] = [answer.token]
+        return found
+
+    def _floats(self, batch: Batch) -> torch.Tensor:
+        logits = self._decoder.ops.floats(self._decoder.forward(batch))
+        return torch.frombuffer(bytearray(logits), dtype=torch.float32).view(len(batch.rows), -1).double()
 
     def _tables(self, lengths: list[int]) -> list[list[int]]:
         free = list(range(self._decoder.blocks))
@@ -130,6 +135,19 @@ class Fgsnap:
         need = [-(-length // self._decoder.block_size) for length in lengths]
         assert sum(need) <= len(free), "the decoder was made with too few blocks"
         return [[free.pop() for _ in range(count)] for count in need]
+
+
+def _batch(parts: Sequence[Sequence[int]], done: Sequence[int], tables: Sequence[Sequence[int]]) -> Batch:
+    """The next parts of sequences of which ``done`` tokens are in the cache; its rows are the last of each part."""
+    ends = list(itertools.accumulate(map(len, parts)))
+    return Batch(
+        tokens=[token for part in parts for token in part],
+        positions=[before + i for before, part in zip(done, parts, strict=True) for i in range(len(part))],
+        starts=[0, *ends],
+        lengths=[before + len(part) for before, part in zip(done, parts, strict=True)],
+        block_tables=tables,
+        rows=[end - 1 for end in ends],
+    )
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

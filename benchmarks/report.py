@@ -1,4 +1,4 @@
-"""Write docs/figures.md, and README.md's sentence on figures, from benchmarks/results/*.json and from nothing else.
+"""Write docs/figures.md, docs/families.md, and README.md's sentence on figures, from benchmarks/results/*.json.
 
     python benchmarks/report.py            write them
     python benchmarks/report.py --check    fail when they are not what the results say
@@ -14,12 +14,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from report_families import families
 from report_peers import peers
 from tables import spread, table
 
 ROOT = Path(__file__).parent.parent
 FIGURES = ROOT / "docs" / "figures.md"
 README = ROOT / "README.md"
+FAMILIES = ROOT / "docs" / "families.md"
 RESULTS = ROOT / "benchmarks" / "results"
 
 INTRODUCTION = """\
@@ -101,6 +103,14 @@ process at its peak. Falcon-180B at full depth is planned in {plan} s.
 
 """
 
+PLAN = """\
+## Planning
+
+`fgsnap convert --dry-run` of deployments whose plans lie in `manifests/`, a whole process each; promised: less than
+{goal:.0f} second.
+
+"""
+
 PARITY = """\
 ## Parity with transformers
 
@@ -119,11 +129,15 @@ def main() -> None:
     for name, result in results.items():
         if result.get("quick"):
             sys.exit(f"benchmarks/results/{name}.json is of a --quick run, which measures nothing")
-    pages = {FIGURES: page(results), README: with_headline(README.read_text(), headline(results))}
+    pages = {
+        FIGURES: page(results),
+        FAMILIES: families(results.get("families")),
+        README: with_headline(README.read_text(), headline(results)),
+    }
     for path, text in pages.items():
         if not options.check:
             path.write_text(text)
-        elif path.read_text() != text:
+        elif not path.exists() or path.read_text() != text:
             sys.exit(f"{path.relative_to(ROOT)} is not what benchmarks/results/ says: run python benchmarks/report.py")
 
 
@@ -159,6 +173,7 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         "convert": conversion,
         "convert_scale": large_conversion,
         "reshard": resharding,
+        "plan": plans,
         "parity": parity,
     }
     known = {name: section for name, section in sections.items() if name in results}
@@ -299,6 +314,11 @@ def parity(result: dict[str, Any]) -> str:
     ]
     heads = ("model", "backend", "weights", "max error", "equal greedy tokens", "RMS error", "max error, ratio")
     return PARITY + table(heads, rows)
+
+
+def plans(result: dict[str, Any]) -> str:
+    rows = [(f"`{name}`", spread(each)) for name, each in result["seconds"].items()]
+    return PLAN.format(goal=result["goal_seconds"]) + table(("deployment", "seconds"), rows)
 
 
 def measured_on(name: str, result: dict[str, Any]) -> str:

@@ -529,6 +529,45 @@ def export(snapshot: Path, output: Path, as_json: bool, progress: bool | None) -
         click.echo(f"{output}  {result.tensors} tensors, {size(result.bytes)}")
 
 
+@cli.command()
+@json_option
+def families(as_json: bool) -> None:
+    """List the model families that can be converted, what they need, and what of them is refused.
+
+    The model type is that of config.json. What a model needs beyond a plain decoder is named as in the decoder spec.
+    """
+    from fgsnap.convert.families.published import listing
+
+    listed = listing()
+    if as_json:
+        import msgspec
+
+        print_json({"families": msgspec.to_builtins(listed)})
+        return
+    refused = {row.model_type: f" (not: {row.refused})" if row.refused else "" for row in listed}
+    _print_columns(
+        ("model type", "models", "needs beyond a plain decoder"),
+        [(row.model_type, row.models + refused[row.model_type], row.needs) for row in listed],
+    )
+    planned = sum(len(row.checkpoints) for row in listed)
+    click.echo(f"{len(listed)} model types; the configs of {planned} published checkpoints are planned by the tests")
+
+
+def _print_columns(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table as wide as the terminal: the first column as wide as it needs, the others wrapped to equal shares."""
+    import shutil
+    import textwrap
+    from itertools import zip_longest
+
+    first = max(len(row[0]) for row in (heads, *rows))
+    share = (max(shutil.get_terminal_size((100, 24)).columns, 60) - first) // (len(heads) - 1) - 2
+    for row in (heads, *rows):
+        cells = [[row[0]], *(textwrap.wrap(cell, share) for cell in row[1:])]
+        for line in zip_longest(*cells, fillvalue=""):
+            padded = (f"{part:<{share}}" for part in line[1:])
+            click.echo("  ".join((f"{line[0]:<{first}}", *padded)).rstrip())
+
+
 @cli.group(cls=BenchGroup)
 def bench() -> None:
     """Measure start-up, latency, throughput, or any OpenAI endpoint under load."""

@@ -109,9 +109,9 @@ def possible_tp(spec: DecoderSpec, most: int = 64) -> list[int]:
 
 def check_tp(spec: DecoderSpec, tp: int) -> None:
     """Raise UsageError, naming the degrees that work, unless the model divides into ``tp`` ranks."""
-    if tp in possible_tp(spec, max(tp, 64)):
+    if tp > 0 and all(_divides(kind, tp) for kind in spec.layer_kinds):
         return
-    attention = next(kind.attention for kind in spec.layer_kinds if not _divides(kind, tp))
+    attention = next(kind.attention for kind in spec.layer_kinds if tp < 1 or not _divides(kind, tp))
     raise UsageError(
         f"Tensor parallel degree {tp} does not divide this model.",
         f"It has {attention.heads} attention heads on {attention.kv_heads} KV heads.",

@@ -388,7 +388,9 @@ def _llama3(frequency: float, scaling: Llama3) -> float:
     wavelength = 2 * math.pi / frequency
     if wavelength < scaling.original_length / scaling.high_frequency_factor:
         return frequency
-    if wavelength > scaling.original_length / scaling.low_frequency_factor:
+    if wavelength > scaling.original_length / scaling.low_frequency_factor or (
+        scaling.low_frequency_factor == scaling.high_frequency_factor
+    ):
         return frequency / scaling.factor
     smooth = (scaling.original_length / wavelength - scaling.low_frequency_factor) / (
         scaling.high_frequency_factor - scaling.low_frequency_factor

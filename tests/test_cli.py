@@ -11,11 +11,14 @@ import pytest
 
 from fgsnap import __version__
 from fgsnap.cli import EXTRAS, ByteSize, WholeText, cli, run_cli, size
+from fgsnap.convert.families import FAMILIES
 from fgsnap.environment import _numa_nodes
 from tests.commands import every_command
 from tests.snapshots import make_snapshot, tiny_spec
 
-COMMANDS = ("convert", "serve", "run", "chat", "inspect", "verify", "diff", "export", "bench", "env", "version")
+COMMANDS = (
+    "convert", "serve", "run", "chat", "inspect", "verify", "diff", "export", "families", "bench", "env", "version",
+)  # fmt: skip
 TEXT = {"config.json": b"{}"}
 HEAVY = (
     "torch", "transformers", "huggingface_hub", "numpy", "gguf", "starlette", "h11", "tokenizers", "fgsnap.bench",
@@ -119,6 +122,7 @@ def test_help_version_and_env_import_nothing_heavy():
         (["export", "snap", "-o", "out"], "numpy", "convert"),
         (["diff", "snap", "here"], "numpy", "convert"),
         (["diff", "snap", "snap", "--values"], "numpy", "convert"),
+        (["families"], "numpy", "convert"),
     ],
 )
 def test_a_plain_installation_names_the_extra_that_is_missing(arguments, package, extra, tmp_path):
@@ -213,3 +217,20 @@ def test_an_interrupt_that_another_error_replaced_is_still_one(monkeypatch, caps
     monkeypatch.setattr(cli, "main", cut_short)
     assert run_cli(["version"]) == code
     assert capsys.readouterr().err == "Interrupted.\n"
+
+
+def test_families_is_a_table_that_fits_a_terminal():
+    done = fgsnap("families", COLUMNS="100")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and max(map(len, lines)) <= 100
+    assert lines[0].split("  ")[0] == "model type"
+    [falcon] = [line for line in lines if line.startswith("falcon ")]
+    assert "Falcon-7B" in falcon and "not: " in done.stdout
+    assert lines[-1].startswith(f"{len(FAMILIES)} model types; ")
+
+
+def test_families_as_json_hold_their_checkpoints_and_features():
+    listed = json.loads(fgsnap("families", "--json").stdout)["families"]
+    falcon = next(row for row in listed if row["model_type"] == "falcon")
+    assert "tiiuae/falcon-180B" in falcon["checkpoints"]
+    assert {"attention.alibi", "layer.parallel", "norm.ln"} <= {*falcon["features"]}

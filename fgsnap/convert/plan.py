@@ -16,7 +16,7 @@ from fgsnap.convert.opening import open_source
 from fgsnap.convert.pack import checked_target
 from fgsnap.convert.source import Source, stated_dtype
 from fgsnap.errors import SourceError, UsageError
-from fgsnap.layout import logical_shapes, possible_tp, stored_tensors
+from fgsnap.layout import check_tp, logical_shapes, possible_tp, stored_tensors
 from fgsnap.snapshot import Layout, PlannedTensor, RankLayout, panel_bytes, plan_rank, rank_file
 from fgsnap.snapshot.backlog import BEHIND
 from fgsnap.spec import DTYPE_BYTES, DecoderSpec, DType
@@ -132,6 +132,7 @@ def rank_layouts(spec: DecoderSpec, tp: int, dtypes: Mapping[str, DType], layout
         dtypes: the dtype to store each logical tensor in.
         layout: that of the matrices it fits.
     """
+    check_tp(spec, tp)
     return [
         plan_rank([(stored, _one_dtype(stored.name, _parts(stored.segments), dtypes))
                    for stored in stored_tensors(spec, tp, rank)], layout)

@@ -11,7 +11,6 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from fgsnap.convert import families
 from fgsnap.convert.families import llama
-from fgsnap.convert.families.family import computed
 from fgsnap.convert.rules import sources
 from fgsnap.errors import SourceError, UnsupportedModel
 from fgsnap.layout import logical_shapes
@@ -95,6 +94,8 @@ SCALINGS = [
     {"rope_type": "linear", "factor": 4.0},
     {"rope_type": "dynamic", "factor": 2.0},
     {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+     "original_max_position_embeddings": 32},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 1.0,
      "original_max_position_embeddings": 32},
     {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
     {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 0.7, "mscale_all_dim": 0.9},
@@ -211,7 +212,7 @@ def test_what_the_spec_cannot_express_is_refused_by_name(case):
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.5, "high_freq_factor": 4.0}
 DAMAGED = {
     "no width": ({"hidden_size": ...}, "hidden_size"),
     "no layers": ({"num_hidden_layers": 0}, "num_hidden_layers"),
@@ -250,7 +251,7 @@ def test_a_damaged_config_is_refused_by_key(case):
     assert name in caught.value.what and 1 <= len(caught.value.lines()) <= 3
 
 
-@pytest.mark.parametrize("config", [{}, {"model_type": None}, {"model_type": "bert"}, {"model_type": ["llama"]}])
+@pytest.mark.parametrize("config", [{}, {"model_type": None}, {"model_type": "mamba"}, {"model_type": ["llama"]}])
 def test_unknown_families(config):
     with pytest.raises(SourceError, match=r"model.type"):
         families.find(config)
@@ -271,6 +272,7 @@ def test_gguf_rules_permute_queries_and_keys_with_their_biases():
 
 
 def test_names_of_what_is_computed_anyway():
-    assert computed("model.layers.11.self_attn.rotary_emb.inv_freq", spec())
-    assert computed("rope_freqs.weight", spec())
-    assert not computed("model.layers.11.self_attn.q_proj.bias", spec())
+    unused = llama.FAMILY.unused
+    assert unused("model.layers.11.self_attn.rotary_emb.inv_freq", spec())
+    assert unused("rope_freqs.weight", spec())
+    assert not unused("model.layers.11.self_attn.q_proj.bias", spec())

@@ -33,7 +33,10 @@ from fgsnap.convert.families import (
     qwen3,
     qwen3_moe,
     smollm3,
+    stablelm,
+    starcoder2,
 )
+from fgsnap.convert.families.config import show
 from fgsnap.convert.families.family import Family
 from fgsnap.errors import SourceError, UnsupportedModel
 
@@ -69,6 +72,8 @@ FAMILIES: dict[str, Family] = {
     "qwen3": qwen3.FAMILY,
     "qwen3_moe": qwen3_moe.FAMILY,
     "smollm3": smollm3.FAMILY,
+    "stablelm": stablelm.FAMILY,
+    "starcoder2": starcoder2.FAMILY,
 }
 """By ``model_type``."""
 
@@ -77,10 +82,12 @@ def find(config: Mapping[str, Any]) -> Family:
     """The family of the config's ``model_type``; UnsupportedModel names those there are."""
     name = config.get("model_type")
     if not isinstance(name, str):
-        raise SourceError("config.json has no 'model_type'.", f"It is {name!r}; it says which kind of model this is.")
+        raise SourceError(
+            "config.json has no 'model_type'.", f"It is {show(name)}; it says which kind of model this is."
+        )
     if name not in FAMILIES:
         raise UnsupportedModel(
-            f"The model type {name!r} is not supported.",
+            f"The model type {show(name)} is not supported.",
             f"Supported are {', '.join(sorted(FAMILIES))}.",
             "Ask for the family with its config.json, or upgrade fgsnap.",
         )

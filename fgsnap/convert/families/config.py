@@ -27,8 +27,10 @@ HARMLESS = frozenset(
     _flash_attn_2_enabled torch_dtype dtype torchscript use_bfloat16 tf_legacy_loss
     use_cache initializer_range pretraining_tp gradient_checkpointing neftune_noise_alpha
     classifier_dropout attention_dropout attn_pdrop resid_pdrop embd_pdrop hidden_dropout residual_dropout dropout
+    attention_probs_dropout_prob hidden_dropout_prob
     output_hidden_states output_attentions return_dict return_dict_in_generate output_scores output_logits
-    chunk_size_feed_forward is_decoder tie_encoder_decoder tie_last_hidden_states keys_to_ignore_at_inference
+    activation_dropout embedding_dropout keys_to_ignore_at_inference
+    chunk_size_feed_forward is_decoder tie_encoder_decoder tie_last_hidden_states
     id2label label2id num_labels problem_type finetuning_task task_specific_params tokenizer_class prefix
     bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id ignore_index
     model_max_length max_sequence_length is_llama_config
@@ -37,7 +39,7 @@ HARMLESS = frozenset(
     repetition_penalty encoder_repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
     bad_words_ids num_return_sequences forced_bos_token_id forced_eos_token_id remove_invalid_values
     exponential_decay_length_penalty suppress_tokens begin_suppress_tokens assistant_confidence_threshold
-    num_assistant_tokens num_assistant_tokens_schedule target_lookbehind assistant_lookbehind
+    num_assistant_tokens num_assistant_tokens_schedule target_lookbehind assistant_lookbehind cache_implementation
     """.split()
 )
 
@@ -50,6 +52,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "per_layer_config": ({},),
     "rope_interleaved": (False,),
     "use_sliding_window": (False,),
+    "use_mrope": (False,),
 }
 
 ROPE = frozenset(
@@ -57,6 +60,10 @@ ROPE = frozenset(
 )
 
 QUANTISED = ("quantization_config", "compression_config")
+
+# What any size or number of a published config stays far within, and products of a few of them, too.
+LARGEST = (1 << 31) - 1
+SMALLEST_NUMBER, LARGEST_NUMBER = 1e-30, 1e30
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -79,35 +86,40 @@ def check_keys(config: Config, known: frozenset[str]) -> None:
             continue
         if key not in ONLY:
             raise UnsupportedModel(
-                f"fgsnap does not know the config key {key!r} (value {_show(value)}).",
+                f"fgsnap does not know the config key {show(key)} (value {show(value)}).",
                 "It may change what the model computes, so it is not ignored.",
                 REWRITE,
             )
         if value not in ONLY[key]:
             raise UnsupportedModel(
-                f"The config key {key!r} is {_show(value)}.",
+                f"The config key {key!r} is {show(value)}.",
                 "fgsnap cannot express what that computes.",
                 REWRITE,
             )
 
 
 def integer(config: Config, key: str, default: int | None = None) -> int:
-    """A positive integer; absent or null means ``default``, which None makes an error."""
+    """A positive integer below 2**31; absent or null means ``default``, which None makes an error."""
     value = config.get(key)
     if value is None:
         if default is None:
             raise SourceError(f"config.json lacks {key!r}.", "The model's size cannot be known without it.")
         return default
-    if type(value) is not int or not 1 <= value <= 1 << 40:
-        raise _wrong(key, value, "a positive integer")
+    if type(value) is not int or not 1 <= value <= LARGEST:
+        raise _wrong(key, value, f"an integer from 1 to {LARGEST}")
     return value
 
 
+def count(config: Config, key: str, default: int) -> int:
+    """An integer that may be zero as well; absent or null means ``default``."""
+    return 0 if config.get(key) == 0 and type(config[key]) is int else integer(config, key, default)
+
+
 def number(config: Config, key: str, default: float | None = None) -> float:
-    """A finite number above zero; absent or null means ``default``, which None makes an error."""
+    """A number from SMALLEST_NUMBER to LARGEST_NUMBER; absent or null means ``default``, which None makes an error."""
     value: Any = default if config.get(key) is None else config[key]
-    if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
-        raise _wrong(key, value, "a number above zero")
+    if type(value) not in (int, float) or not SMALLEST_NUMBER <= value <= LARGEST_NUMBER:
+        raise _wrong(key, value, f"a number from {SMALLEST_NUMBER} to {LARGEST_NUMBER}")
     return float(value)
 
 
@@ -121,13 +133,21 @@ def flag(config: Config, key: str, default: bool = False) -> bool:
     return value
 
 
+def only(config: Config, key: str, *known: str) -> str | None:
+    """A choice by name that has to be one of ``known``; absent or null means None."""
+    value = config.get(key)
+    if value is not None and value not in known:
+        raise UnsupportedModel(f"The config key {key!r} is {show(value)}.", f"Supported: {', '.join(known)}.")
+    return value
+
+
 def activation(config: Config, key: str, default: str) -> Activation:
     """An activation by the name transformers gives it."""
     value = config.get(key)
     name = default if value is None else value
     if not isinstance(name, str) or name not in ACTIVATIONS:
         raise UnsupportedModel(
-            f"The activation {_show(name)} (config key {key!r}) is not supported.",
+            f"The activation {show(name)} (config key {key!r}) is not supported.",
             f"Supported are {', '.join(ACTIVATIONS)}.",
         )
     return ACTIVATIONS[name]
@@ -167,7 +187,7 @@ def _rope(config: Config, parameters: Config, dialect: str, head_dim: int, max_l
     for key, value in parameters.items():
         if key not in _ROPE_KEYS and value is not None:
             raise UnsupportedModel(
-                f"fgsnap does not know the key {key!r} of {dialect!r} (value {_show(value)}).",
+                f"fgsnap does not know the key {show(key)} of {dialect!r} (value {show(value)}).",
                 "It may change the angles of the rotation, so it is not ignored.",
                 REWRITE,
             )
@@ -199,7 +219,7 @@ def _rope(config: Config, parameters: Config, dialect: str, head_dim: int, max_l
     if kind == "longrope":
         return Rope(theta=theta, dims=dims, longrope=_longrope(parameters, dims, original, max_length))
     raise UnsupportedModel(
-        f"The rope type {_show(kind)} (config key {dialect!r}) is not supported.",
+        f"The rope type {show(kind)} (config key {dialect!r}) is not supported.",
         "Supported are default, linear, dynamic, llama3, yarn, longrope and proportional.",
     )
 
@@ -228,8 +248,8 @@ def _dynamic(parameters: Config, dims: int, max_length: int) -> DynamicNtk:
 
 def _llama3(parameters: Config, original: int) -> Llama3:
     low, high = number(parameters, "low_freq_factor"), number(parameters, "high_freq_factor")
-    if low >= high:
-        raise SourceError("llama3 rope scaling needs low_freq_factor < high_freq_factor.", f"They are {low}, {high}.")
+    if low > high:  # Llama 4 Scout has them equal
+        raise SourceError("llama3 rope scaling needs low_freq_factor <= high_freq_factor.", f"They are {low}, {high}.")
     return Llama3(number(parameters, "factor"), low, high, original)
 
 
@@ -277,17 +297,18 @@ def _longrope(parameters: Config, dims: int, original: int, max_length: int) -> 
 def _divisors(parameters: Config, key: Literal["short_factor", "long_factor"], count: int) -> tuple[float, ...]:
     values = parameters.get(key)
     if not isinstance(values, list) or len(values) != count:
-        found = f"{len(values)} entries" if isinstance(values, list) else _show(values)
+        found = f"{len(values)} entries" if isinstance(values, list) else show(values)
         raise SourceError(f"{key!r} of the rope scaling must list {count} numbers.", f"It has {found}.")
     return tuple(number({key: value}, key) for value in values)
 
 
 def _wrong(key: str, value: Any, wanted: str) -> SourceError:
     return SourceError(
-        f"The config key {key!r} is {_show(value)}.", f"It must be {wanted}.", "Check config.json; it may be damaged."
+        f"The config key {key!r} is {show(value)}.", f"It must be {wanted}.", "Check config.json; it may be damaged."
     )
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
+    """A value of a config as an error shows it, cut to a line."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -7,14 +7,13 @@ weigh, and ranks groups by their two best. The layer after the last one, which p
 from __future__ import annotations
 
 import math
-from typing import Any
 
-from fgsnap.convert.families.config import Config, activation, check_keys, flag, integer, number, rope
+from fgsnap.convert.families.config import Config, activation, check_keys, count, flag, integer, number, only, rope
 from fgsnap.convert.families.family import Family, computed_or_beyond
 from fgsnap.convert.families.naming import EXPERTS, FUSED, HALVES, MLP, NORMS, OUTER, Make, by_name
-from fgsnap.convert.families.parts import BASE, MOE, decoder, depth, gated_mlp, rms
+from fgsnap.convert.families.parts import BASE, MOE, checked_experts, decoder, depth, gated_mlp, rms
 from fgsnap.convert.rules import Rule, Shape, rule, take
-from fgsnap.errors import UnsupportedModel
+from fgsnap.errors import SourceError, UnsupportedModel
 from fgsnap.spec import Attention, DecoderSpec, Experts, Latent, Layer, Mlp, Norm, Router, SharedExpert
 
 KNOWN = (
@@ -51,11 +50,9 @@ INNER = NORMS | ATTENTION | MLP | EXPERTS | SHARED
 
 def v2_spec(config: Config) -> DecoderSpec:
     """What a DeepSeek-V2 config.json says is computed."""
-    methods = {"greedy": 1, "group_limited_greedy": integer(config, "n_group", 1)}
-    method = config.get("topk_method") or "greedy"
-    if method not in methods or config.get("scoring_func", "softmax") != "softmax":
-        raise UnsupportedModel(f"The config key 'topk_method' is {method!r}.", f"Supported are {', '.join(methods)}.")
-    groups = methods[method]
+    only(config, "scoring_func", "softmax")
+    limited = only(config, "topk_method", "greedy", "group_limited_greedy") == "group_limited_greedy"
+    groups = integer(config, "n_group", 1) if limited else 1
     router = Router(
         "softmax",
         integer(config, "num_experts_per_tok", 1),
@@ -68,6 +65,8 @@ def v2_spec(config: Config) -> DecoderSpec:
 
 def v3_spec(config: Config) -> DecoderSpec:
     """What a DeepSeek-V3 config.json says is computed."""
+    only(config, "topk_method", "noaux_tc")
+    only(config, "scoring_func", "sigmoid")
     return _spec(config, biased_router(config), first_sparse=3)
 
 
@@ -87,25 +86,37 @@ def biased_router(config: Config) -> Router:
 
 def _spec(config: Config, router: Router, first_sparse: int) -> DecoderSpec:
     check_keys(config, KNOWN)
-    if flag(config, "attention_bias") or flag(config, "mlp_bias") or integer(config, "moe_layer_freq", 1) != 1:
-        raise UnsupportedModel(
-            "This DeepSeek has biases, or layers without experts between those that have them.",
-            "No published one does ('attention_bias', 'mlp_bias', 'moe_layer_freq').",
-        )
+    _refuse_unpublished(config)
     max_length, norm = integer(config, "max_position_embeddings", 4096), rms(config)
     attention = _attention(config)
     dense = Layer(attention=attention, mlp=gated_mlp(config), attn_in=norm, mlp_in=norm)
     sparse = Layer(attention=attention, experts=_experts(config, router), attn_in=norm, mlp_in=norm)
-    first = config.get("first_k_dense_replace", first_sparse)
+    first = count(config, "first_k_dense_replace", first_sparse)
     layers = [dense if index < first else sparse for index in range(depth(config))]
     rotation = rope(config, integer(config, "qk_rope_head_dim", 64), max_length)
     return decoder(config, layers, norm, [rotation], max_length=max_length)
 
 
+def _refuse_unpublished(config: Config) -> None:
+    """Options that no published checkpoint uses."""
+    biased = flag(config, "attention_bias") or flag(config, "mlp_bias")
+    halves = not flag(config, "rope_interleave", default=True)
+    if biased or halves or integer(config, "moe_layer_freq", 1) != 1:
+        raise UnsupportedModel(
+            "This DeepSeek has biases, another rotation, or layers without experts between those that have them.",
+            "No published one does ('attention_bias', 'mlp_bias', 'rope_interleave', 'moe_layer_freq').",
+        )
+
+
 def _attention(config: Config) -> Attention:
     heads, rotated = integer(config, "num_attention_heads"), integer(config, "qk_rope_head_dim", 64)
     dim = integer(config, "qk_nope_head_dim", 128) + rotated
-    compressed = config.get("q_lora_rank", 1536)
+    compressed, rank = config.get("q_lora_rank", 1536), integer(config, "kv_lora_rank", 512)
+    if dim % 2 or rank % 2:
+        raise SourceError(
+            f"Of {dim} dims a head, or of a latent of {rank}, {rotated} cannot be rotated in pairs.",
+            "The dims that are not rotated come first, and have to be pairs too.",
+        )
     return Attention(
         heads=heads,
         kv_heads=heads,
@@ -114,7 +125,7 @@ def _attention(config: Config) -> Attention:
         value_dim=integer(config, "v_head_dim", 128),
         rope=0,
         latent=Latent(
-            kv_rank=integer(config, "kv_lora_rank", 512),
+            kv_rank=rank,
             rope_dim=rotated,
             norm=LATENT_NORM,
             query_rank=None if compressed is None else integer(config, "q_lora_rank", 1536),
@@ -124,19 +135,21 @@ def _attention(config: Config) -> Attention:
 
 def _stretch(config: Config) -> float:
     """YaRN's mscale over all dims, by which queries and keys are multiplied both."""
-    parameters: dict[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    share, factor = parameters.get("mscale_all_dim"), parameters.get("factor", 1.0)
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    return 0.1 * share * math.log(factor) + 1.0 if share and factor > 1 and kind != "default" else 1.0
+    parameters = config.get("rope_parameters") or config.get("rope_scaling")
+    if not isinstance(parameters, dict) or not parameters.get("mscale_all_dim"):
+        return 1.0
+    factor = number(parameters, "factor", 1.0)
+    scaled = factor > 1 and parameters.get("rope_type", parameters.get("type", "default")) != "default"
+    return 0.1 * number(parameters, "mscale_all_dim") * math.log(factor) + 1.0 if scaled else 1.0
 
 
 def _experts(config: Config, router: Router) -> Experts:
     inner, act = integer(config, "moe_intermediate_size", 1407), activation(config, "hidden_act", "silu")
-    shared = config.get("n_shared_experts")
-    return Experts(
-        count=integer(config, "n_routed_experts", 64),
-        mlp=Mlp(inner=inner, activation=act),
-        router=router,
+    shared = count(config, "n_shared_experts", 0)
+    return checked_experts(
+        integer(config, "n_routed_experts", 64),
+        Mlp(inner=inner, activation=act),
+        router,
         shared=SharedExpert(Mlp(inner=inner * shared, activation=act)) if shared else None,
     )
 

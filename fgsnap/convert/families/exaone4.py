@@ -45,11 +45,13 @@ def _kinds(config: Config, windowed: bool) -> Sequence[Kind]:
     if not windowed:
         return ["full_attention"] * count
     if isinstance(pattern, str) and pattern:
-        return [
-            "sliding_attention" if pattern[index % len(pattern)] == "L" else "full_attention" for index in range(count)
-        ]
+        return [_local(pattern[index % len(pattern)] == "L") for index in range(count)]
     step = integer({"sliding_window_pattern": pattern}, "sliding_window_pattern")
-    return ["sliding_attention" if (index + 1) % step else "full_attention" for index in range(count)]
+    return [_local((index + 1) % step != 0) for index in range(count)]
+
+
+def _local(local: bool) -> Kind:
+    return "sliding_attention" if local else "full_attention"
 
 
 def rules(spec: DecoderSpec) -> tuple[Rule, ...]:

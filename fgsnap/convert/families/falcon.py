@@ -14,13 +14,14 @@ from fgsnap.convert.families.family import Family
 from fgsnap.convert.families.naming import Make, by_name, heads_of
 from fgsnap.convert.families.parts import checked_heads, decoder, depth, layer_norm
 from fgsnap.convert.rules import Rule
+from fgsnap.errors import UnsupportedModel
 from fgsnap.spec import Alibi, Attention, DecoderSpec, Layer, Mlp
 
 KNOWN = ROPE | frozenset(
     """
     vocab_size hidden_size n_embed num_hidden_layers num_attention_heads num_kv_heads layer_norm_epsilon
     max_position_embeddings ffn_hidden_size activation tie_word_embeddings
-    alibi new_decoder_architecture multi_query parallel_attn num_ln_in_parallel_attn bias
+    alibi new_decoder_architecture multi_query parallel_attn num_ln_in_parallel_attn bias ff_factor
     apply_residual_connection_post_layernorm
     """.split()
 )
@@ -29,7 +30,8 @@ KNOWN = ROPE | frozenset(
 def spec(config: Config) -> DecoderSpec:
     """What a Falcon config.json says is computed."""
     check_keys(config, KNOWN)
-    config = {**config, "hidden_size": integer(config, "hidden_size", config.get("n_embed"))}
+    _refuse_unread(config)
+    config = {**config, "hidden_size": integer(config, "hidden_size" if config.get("n_embed") is None else "n_embed")}
     max_length, width = integer(config, "max_position_embeddings", 2048), integer(config, "hidden_size")
     alibi, bias = flag(config, "alibi"), flag(config, "bias")
     own = checked_heads(width, integer(config, "num_attention_heads"), _key_heads(config))
@@ -49,7 +51,7 @@ def spec(config: Config) -> DecoderSpec:
         down_bias=bias,
     )
     norm = layer_norm(config, "layer_norm_epsilon")
-    parallel = flag(config, "parallel_attn", default=True) or flag(config, "new_decoder_architecture")
+    parallel = flag(config, "parallel_attn", default=True)
     layer = Layer(
         attention=attention,
         mlp=mlp,
@@ -61,6 +63,20 @@ def spec(config: Config) -> DecoderSpec:
     return decoder(config, [layer] * depth(config), norm, ropes, max_length=max_length, tied=True)
 
 
+def _refuse_unread(config: Config) -> None:
+    """Options that no published checkpoint uses, and that readers disagree about."""
+    if flag(config, "apply_residual_connection_post_layernorm"):
+        raise UnsupportedModel(
+            "The config key 'apply_residual_connection_post_layernorm' is true.",
+            "Readers ignore it, or do not know it.",
+        )
+    if flag(config, "new_decoder_architecture") and not flag(config, "parallel_attn", default=True):
+        raise UnsupportedModel(
+            "The config key 'parallel_attn' is false, but 'new_decoder_architecture' is true.",
+            "The new architecture has its branches side by side.",
+        )
+
+
 def _key_heads(config: Config) -> int:
     queries = integer(config, "num_attention_heads")
     if flag(config, "new_decoder_architecture"):
@@ -70,9 +86,9 @@ def _key_heads(config: Config) -> int:
 
 def _norms(config: Config) -> int:
     """Norms before the branches of a layer."""
-    if not flag(config, "parallel_attn", default=True):
-        return 2
-    return integer(config, "num_ln_in_parallel_attn", 2 if flag(config, "new_decoder_architecture") else 1)
+    if flag(config, "new_decoder_architecture"):
+        return integer(config, "num_ln_in_parallel_attn", 2)
+    return 1 if flag(config, "parallel_attn", default=True) else 2
 
 
 def rules(spec: DecoderSpec, prefix: str = "transformer.") -> tuple[Rule, ...]:

@@ -9,12 +9,13 @@ from fgsnap.convert.families.family import Family
 from fgsnap.convert.families.naming import ATTENTION, MLP, OUTER, by_name
 from fgsnap.convert.families.parts import BASE, Kind, decoder, depth, heads, layer_types, window_of
 from fgsnap.convert.rules import Rule
+from fgsnap.errors import UnsupportedModel
 from fgsnap.spec import Attention, DecoderSpec, Embedding, Head, Layer, Mlp, Norm
 
 KNOWN = BASE | frozenset(
     """
     hidden_activation query_pre_attn_scalar sliding_window layer_types final_logit_softcapping
-    attn_logit_softcapping use_bidirectional_attention cache_implementation
+    attn_logit_softcapping use_bidirectional_attention sliding_window_size
     """.split()
 )
 NORMS = {
@@ -28,6 +29,7 @@ NORMS = {
 def spec(config: Config) -> DecoderSpec:
     """What a Gemma 2 config.json says is computed."""
     check_keys(config, KNOWN)
+    refuse_both_ways(config)
     max_length, width = integer(config, "max_position_embeddings", 8192), integer(config, "hidden_size")
     own, norm, bias = heads(config, keys=4, dim=256), gemma_norm(config), flag(config, "attention_bias")
 
@@ -58,6 +60,12 @@ def spec(config: Config) -> DecoderSpec:
     )
 
 
+def refuse_both_ways(config: Config) -> None:
+    """Attention that sees what comes later."""
+    if flag(config, "use_bidirectional_attention"):
+        raise UnsupportedModel("The config key 'use_bidirectional_attention' is true.", "fgsnap serves decoders only.")
+
+
 def gemma_norm(config: Config) -> Norm:
     """RMS, times 1 + w, all in float32."""
     return Norm(kind="rms", eps=number(config, "rms_norm_eps", 1e-6), unit_offset=True, float32_weight=True)
@@ -65,10 +73,8 @@ def gemma_norm(config: Config) -> Norm:
 
 def gemma_mlp(config: Config) -> Mlp:
     """A gated one; ``hidden_activation`` is what counts, ``hidden_act`` a leftover."""
-    return Mlp(
-        inner=integer(config, "intermediate_size"),
-        activation=activation(config, "hidden_activation", "gelu_pytorch_tanh"),
-    )
+    act = activation(config, "hidden_activation", "gelu_pytorch_tanh")
+    return Mlp(inner=integer(config, "intermediate_size"), activation=act)
 
 
 def softcap(config: Config, key: str, default: float | None) -> float | None:

@@ -9,7 +9,7 @@ from functools import partial
 
 from fgsnap.convert.families.config import Config, check_keys, flag, integer, number
 from fgsnap.convert.families.family import Family, computed
-from fgsnap.convert.families.gemma2 import NORMS, gemma_mlp, gemma_norm, softcap
+from fgsnap.convert.families.gemma2 import NORMS, gemma_mlp, gemma_norm, refuse_both_ways, softcap
 from fgsnap.convert.families.naming import ATTENTION, MLP, by_name
 from fgsnap.convert.families.parts import (
     BASE,
@@ -23,14 +23,12 @@ from fgsnap.convert.families.parts import (
     window_of,
 )
 from fgsnap.convert.rules import Rule
-from fgsnap.errors import UnsupportedModel
 from fgsnap.spec import Attention, DecoderSpec, Embedding, Head, Layer, QkNorm
 
 KNOWN = BASE | frozenset(
     """
     hidden_activation query_pre_attn_scalar sliding_window sliding_window_pattern _sliding_window_pattern layer_types
     final_logit_softcapping attn_logit_softcapping use_bidirectional_attention rope_local_base_freq
-    cache_implementation
     """.split()
 )
 ROPES: tuple[Kind, Kind] = ("full_attention", "sliding_attention")
@@ -40,8 +38,7 @@ THETA = {"full_attention": ("rope_theta", 1_000_000.0), "sliding_attention": ("r
 def spec(config: Config) -> DecoderSpec:
     """What a Gemma 3 config.json says is computed."""
     check_keys(config, KNOWN)
-    if flag(config, "use_bidirectional_attention"):
-        raise UnsupportedModel("The config key 'use_bidirectional_attention' is true.", "fgsnap serves decoders only.")
+    refuse_both_ways(config)
     max_length, width = integer(config, "max_position_embeddings", 131072), integer(config, "hidden_size")
     own, norm, bias = heads(config, keys=4, dim=256), gemma_norm(config), flag(config, "attention_bias")
 
@@ -92,8 +89,8 @@ def rules(spec: DecoderSpec, prefix: str = "model.", head: str = "lm_head") -> t
 
 
 def text_spec(config: Config) -> DecoderSpec:
-    """The decoder of a checkpoint that sees."""
-    return spec(inner_config(config, "text_config"))
+    """The decoder of a checkpoint that sees; what its config leaves out is as transformers has it."""
+    return spec({"vocab_size": 262208, "num_attention_heads": 8, **inner_config(config, "text_config")})
 
 
 def seen(name: str, spec: DecoderSpec) -> bool:

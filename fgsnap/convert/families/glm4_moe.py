@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from fgsnap.convert.families.config import Config, activation, check_keys, flag, integer, rope
+from fgsnap.convert.families.config import Config, activation, check_keys, count, flag, integer, rope
 from fgsnap.convert.families.deepseek import SHARED, biased_router
 from fgsnap.convert.families.family import Family, computed_or_beyond
 from fgsnap.convert.families.naming import ATTENTION, EXPERTS, FUSED, HALVES, MLP, NORMS, OUTER, by_name
-from fgsnap.convert.families.parts import BASE, MOE, decoder, depth, gated_mlp, heads, rms
+from fgsnap.convert.families.parts import BASE, MOE, checked_experts, decoder, depth, gated_mlp, heads, rms
 from fgsnap.convert.rules import Rule
 from fgsnap.spec import Attention, DecoderSpec, Experts, Layer, Mlp, QkNorm, SharedExpert
 
@@ -38,7 +38,7 @@ def spec(config: Config) -> DecoderSpec:
     )
     dense = Layer(attention=attention, mlp=gated_mlp(config), attn_in=norm, mlp_in=norm)
     sparse = Layer(attention=attention, experts=_experts(config), attn_in=norm, mlp_in=norm)
-    first = config.get("first_k_dense_replace", 1)
+    first = count(config, "first_k_dense_replace", 1)
     layers = [dense if index < first else sparse for index in range(depth(config))]
     rotation = rope({"partial_rotary_factor": ROTATED, **config}, own.dim, max_length)
     return decoder(config, layers, norm, [rotation], max_length=max_length)
@@ -46,11 +46,11 @@ def spec(config: Config) -> DecoderSpec:
 
 def _experts(config: Config) -> Experts:
     inner, act = integer(config, "moe_intermediate_size", 1408), activation(config, "hidden_act", "silu")
-    return Experts(
-        count=integer(config, "n_routed_experts", 128),
-        mlp=Mlp(inner=inner, activation=act),
-        router=biased_router(config),
-        shared=SharedExpert(Mlp(inner=inner * integer(config, "n_shared_experts", 1), activation=act)),
+    return checked_experts(
+        integer(config, "n_routed_experts", 128),
+        Mlp(inner=inner, activation=act),
+        biased_router(config),
+        SharedExpert(Mlp(inner=inner * integer(config, "n_shared_experts", 1), activation=act)),
     )
 
 

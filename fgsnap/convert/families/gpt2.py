@@ -16,6 +16,7 @@ KNOWN = frozenset(
     """
     vocab_size n_positions n_ctx n_embd n_layer n_head n_inner activation_function layer_norm_epsilon
     scale_attn_weights scale_attn_by_inverse_layer_idx reorder_and_upcast_attn tie_word_embeddings
+    n_special predict_special_tokens output_past _num_labels
     summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
     """.split()
 )

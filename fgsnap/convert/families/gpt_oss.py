@@ -11,10 +11,20 @@ import math
 from fgsnap.convert.families.config import Config, check_keys, integer, number, rope
 from fgsnap.convert.families.family import Family
 from fgsnap.convert.families.naming import ATTENTION, NORMS, OUTER, Make, by_name
-from fgsnap.convert.families.parts import BASE, MOE, Kind, decoder, depth, heads, layer_types, window_of
+from fgsnap.convert.families.parts import (
+    BASE,
+    MOE,
+    Kind,
+    checked_experts,
+    decoder,
+    depth,
+    heads,
+    layer_types,
+    window_of,
+)
 from fgsnap.convert.rules import Rule, Shape, rule, take
 from fgsnap.errors import UnsupportedModel
-from fgsnap.spec import Attention, DecoderSpec, Experts, Layer, Mlp, Norm, Router
+from fgsnap.spec import Attention, DecoderSpec, Layer, Mlp, Norm, Router
 
 KNOWN = (
     BASE
@@ -56,7 +66,7 @@ def spec(config: Config) -> DecoderSpec:
         clamp=number(config, "swiglu_limit", 7.0),
     )
     router = Router("softmax", integer(config, "num_experts_per_tok", 4), select_first=True, bias=True)
-    experts = Experts(count=integer(config, "num_local_experts", 128), mlp=mlp, router=router)
+    experts = checked_experts(integer(config, "num_local_experts", 128), mlp, router)
 
     def layer(kind: Kind) -> Layer:
         attention = Attention(

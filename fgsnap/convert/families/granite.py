@@ -5,9 +5,9 @@ from __future__ import annotations
 from fgsnap.convert.families.config import Config, activation, check_keys, flag, integer, number, rope
 from fgsnap.convert.families.family import Family
 from fgsnap.convert.families.naming import ATTENTION, HALVES, MLP, NORMS, OUTER, by_name
-from fgsnap.convert.families.parts import BASE, MOE, decoder, depth, gated_mlp, heads, rms
+from fgsnap.convert.families.parts import BASE, MOE, checked_experts, decoder, depth, gated_mlp, heads, rms
 from fgsnap.convert.rules import Rule
-from fgsnap.spec import Attention, DecoderSpec, Embedding, Experts, Head, Layer, Mlp, Router
+from fgsnap.spec import Attention, DecoderSpec, Embedding, Head, Layer, Mlp, Router
 
 MULTIPLIERS = frozenset("embedding_multiplier logits_scaling residual_multiplier attention_multiplier".split())
 EXPERTS = {
@@ -27,10 +27,10 @@ def spec(config: Config) -> DecoderSpec:
 def moe_spec(config: Config) -> DecoderSpec:
     """What a GraniteMoE config.json says is computed."""
     check_keys(config, BASE | MOE | MULTIPLIERS | {"num_local_experts"})
-    experts = Experts(
-        count=integer(config, "num_local_experts", 8),
-        mlp=Mlp(inner=integer(config, "intermediate_size"), activation=activation(config, "hidden_act", "silu")),
-        router=Router("softmax", integer(config, "num_experts_per_tok", 2), select_first=True),
+    experts = checked_experts(
+        integer(config, "num_local_experts", 8),
+        Mlp(inner=integer(config, "intermediate_size"), activation=activation(config, "hidden_act", "silu")),
+        Router("softmax", integer(config, "num_experts_per_tok", 2), select_first=True),
     )
     return _decoder(config, Layer(attention=_attention(config), experts=experts))
 

@@ -7,96 +7,53 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
-from fgsnap.convert.families.config import ROPE, Config, activation, check_keys, flag, integer, number, rope
+from fgsnap.convert.families.config import Config, check_keys, flag, integer, rope
 from fgsnap.convert.families.family import Family
 from fgsnap.convert.families.naming import ATTENTION, MLP, NORMS, OUTER, Make, by_name
+from fgsnap.convert.families.parts import BASE, decoder, depth, gated_mlp, heads, rms
 from fgsnap.convert.rules import Rule, pair_to_half, rotated_first
-from fgsnap.errors import SourceError, UnsupportedModel
-from fgsnap.spec import Attention, DecoderSpec, Embedding, Head, Layer, Mlp, Norm
+from fgsnap.errors import UnsupportedModel
+from fgsnap.spec import Attention, DecoderSpec, Layer
 
-KNOWN = ROPE | frozenset(
-    """
-    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
-    hidden_act max_position_embeddings rms_norm_eps tie_word_embeddings attention_bias mlp_bias
-    sliding_window layer_types
-    """.split()
-)
+KNOWN = BASE | frozenset("mlp_bias sliding_window layer_types".split())
 
-# What transformers assumes where a config says nothing.
-DEFAULTS: dict[str, dict[str, int | None]] = {
-    "llama": {"max_position_embeddings": 2048, "num_key_value_heads": None, "sliding_window": None},
-    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
-}
 
-MOST_LAYERS = 4096
+class Defaults(NamedTuple):
+    """What transformers assumes where a config says nothing."""
+
+    max_length: int
+    keys: int | None
+    window: int | None
+
+
+DEFAULTS = {"llama": Defaults(2048, None, None), "mistral": Defaults(131072, 8, 4096)}
 
 
 def spec(config: Config) -> DecoderSpec:
     """What a Llama or Mistral config.json says is computed; refused by key where the spec cannot express it."""
     check_keys(config, KNOWN)
     defaults = DEFAULTS[config["model_type"]]
-    width = integer(config, "hidden_size")
-    max_length = integer(config, "max_position_embeddings", defaults["max_position_embeddings"])
-    depth = integer(config, "num_hidden_layers")
-    if depth > MOST_LAYERS:
-        raise SourceError(f"config.json asks for {depth} layers.", f"No model has more than {MOST_LAYERS}.")
-    attention = _attention(config, width, defaults)
-    rotation = rope(config, attention.head_dim, max_length)
-    if rotation.dims != attention.head_dim and rotation.proportional_head_dim is None:
+    max_length = integer(config, "max_position_embeddings", defaults.max_length)
+    own, norm, bias = heads(config, keys=defaults.keys), rms(config), flag(config, "attention_bias")
+    rotation = rope(config, own.dim, max_length)
+    if rotation.dims != own.dim and rotation.proportional_head_dim is None:
         raise UnsupportedModel(
-            f"The config key 'partial_rotary_factor' rotates {rotation.dims} of {attention.head_dim} head dims.",
+            f"The config key 'partial_rotary_factor' rotates {rotation.dims} of {own.dim} head dims.",
             "Llama and Mistral rotate whole heads; readers of such a checkpoint disagree about the rest.",
             "Remove the key from config.json if it is a leftover.",
         )
-    norm = Norm(kind="rms", eps=number(config, "rms_norm_eps", 1e-6))
-    return DecoderSpec(
-        vocab_size=integer(config, "vocab_size"),
-        width=width,
-        max_length=max_length,
-        embedding=Embedding(width=width),
-        layer_kinds=(Layer(attention=attention, mlp=_mlp(config), attn_in=norm, mlp_in=norm),),
-        layers=(0,) * depth,
-        head=Head(tied=flag(config, "tie_word_embeddings")),
-        final_norm=norm,
-        ropes=(rotation,),
+    attention = Attention(
+        *own, scale=own.dim**-0.5, rope=0, window=_window(config, defaults), qkv_bias=bias, out_bias=bias
     )
+    mlp = gated_mlp(config, bias=flag(config, "mlp_bias"))
+    layer = Layer(attention=attention, mlp=mlp, attn_in=norm, mlp_in=norm)
+    return decoder(config, [layer] * depth(config), norm, [rotation], max_length=max_length)
 
 
-def _attention(config: Config, width: int, defaults: dict[str, int | None]) -> Attention:
-    heads = integer(config, "num_attention_heads")
-    kv_heads = integer(config, "num_key_value_heads", _kv_default(config, defaults, heads))
-    if config.get("head_dim") is None and width % heads:
-        raise SourceError(
-            f"hidden_size {width} does not divide into {heads} heads.", "config.json gives no head_dim either."
-        )
-    if heads % kv_heads:
-        raise SourceError(
-            f"{heads} attention heads cannot share {kv_heads} key-value heads.",
-            "num_attention_heads must be a multiple of num_key_value_heads.",
-        )
-    head_dim = integer(config, "head_dim", width // heads)
-    bias = flag(config, "attention_bias")
-    return Attention(
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        scale=head_dim**-0.5,
-        rope=0,
-        window=_window(config, defaults),
-        qkv_bias=bias,
-        out_bias=bias,
-    )
-
-
-def _kv_default(config: Config, defaults: dict[str, int | None], heads: int) -> int:
-    """An absent key means the family's default, a null one as many as attention heads."""
-    default = defaults["num_key_value_heads"]
-    return heads if default is None or "num_key_value_heads" in config else default
-
-
-def _window(config: Config, defaults: dict[str, int | None]) -> int | None:
-    given = config["sliding_window"] if "sliding_window" in config else defaults["sliding_window"]
+def _window(config: Config, defaults: Defaults) -> int | None:
+    given = config.get("sliding_window", defaults.window)
     window = None if given is None else integer({"sliding_window": given}, "sliding_window")
     if window is not None and config["model_type"] == "llama":
         raise UnsupportedModel(
@@ -113,16 +70,6 @@ def _window(config: Config, defaults: dict[str, int | None]) -> int | None:
             "Models that alternate windows have a model_type of their own.",
         )
     return window
-
-
-def _mlp(config: Config) -> Mlp:
-    bias = flag(config, "mlp_bias")
-    return Mlp(
-        inner=integer(config, "intermediate_size"),
-        activation=activation(config, "hidden_act", "silu"),
-        bias=bias,
-        down_bias=bias,
-    )
 
 
 # What a GGUF file calls them.

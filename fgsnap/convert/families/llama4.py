@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from fgsnap.convert.families.config import Config, activation, check_keys, flag, integer, number, rope
+from fgsnap.convert.families.config import Config, activation, check_keys, count, flag, integer, number, rope
 from fgsnap.convert.families.family import Family
 from fgsnap.convert.families.gemma3 import seen
 from fgsnap.convert.families.naming import ATTENTION, NORMS, Make, by_name
@@ -14,6 +14,7 @@ from fgsnap.convert.families.parts import (
     BASE,
     MOE,
     Kind,
+    checked_experts,
     decoder,
     depth,
     gated_mlp,
@@ -49,33 +50,31 @@ KNOWN = (
     """.split()
     )
 )
-INNER = (
-    NORMS
-    | ATTENTION
-    | {
-        "gate": "feed_forward.gate_proj",
-        "up": "feed_forward.up_proj",
-        "down": "feed_forward.down_proj",
-        "router": "feed_forward.router",
-        **dict.fromkeys(("experts.gate.weight", "experts.up.weight"), "feed_forward.experts.gate_up_proj"),
-        "experts.down.weight": "feed_forward.experts.down_proj",
-        "shared.gate": "feed_forward.shared_expert.gate_proj",
-        "shared.up": "feed_forward.shared_expert.up_proj",
-        "shared.down": "feed_forward.shared_expert.down_proj",
-    }
-)
+INNER = {
+    **NORMS,
+    **ATTENTION,
+    "gate": "feed_forward.gate_proj",
+    "up": "feed_forward.up_proj",
+    "down": "feed_forward.down_proj",
+    "router": "feed_forward.router",
+    **dict.fromkeys(("experts.gate.weight", "experts.up.weight"), "feed_forward.experts.gate_up_proj"),
+    "experts.down.weight": "feed_forward.experts.down_proj",
+    "shared.gate": "feed_forward.shared_expert.gate_proj",
+    "shared.up": "feed_forward.shared_expert.up_proj",
+    "shared.down": "feed_forward.shared_expert.down_proj",
+}
 
 
 def spec(config: Config) -> DecoderSpec:
     """What the config.json of Llama 4's decoder says is computed."""
     check_keys(config, KNOWN)
-    max_length, count = integer(config, "max_position_embeddings", 131072), depth(config)
+    max_length, layers = integer(config, "max_position_embeddings", 131072), depth(config)
     own, norm, bias = heads(config, keys=8, dim=128), rms(config, 1e-5), flag(config, "attention_bias")
     chunk = None if config.get("attention_chunk_size", 8192) is None else integer(config, "attention_chunk_size", 8192)
     rotating = rotating_layers(config)
     kinds: list[Kind] = ["chunked_attention" if rotates else "full_attention" for rotates in rotating]
-    step = integer(config, "interleave_moe_layer_step", 1)
-    sparse = frozenset(listed(config, "moe_layers") or range(step - 1, count, step))
+    step, given = integer(config, "interleave_moe_layer_step", 1), listed(config, "moe_layers")
+    sparse = frozenset(range(step - 1, layers, step) if config.get("moe_layers") is None else given)
 
     def layer(index: int, rotates: bool, kind: Kind) -> Layer:
         attention = Attention(
@@ -93,8 +92,8 @@ def spec(config: Config) -> DecoderSpec:
         mlp = gated_mlp(config, "intermediate_size_mlp")
         return Layer(attention=attention, mlp=mlp, attn_in=norm, mlp_in=norm)
 
-    layers = map(layer, range(count), rotating, layer_types(config, kinds))
-    return decoder(config, layers, norm, [rope(config, own.dim, max_length)], max_length=max_length)
+    every = map(layer, range(layers), rotating, layer_types(config, kinds, ("full_attention", "chunked_attention")))
+    return decoder(config, every, norm, [rope(config, own.dim, max_length)], max_length=max_length)
 
 
 def _qk_norm(config: Config) -> QkNorm | None:
@@ -104,7 +103,8 @@ def _qk_norm(config: Config) -> QkNorm | None:
 
 
 def _temperature(config: Config) -> QueryTemperature | None:
-    if not config.get("attn_temperature_tuning", True):
+    tuned = config.get("attn_temperature_tuning", True)
+    if not (tuned if type(tuned) is bool else count(config, "attn_temperature_tuning", 0)):
         return None
     return QueryTemperature("step", integer(config, "floor_scale", 8192), number(config, "attn_scale", 0.1))
 
@@ -112,7 +112,7 @@ def _temperature(config: Config) -> QueryTemperature | None:
 def _experts(config: Config) -> Experts:
     mlp = Mlp(inner=integer(config, "intermediate_size", 8192), activation=activation(config, "hidden_act", "silu"))
     router = Router("sigmoid", integer(config, "num_experts_per_tok", 1), select_first=True, weigh_input=True)
-    return Experts(count=integer(config, "num_local_experts", 16), mlp=mlp, router=router, shared=SharedExpert(mlp))
+    return checked_experts(integer(config, "num_local_experts", 16), mlp, router, SharedExpert(mlp))
 
 
 def rules(spec: DecoderSpec, prefix: str = "model.", head: str = "lm_head") -> tuple[Rule, ...]:

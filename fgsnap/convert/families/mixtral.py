@@ -5,9 +5,9 @@ from __future__ import annotations
 from fgsnap.convert.families.config import Config, activation, check_keys, integer, rope
 from fgsnap.convert.families.family import Family
 from fgsnap.convert.families.naming import ATTENTION, FUSED, HALVES, NORMS, OUTER, by_name
-from fgsnap.convert.families.parts import BASE, MOE, decoder, depth, heads, rms
+from fgsnap.convert.families.parts import BASE, MOE, checked_experts, decoder, depth, heads, optional_window, rms
 from fgsnap.convert.rules import Rule
-from fgsnap.spec import Attention, DecoderSpec, Experts, Layer, Mlp, Router
+from fgsnap.spec import Attention, DecoderSpec, Layer, Mlp, Router
 
 KNOWN = BASE | MOE | frozenset("sliding_window num_local_experts".split())
 EXPERTS = {
@@ -23,13 +23,12 @@ def spec(config: Config) -> DecoderSpec:
     check_keys(config, KNOWN)
     max_length = integer(config, "max_position_embeddings", 131072)
     own, norm = heads(config, keys=8), rms(config, 1e-5)
-    window = None if config.get("sliding_window") is None else integer(config, "sliding_window")
-    experts = Experts(
-        count=integer(config, "num_local_experts", 8),
-        mlp=Mlp(inner=integer(config, "intermediate_size", 14336), activation=activation(config, "hidden_act", "silu")),
-        router=Router("softmax", integer(config, "num_experts_per_tok", 2), renormalize=True),
+    experts = checked_experts(
+        integer(config, "num_local_experts", 8),
+        Mlp(inner=integer(config, "intermediate_size", 14336), activation=activation(config, "hidden_act", "silu")),
+        Router("softmax", integer(config, "num_experts_per_tok", 2), renormalize=True),
     )
-    attention = Attention(*own, scale=own.dim**-0.5, rope=0, window=window)
+    attention = Attention(*own, scale=own.dim**-0.5, rope=0, window=optional_window(config))
     layers = [Layer(attention=attention, experts=experts, attn_in=norm, mlp_in=norm)] * depth(config)
     return decoder(config, layers, norm, [rope(config, own.dim, max_length)], max_length=max_length)
 

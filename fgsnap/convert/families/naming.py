@@ -77,7 +77,7 @@ def by_name(
 
 
 def split(name: str) -> tuple[str | None, str, str]:
-    """``layers.3.q.weight`` -> ("3", "q", "weight"); ``embed.weight`` -> (None, "embed", "weight")."""
+    """``layers.3.experts.up.weight`` -> ("3", "experts.up", "weight"); None where there is no layer."""
     *path, kind = name.split(".")
     layer = path[1] if path[0] == "layers" else None
     return layer, ".".join(path[2:] if layer else path), kind

@@ -35,10 +35,8 @@ def spec(config: Config) -> DecoderSpec:
     """What an OPT config.json says is computed."""
     check_keys(config, KNOWN)
     max_length, width = integer(config, "max_position_embeddings", 2048), integer(config, "hidden_size")
-    bias, affine = (
-        flag(config, "enable_bias", default=True),
-        flag(config, "layer_norm_elementwise_affine", default=True),
-    )
+    bias = flag(config, "enable_bias", default=True)
+    affine = flag(config, "layer_norm_elementwise_affine", default=True)
     own = checked_heads(width, integer(config, "num_attention_heads"), integer(config, "num_attention_heads"))
     attention = Attention(*own, scale=own.dim**-0.5, qkv_bias=bias, out_bias=bias)
     mlp = Mlp(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
-from fgsnap.convert.families.config import ROPE, Config, activation, flag, integer, number, rope
+from fgsnap.convert.families.config import ROPE, Config, activation, count, flag, integer, number, rope
 from fgsnap.errors import SourceError, UnsupportedModel
-from fgsnap.spec import DecoderSpec, Embedding, Head, Layer, Mlp, Norm, Rope
+from fgsnap.spec import DecoderSpec, Embedding, Experts, Head, Layer, Mlp, Norm, Rope, Router, SharedExpert
 
 BASE = ROPE | frozenset(
     """
@@ -26,7 +26,10 @@ MOE = frozenset(
     """.split()
 )
 
+# Rules are made head by head and expert by expert, so their numbers bound what a config can make conversion do.
 MOST_LAYERS = 4096
+MOST_HEADS_AND_EXPERTS = 1 << 17  # of all layers; DeepSeek-V3 has 23,000
+MOST_ROTATED_DIMS = 1 << 14  # of a head; each has an angle
 
 
 class Heads(NamedTuple):
@@ -49,10 +52,11 @@ def heads(config: Config, keys: int | None = None, dim: int | None = None) -> He
     """The heads; ``keys`` and ``dim`` are what an absent key means, None: as many as queries, the width divided."""
     width, queries = integer(config, "hidden_size"), integer(config, "num_attention_heads")
     absent = queries if keys is None or "num_key_value_heads" in config else keys
-    return checked_heads(width, queries, integer(config, "num_key_value_heads", absent), config.get("head_dim") or dim)
+    given = dim if config.get("head_dim") is None else integer(config, "head_dim")
+    return checked_heads(width, queries, integer(config, "num_key_value_heads", absent), given)
 
 
-def checked_heads(width: int, queries: int, keys: int, dim: Any = None) -> Heads:
+def checked_heads(width: int, queries: int, keys: int, dim: int | None = None) -> Heads:
     """Heads that divide as they must; ``dim`` None divides the width."""
     if dim is None and width % queries:
         raise SourceError(f"hidden_size {width} does not divide into {queries} heads.", "No head_dim is given either.")
@@ -61,7 +65,7 @@ def checked_heads(width: int, queries: int, keys: int, dim: Any = None) -> Heads
             f"{queries} attention heads cannot share {keys} key-value heads.",
             "num_attention_heads must be a multiple of num_key_value_heads.",
         )
-    return Heads(queries, keys, width // queries if dim is None else integer({"head_dim": dim}, "head_dim"))
+    return Heads(queries, keys, width // queries if dim is None else dim)
 
 
 def rms(config: Config, default: float = 1e-6, key: str = "rms_norm_eps") -> Norm:
@@ -80,19 +84,41 @@ def gated_mlp(config: Config, inner: str = "intermediate_size", act: str = "hidd
     return Mlp(inner=integer(config, inner), activation=how, bias=bias, down_bias=bias)
 
 
+def checked_experts(total: int, mlp: Mlp, router: Router, shared: SharedExpert | None = None) -> Experts:
+    """Experts whose numbers fit one another."""
+    groups, kept = router.groups, router.kept_groups
+    ranked = 2 if router.group_rank == "top2_sum" and groups > 1 else 1
+    if total % groups or total // groups < ranked or kept > groups:
+        raise SourceError(
+            f"config.json has {total} experts in {groups} groups, of which {kept} are kept.",
+            "Groups have to be equal, and large enough to be ranked.",
+        )
+    if router.top_k > total // groups * kept:
+        raise SourceError(
+            f"config.json sends a token to {router.top_k} of {total // groups * kept} experts.",
+            "There are not that many.",
+        )
+    return Experts(count=total, mlp=mlp, router=router, shared=shared)
+
+
 Kind = Literal["full_attention", "sliding_attention", "chunked_attention"]
 
 
-def layer_types(config: Config, default: Sequence[Kind]) -> Sequence[Kind]:
+def layer_types(
+    config: Config, default: Sequence[Kind], known: Sequence[Kind] = ("full_attention", "sliding_attention")
+) -> Sequence[Kind]:
     """Each layer's kind of attention: as ``layer_types`` says, or as the family's rule does where it is absent."""
     given = config.get("layer_types")
     if given is None:
         return default
     if not isinstance(given, list) or len(given) != len(default):
-        raise SourceError(f"'layer_types' in config.json does not name {len(default)} layers.", "", "")
+        raise SourceError(f"The config key 'layer_types' does not name {len(default)} layers.", "Each has one.")
     for kind in given:
-        if kind not in ("full_attention", "sliding_attention", "chunked_attention"):
-            raise UnsupportedModel(f"The config key 'layer_types' names {kind!r}.", "fgsnap does not know it.")
+        if kind not in known:
+            raise UnsupportedModel(
+                f"The config key 'layer_types' names {str(kind)[:40]!r}.",
+                f"Of this family, {' and '.join(known)} are supported.",
+            )
     return given
 
 
@@ -101,6 +127,11 @@ def window_of(kind: Kind, config: Config, default: int | None = None) -> int | N
     if kind != "sliding_attention":
         return None
     return integer(config, "sliding_window", default)
+
+
+def optional_window(config: Config) -> int | None:
+    """The window of all layers; absent or null: none."""
+    return None if config.get("sliding_window") is None else integer(config, "sliding_window")
 
 
 def rope_of(config: Config, kind: Kind, head_dim: int, max_length: int) -> Rope:
@@ -135,25 +166,41 @@ def decoder(
         tied: see ``head``.
     """
     every = tuple(layers)
-    kinds = tuple(dict.fromkeys(every))
+    kinds = {layer: index for index, layer in enumerate(dict.fromkeys(every))}
+    _refuse_too_many(every, ropes)
     width = integer(config, "hidden_size")
     return DecoderSpec(
         vocab_size=integer(config, "vocab_size"),
         width=width,
         max_length=max_length,
         embedding=embedding or Embedding(width=width),
-        layer_kinds=kinds,
-        layers=tuple(kinds.index(layer) for layer in every),
+        layer_kinds=tuple(kinds),
+        layers=tuple(kinds[layer] for layer in every),
         head=head or Head(tied=flag(config, "tie_word_embeddings", tied)),
         final_norm=norm,
         ropes=tuple(ropes),
     )
 
 
+def _refuse_too_many(layers: Iterable[Layer], ropes: Iterable[Rope]) -> None:
+    rotated = max((rope.dims for rope in ropes), default=0)
+    if rotated > MOST_ROTATED_DIMS:
+        raise SourceError(
+            f"config.json asks for heads with {rotated} rotated dims.",
+            f"No model has more than {MOST_ROTATED_DIMS}.",
+        )
+    found = sum(layer.attention.heads + (layer.experts.count if layer.experts else 0) for layer in layers)
+    if found > MOST_HEADS_AND_EXPERTS:
+        raise SourceError(
+            f"config.json asks for {found} attention heads and experts over all layers.",
+            f"No model has more than {MOST_HEADS_AND_EXPERTS}.",
+        )
+
+
 def windows_above(config: Config) -> Sequence[Kind]:
     """Windows on the layers from ``max_window_layers`` on, if ``use_sliding_window``; as the Qwen families have it."""
     used = flag(config, "use_sliding_window") and config.get("sliding_window", True) is not None
-    begin = integer(config, "max_window_layers", 28) if config.get("max_window_layers") != 0 else 0
+    begin = count(config, "max_window_layers", 28)
     kinds: list[Kind] = [
         "sliding_attention" if used and index >= begin else "full_attention" for index in range(depth(config))
     ]
@@ -172,18 +219,20 @@ def refuse_unused(config: Config, used: bool, kinds: Sequence[Kind]) -> Sequence
 
 
 def listed(config: Config, key: str) -> Sequence[int]:
-    """A list of layer numbers; absent or null: none."""
-    value = config.get(key) or []
+    """A list of integers; absent or null: none."""
+    value: Any = [] if config.get(key) is None else config[key]
     if not isinstance(value, list) or any(type(entry) is not int for entry in value):
-        raise SourceError(f"The config key {key!r} is no list of layers.", "", "Check config.json; it may be damaged.")
+        raise SourceError(
+            f"The config key {key!r} is no list of integers.", "", "Check config.json; it may be damaged."
+        )
     return value
 
 
 def sparse_layers(config: Config, experts: int) -> frozenset[int]:
     """The layers with experts: every ``decoder_sparse_step``-th one but those of ``mlp_only_layers``."""
-    if config.get("num_experts", experts) == 0:
+    if count(config, "num_experts", experts) == 0:
         return frozenset()
-    step, dense = integer(config, "decoder_sparse_step", 1), listed(config, "mlp_only_layers")
+    step, dense = integer(config, "decoder_sparse_step", 1), {*listed(config, "mlp_only_layers")}
     return frozenset(index for index in range(depth(config)) if (index + 1) % step == 0 and index not in dense)
 
 
@@ -197,8 +246,8 @@ def inner_config(config: Config, key: str) -> Config:
 
 def rotating_layers(config: Config) -> Sequence[bool]:
     """Whether each layer rotates: as ``no_rope_layers`` says (1: it does), or all but every so many-th."""
-    count, interval = depth(config), integer(config, "no_rope_layer_interval", 4)
+    layers, interval = depth(config), integer(config, "no_rope_layer_interval", 4)
     given = listed(config, "no_rope_layers")
-    if given and len(given) != count:
-        raise SourceError(f"'no_rope_layers' in config.json does not have {count} entries.", "", "")
-    return [bool(entry) for entry in given] or [(index + 1) % interval != 0 for index in range(count)]
+    if given and len(given) != layers:
+        raise SourceError(f"The config key 'no_rope_layers' does not have {layers} entries.", "Each layer has one.")
+    return [bool(entry) for entry in given] or [(index + 1) % interval != 0 for index in range(layers)]

@@ -7,7 +7,7 @@ from typing import Any
 from fgsnap.convert.families.config import Config, check_keys, integer, rope
 from fgsnap.convert.families.family import Family
 from fgsnap.convert.families.naming import NORMS, OUTER, Make, by_name, rows_of
-from fgsnap.convert.families.parts import BASE, decoder, depth, gated_mlp, heads, rms
+from fgsnap.convert.families.parts import BASE, decoder, depth, gated_mlp, heads, optional_window, rms
 from fgsnap.convert.rules import Rule
 from fgsnap.spec import Attention, DecoderSpec, Layer
 
@@ -29,8 +29,7 @@ def spec(config: Config) -> DecoderSpec:
     check_keys(config, KNOWN)
     max_length = integer(config, "max_position_embeddings", 4096)
     own, norm = heads(config), rms(config, 1e-5)
-    window = None if config.get("sliding_window") is None else integer(config, "sliding_window")
-    attention = Attention(*own, scale=own.dim**-0.5, rope=0, window=window)
+    attention = Attention(*own, scale=own.dim**-0.5, rope=0, window=optional_window(config))
     layer = Layer(attention=attention, mlp=gated_mlp(config), attn_in=norm, mlp_in=norm)
     rotation = rope(_long(config), own.dim, max_length)
     return decoder(config, [layer] * depth(config), norm, [rotation], max_length=max_length)

@@ -11,7 +11,7 @@ from fgsnap.convert.families.family import Family
 from fgsnap.convert.families.naming import Make, by_name, rows_of
 from fgsnap.convert.families.parts import decoder, depth
 from fgsnap.convert.rules import Rule
-from fgsnap.errors import UnsupportedModel
+from fgsnap.errors import SourceError, UnsupportedModel
 from fgsnap.spec import Attention, DecoderSpec, DynamicNtk, Layer, Mlp, Norm, QueryTemperature, Rope
 
 KNOWN = frozenset(
@@ -40,11 +40,17 @@ def spec(config: Config) -> DecoderSpec:
     check_keys(config, KNOWN)
     _refuse_unknown_code(config)
     queries, dim = integer(config, "num_attention_heads"), integer(config, "kv_channels", 128)
+    inner = integer(config, "intermediate_size")  # of both halves of the gated MLP together
+    if dim % 2 or dim <= 2 or inner % 2:
+        raise SourceError(
+            f"{dim} head dims or {inner} MLP dims cannot be halved.",
+            "Check kv_channels and intermediate_size in config.json.",
+        )
     trained = integer(config, "seq_length", 2048)
     norm = Norm(kind="rms", eps=number(config, "layer_norm_epsilon", 1e-6))
     growing = QueryTemperature("logn", trained) if flag(config, "use_logn_attn", default=True) else None
     attention = Attention(queries, queries, dim, dim**-0.5, rope=0, qkv_bias=True, query_temperature=growing)
-    mlp = Mlp(inner=integer(config, "intermediate_size") // 2, activation="silu")
+    mlp = Mlp(inner=inner // 2, activation="silu")
     stretched = DynamicNtk(1.0, trained, powers_of_two=True) if flag(config, "use_dynamic_ntk", default=True) else None
     return decoder(
         config,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fgsnap.convert.families.config import Config, activation, check_keys, flag, integer, rope
+from fgsnap.convert.families.config import Config, activation, check_keys, count, flag, integer, rope
 from fgsnap.convert.families.family import Family
 from fgsnap.convert.families.naming import ATTENTION, EXPERTS, FUSED, HALVES, MLP, NORMS, OUTER, by_name
 from fgsnap.convert.families.parts import (
@@ -12,6 +12,7 @@ from fgsnap.convert.families.parts import (
     MOE,
     WINDOWS,
     Kind,
+    checked_experts,
     decoder,
     depth,
     gated_mlp,
@@ -58,7 +59,7 @@ def spec(config: Config) -> DecoderSpec:
 
 
 def _kinds(config: Config) -> Sequence[Kind]:
-    used, below = flag(config, "use_sliding_window"), integer(config, "max_window_layers", 28)
+    used, below = flag(config, "use_sliding_window"), count(config, "max_window_layers", 28)
     kinds: list[Kind] = [
         "sliding_attention" if used and index % 2 == 0 and index < below else "full_attention"
         for index in range(depth(config))
@@ -68,11 +69,11 @@ def _kinds(config: Config) -> Sequence[Kind]:
 
 def _experts(config: Config) -> Experts:
     act = activation(config, "hidden_act", "silu")
-    return Experts(
-        count=integer(config, "num_experts", 60),
-        mlp=Mlp(inner=integer(config, "moe_intermediate_size", 1408), activation=act),
-        router=Router("softmax", integer(config, "num_experts_per_tok", 4), renormalize=flag(config, "norm_topk_prob")),
-        shared=SharedExpert(Mlp(inner=integer(config, "shared_expert_intermediate_size", 5632), activation=act), True),
+    return checked_experts(
+        integer(config, "num_experts", 60),
+        Mlp(inner=integer(config, "moe_intermediate_size", 1408), activation=act),
+        Router("softmax", integer(config, "num_experts_per_tok", 4), renormalize=flag(config, "norm_topk_prob")),
+        SharedExpert(Mlp(inner=integer(config, "shared_expert_intermediate_size", 5632), activation=act), True),
     )
 
 
