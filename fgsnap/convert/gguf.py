@@ -1,8 +1,9 @@
 """A GGUF file as a source: header parsed here with care, blocks dequantised by the ``gguf`` library, row by row.
 
 The header is read with Python integers, each checked against what is left of the file, before anything of that size is
-allocated or mapped. The metadata becomes a Hugging Face style config, so that the families need not know GGUF; the
-tensors keep GGUF's names, and q and k keep GGUF's row order (adjacent pairs), which the family's rules undo.
+allocated or mapped. The metadata becomes a Hugging Face style config (``gguf_config``), so that the families need not
+know GGUF. The tensors keep GGUF's names, and their rows GGUF's order (pairs side by side in some architectures), which
+the family's rules undo. A stack of matrices is offered as one matrix of all their rows.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from fgsnap.convert.gguf_config import ARCHITECTURES, FROM_ORIGINAL, config
 from fgsnap.convert.source import (
     AGAIN,
     LOCAL,
@@ -42,6 +44,7 @@ MAX_KEYS = 10_000
 MAX_NAME_BYTES = 1024
 MAX_LABEL = 200
 MAX_ARRAY = 1 << 22
+MAX_VECTOR = 1 << 16
 PIECE = 1 << 20
 ARRAY, STRING = 9, 8
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -59,7 +62,11 @@ class Place(NamedTuple):
 
 
 class Gguf:
-    """One GGUF file of the ``llama`` architecture, open for reading."""
+    """One GGUF file, open for reading.
+
+    llama.cpp stores the norms of some architectures as 1 + w, in float32. The one is taken off again, which gives the w
+    of the checkpoint, but for what 1 + w had no bits for.
+    """
 
     kind: Literal["hf", "gguf"] = "gguf"
     revision: str | None = None
@@ -77,7 +84,8 @@ class Gguf:
         self.dequantised = tuple(sorted({place.type for place in self._places.values()} - {*UNQUANTISED}))
         _check_whole_model(path.name, self.metadata)
         _check_types(path.name, self._places)
-        self.config = config(self.metadata, self.tensors, self._rope_factors())
+        self._norms_plus_one = _norms_plus_one(path.name, self.metadata, self.tensors)
+        self.config = config(self.metadata, self.tensors, self._vector)
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray[Any, Any]:
         tensor, place = self.tensors[name], self._places[name]
@@ -87,9 +95,14 @@ class Gguf:
         row_bytes = width // place.block * place.block_bytes
         begin, count = place.offset + start * row_bytes, (stop - start) * row_bytes
         raw: np.ndarray[Any, Any] = np.frombuffer(self._map, np.uint8, count, begin)
+        rows: np.ndarray[Any, Any]
         if place.type in UNQUANTISED:
-            return raw.view(NUMPY_DTYPES[tensor.dtype]).reshape(stop - start, *inner)
-        return _dequantise(raw.reshape(stop - start, row_bytes), place).reshape(stop - start, *inner)
+            rows = raw.view(NUMPY_DTYPES[tensor.dtype]).reshape(stop - start, *inner)
+        else:
+            rows = _dequantise(raw.reshape(stop - start, row_bytes), place).reshape(stop - start, *inner)
+        if name in self._norms_plus_one:
+            rows = rows - np.float32(1)
+        return rows
 
     def text_files(self) -> dict[str, bytes]:
         from fgsnap.convert import gguf_tokenizer
@@ -105,11 +118,34 @@ class Gguf:
     def close(self) -> None:
         """Nothing to do: the file is closed already, and the map goes with the last array over it."""
 
-    def _rope_factors(self) -> list[float] | None:
-        """The divisors of the rope frequencies, where the file stores them as a tensor."""
-        if "rope_freqs.weight" not in self.tensors:
+    def _vector(self, name: str) -> list[float] | None:
+        """The values of a small tensor that says what config.json would; None where the file has none of that name."""
+        tensor = self.tensors.get(name)
+        if tensor is None:
             return None
-        return [float(value) for value in self.rows("rope_freqs.weight", 0, self.tensors["rope_freqs.weight"].shape[0])]
+        if len(tensor.shape) != 1 or tensor.shape[0] > MAX_VECTOR or self._places[name].type != "F32":
+            raise SourceError(
+                f"The tensor {name} has the shape {show(list(tensor.shape))} and the type {self._places[name].type}.",
+                f"A row of at most {MAX_VECTOR} numbers in F32 is needed.",
+                AGAIN,
+            )
+        values: list[float] = self.rows(name, 0, tensor.shape[0]).tolist()
+        return values
+
+
+def _norms_plus_one(label: str, metadata: dict[str, Any], tensors: dict[str, SourceTensor]) -> frozenset[str]:
+    """The tensors that hold 1 + w."""
+    if not ARCHITECTURES[metadata["general.architecture"]].norms_plus_one:
+        return frozenset()
+    norms = [tensor for tensor in tensors.values() if tensor.name.endswith("norm.weight")]
+    rounded = [tensor.name for tensor in norms if tensor.dtype != "float32"]
+    if rounded:
+        raise UnsupportedModel(
+            f"{label} holds the norm {show(rounded[0])} in {tensors[rounded[0]].dtype}.",
+            "Its architecture stores norms as 1 + w, and in less than float32 the weight w is lost.",
+            FROM_ORIGINAL,
+        )
+    return frozenset(tensor.name for tensor in norms)
 
 
 def _model_name(metadata: dict[str, Any]) -> str:
@@ -206,7 +242,8 @@ class _Header:
             if place.type in NUMBERS:
                 self.others[name] = OtherTensor(place.type, shape)
             else:
-                self.tensors[name] = SourceTensor(name, UNQUANTISED.get(place.type, "float32"), shape)
+                rows = shape if len(shape) < 3 else (math.prod(shape[:-1]), shape[-1])
+                self.tensors[name] = SourceTensor(name, UNQUANTISED.get(place.type, "float32"), rows)
             ends.append((place.offset, place.offset + length, name))
         ends.sort()
         for (_, end, before), (start, _, name) in pairwise(ends):
@@ -255,139 +292,8 @@ class _Header:
         return SourceError(f"{self.label} is not a valid GGUF file.", why, AGAIN)
 
 
-def config(
-    metadata: dict[str, Any], tensors: dict[str, SourceTensor], rope_factors: list[float] | None
-) -> dict[str, Any]:
-    """The metadata as a Hugging Face style config.json; an unknown key of the architecture is refused, not dropped."""
-    keys = {key.removeprefix("llama."): value for key, value in metadata.items() if key.startswith("llama.")}
-    unknown = sorted(set(keys) - EXPRESSED - HARMLESS)
-    if unknown:
-        raise UnsupportedModel(
-            f"The GGUF key llama.{unknown[0]} is not known.",
-            "It may change what the model computes, and fgsnap cannot express it.",
-            "Convert from the original Hugging Face checkpoint.",
-        )
-    width = _positive(keys, "embedding_length")
-    heads = _positive(keys, "attention.head_count")
-    head_dim = _positive(keys, "attention.key_length", width // heads)
-    for other in ("attention.value_length", "rope.dimension_count"):
-        if _positive(keys, other, head_dim) != head_dim:
-            raise UnsupportedModel(
-                f"The GGUF key llama.{other} is {keys[other]}, but heads have {head_dim} dimensions.",
-                "fgsnap reads GGUF files whose heads are rotated whole and have one size.",
-                "Convert from the original Hugging Face checkpoint.",
-            )
-    if keys.get("expert_count"):
-        raise UnsupportedModel(
-            f"The GGUF key llama.expert_count is {show(keys['expert_count'])}.",
-            "Mixtures of experts are not read from GGUF.",
-            FROM_ORIGINAL,
-        )
-    embedding = tensors.get("token_embd.weight")
-    window = keys.get("attention.sliding_window")
-    context = _positive(keys, "context_length")
-    result: dict[str, Any] = {
-        "architectures": ["MistralForCausalLM" if window else "LlamaForCausalLM"],
-        "model_type": "mistral" if window else "llama",
-        "hidden_size": width,
-        "intermediate_size": _positive(keys, "feed_forward_length"),
-        "num_hidden_layers": _positive(keys, "block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": _positive(keys, "attention.head_count_kv", heads),
-        "head_dim": head_dim,
-        "vocab_size": embedding.shape[0] if embedding else _positive(keys, "vocab_size"),
-        "max_position_embeddings": context,
-        "rms_norm_eps": _real(keys, "attention.layer_norm_rms_epsilon"),
-        "rope_theta": _real(keys, "rope.freq_base", 10000.0),
-        "hidden_act": "silu",
-        "attention_bias": "blk.0.attn_q.bias" in tensors,
-        "mlp_bias": "blk.0.ffn_up.bias" in tensors,
-        "tie_word_embeddings": "output.weight" not in tensors,
-        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
-        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
-    }
-    scaling = _rope_scaling(keys, context, rope_factors)
-    if scaling is not None:
-        result["rope_scaling"] = scaling
-    if window:
-        result["sliding_window"] = _positive(keys, "attention.sliding_window")
-    return {key: value for key, value in result.items() if value is not None}
-
-
-EXPRESSED = {
-    *("embedding_length", "feed_forward_length", "block_count", "context_length", "vocab_size", "expert_count"),
-    *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
-    *("attention.layer_norm_rms_epsilon", "attention.sliding_window", "rope.freq_base", "rope.dimension_count"),
-    *("rope.scale_linear", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length"),
-    *("rope.scaling.attn_factor", "rope.scaling.yarn_log_multiplier", "rope.scaling.yarn_ext_factor"),
-    *("rope.scaling.yarn_attn_factor", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
-}
-HARMLESS = {"expert_used_count", "rope.scaling.finetuned", "tensor_data_layout"}
-
-
-def _rope_scaling(keys: dict[str, Any], context: int, factors: list[float] | None) -> dict[str, Any] | None:
-    """The rope scaling in Hugging Face terms, its defaults being those of llama.cpp: linear, and factor 0 for none.
-
-    Stored divisors (how Llama-3.1 files carry their scaling) are expressed exactly as a LongRoPE table that is the same
-    for short and long contexts.
-    """
-    kind = keys.get("rope.scaling.type", "linear")
-    factor = _real(keys, "rope.scaling.factor", _real(keys, "rope.scale_linear", 1.0)) or 1.0
-    if kind == "linear" and factor == 1.0:
-        kind = "none"
-    for key in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor", "yarn_log_multiplier"):
-        if keys.get(f"rope.scaling.{key}") not in (None, 0.0, 1.0):
-            raise UnsupportedModel(f"The GGUF key llama.rope.scaling.{key} is not supported.", "", FROM_ORIGINAL)
-    if factors is not None:
-        if kind != "none":
-            raise UnsupportedModel(
-                f"The file has both rope_freqs.weight and rope scaling {show(kind)}.",
-                "Only one can be expressed.",
-                FROM_ORIGINAL,
-            )
-        return {
-            "rope_type": "longrope",
-            "short_factor": factors,
-            "long_factor": factors,
-            "original_max_position_embeddings": context,
-            "attention_factor": 1.0,
-        }
-    if kind == "none":
-        return None
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": factor}
-    if kind == "yarn":
-        return {
-            "rope_type": "yarn",
-            "factor": factor,
-            "original_max_position_embeddings": _positive(keys, "rope.scaling.original_context_length", context),
-            "beta_fast": _real(keys, "rope.scaling.yarn_beta_fast", 32.0),
-            "beta_slow": _real(keys, "rope.scaling.yarn_beta_slow", 1.0),
-        }
-    raise UnsupportedModel(f"The GGUF key llama.rope.scaling.type is {show(kind)}.", "", FROM_ORIGINAL)
-
-
-FROM_ORIGINAL = "Convert from the original Hugging Face checkpoint."
-
-
-def _positive(keys: dict[str, Any], key: str, default: int | None = None) -> int:
-    value = keys.get(key, default)
-    if type(value) is not int or not 0 < value < 1 << 31:
-        raise SourceError(f"The GGUF key llama.{key} is {show(value)}.", "A positive whole number is needed.", AGAIN)
-    return value
-
-
-def _real(keys: dict[str, Any], key: str, default: float | None = None) -> float:
-    """A float as it was written before GGUF rounded it to 32 bits: 9.999999747378752e-06 is 1e-05."""
-    value = keys.get(key, default)
-    if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise SourceError(f"The GGUF key llama.{key} is {show(value)}.", "A non-negative number is needed.", AGAIN)
-    return float(str(np.float32(value)))
-
-
 def _check_whole_model(label: str, metadata: dict[str, Any]) -> None:
-    """Refuse, by name, what is no complete language model of the one architecture that is read."""
+    """Refuse, by name, what is no complete language model of an architecture that is read."""
     kind = metadata.get("general.type", "model")
     if kind != "model":
         raise SourceError(f"{label} is a GGUF file of type {show(kind)}, not a model.")
@@ -398,10 +304,10 @@ def _check_whole_model(label: str, metadata: dict[str, Any]) -> None:
             "Merge the parts first: llama-gguf-split --merge FIRST-PART WHOLE.gguf",
         )
     architecture = metadata.get("general.architecture")
-    if architecture != "llama":
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise UnsupportedModel(
             f"{label} has the GGUF architecture {show(architecture)}.",
-            "From GGUF, fgsnap reads the architecture 'llama' (Llama, Mistral, SmolLM2 and their like).",
+            f"From GGUF, fgsnap reads {', '.join(ARCHITECTURES)}.",
             FROM_ORIGINAL,
         )
 

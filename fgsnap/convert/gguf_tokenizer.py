@@ -8,7 +8,7 @@ a model seems to work and answers badly.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
@@ -32,6 +32,10 @@ UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 TEKKEN_CUT = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*|\p{{N}}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GPT4O_CUT = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{CONTRACTION}?|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{CONTRACTION}?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 # What llama.cpp does for a file that names no kind: punctuation by itself, then the GPT-2 cut, then digits by threes.
@@ -74,9 +78,15 @@ CUTS: dict[str, Cut] = {
     "llama-bpe": LLAMA3,
     "llama3": LLAMA3,
     "llama-v3": LLAMA3,
+    "dbrx": Cut(_by(LLAMA3_CUT)),
+    "smaug-bpe": Cut(_by(LLAMA3_CUT)),
     "qwen2": Cut(_by(QWEN2_CUT), nfc=True),
     "tekken": Cut(_by(TEKKEN_CUT), whole_words=True, add_bos=True),
+    "gpt-4o": Cut(_by(GPT4O_CUT)),
 }
+
+GEMMA = ("gemma2", "gemma3")
+"""Architectures whose SentencePiece vocabularies merge runs of blanks, tabs and line ends as whole tokens."""
 
 
 class Vocabulary(NamedTuple):
@@ -139,12 +149,15 @@ def _sentencepiece(metadata: dict[str, Any], label: str) -> tuple[Vocabulary, To
     """SentencePiece BPE: merges are not stored but follow from the scores; unknown characters fall back to bytes."""
     vocabulary = _vocabulary(metadata, label, add_bos=True)
     scores = metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(vocabulary.tokens):
+    if not isinstance(scores, list) or len(scores) != len(vocabulary.tokens) or {*map(type, scores)} != {float}:
         raise SourceError(f"{label} has no score for each token.", "A SentencePiece vocabulary needs them.")
+    if metadata.get("general.architecture") in GEMMA:
+        vocabulary = _with_runs(vocabulary, label)
+        merges = _gemma_merges(vocabulary, scores)
+    else:
+        merges = _scored_merges(vocabulary, scores)
     unknown = None if vocabulary.unknown is None else vocabulary.tokens[vocabulary.unknown]
-    model = BPE(
-        _ids(vocabulary), _scored_merges(vocabulary, scores), unk_token=unknown, fuse_unk=True, byte_fallback=True
-    )
+    model = BPE(_ids(vocabulary), merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     steps: list[Any] = [normalizers.Prepend(SPACE)] if prefix else []
@@ -164,8 +177,7 @@ def _vocabulary(metadata: dict[str, Any], label: str, *, add_bos: bool) -> Vocab
     types = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
     if not isinstance(types, list) or len(types) != len(tokens):
         raise SourceError(f"{label} has no type for each token.", f"It has {len(tokens)} tokens.")
-    if len(set(tokens)) != len(tokens):
-        raise SourceError(f"{label} has a token twice.", "One text cannot have two ids.")
+    _check_distinct(tokens, label)
     longest = max(tokens, key=len)
     if len(longest) > MAX_TOKEN_CHARACTERS:
         raise SourceError(f"{label} has a token of {len(longest)} characters.", f"The limit is {MAX_TOKEN_CHARACTERS}.")
@@ -187,6 +199,11 @@ def _vocabulary(metadata: dict[str, Any], label: str, *, add_bos: bool) -> Vocab
         token_id("padding"),
         add_bos=bool(said) and bos is not None,
     )
+
+
+def _check_distinct(tokens: list[str], label: str) -> None:
+    if len(set(tokens)) != len(tokens):
+        raise SourceError(f"{label} has a token twice.", "One text cannot have two ids.")
 
 
 def _ids(vocabulary: Vocabulary) -> dict[str, int]:
@@ -211,14 +228,38 @@ def _merges(metadata: dict[str, Any], vocabulary: Vocabulary, label: str) -> lis
 def _scored_merges(vocabulary: Vocabulary, scores: list[float]) -> list[tuple[str, str]]:
     """Every way to make a token from two others, best score first: the order in which SentencePiece merges."""
     ids = {token: index for token, index in _ids(vocabulary).items() if vocabulary.types[index] == NORMAL}
-    found: list[tuple[float, int, int, int, str, str]] = []
-    for token, index in ids.items():
-        for at in range(1, len(token)):
-            left, right = token[:at], token[at:]
-            if left in ids and right in ids:
-                found.append((-scores[index], index, ids[left], ids[right], left, right))
+    found = [(-scores[index], index, ids[left], ids[right], left, right) for index, left, right in _ways_to_merge(ids)]
     found.sort()
     return [(left, right) for *_, left, right in found]
+
+
+def _gemma_merges(vocabulary: Vocabulary, scores: list[float]) -> list[tuple[str, str]]:
+    """The same as Gemma's own tokenizer.json has it: tokens of every type take part, and longer parts come first.
+
+    User-defined tokens have the score 0 there, the best there is, where llama.cpp writes -1000.
+    """
+    best = [0.0 if kind == USER_DEFINED else score for kind, score in zip(vocabulary.types, scores, strict=True)]
+    found = [
+        (-best[index], -len(left), -len(right), index, left, right)
+        for index, left, right in _ways_to_merge(_ids(vocabulary))
+    ]
+    found.sort()
+    return [(left, right) for *_, left, right in found]
+
+
+def _ways_to_merge(ids: dict[str, int]) -> Iterator[tuple[int, str, str]]:
+    """Each token's id with each two tokens that it is made of."""
+    for token, index in ids.items():
+        for at in range(1, len(token)):
+            if token[:at] in ids and token[at:] in ids:
+                yield index, token[:at], token[at:]
+
+
+def _with_runs(vocabulary: Vocabulary, label: str) -> Vocabulary:
+    """The vocabulary with its runs of blanks as the normalised text has them; llama.cpp writes real blanks."""
+    tokens = [token.replace(" ", SPACE) if not token.strip(" ") else token for token in vocabulary.tokens]
+    _check_distinct(tokens, label)
+    return vocabulary._replace(tokens=tokens)
 
 
 def _add_special_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
@@ -253,7 +294,7 @@ def _tokenizer_config(vocabulary: Vocabulary, metadata: dict[str, Any]) -> dict[
         "add_bos_token": vocabulary.add_bos,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": metadata.get("llama.context_length"),
+        "model_max_length": metadata.get(f"{metadata.get('general.architecture')}.context_length"),
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
 

@@ -79,7 +79,6 @@ class Weights(NamedTuple):
     """All of a decoder's tensors. ``head`` of a tied model is ``embed``."""
 
     embed: Tensor
-    embed_dtype: str
     positions: Tensor | None
     project_in: Tensor | None
     layers: Sequence[LayerWeights]
@@ -150,7 +149,6 @@ class _Binder:
         embed = self.tensor("embed.weight")
         return Weights(
             embed=embed,
-            embed_dtype=self._find(self._expected["embed.weight"]).dtype,
             positions=self.optional("positions.weight"),
             project_in=self.optional("project_in.weight"),
             layers=layers,

@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from fgsnap.convert import families
 from fgsnap.convert.families import llama
+from fgsnap.convert.families.naming import gguf_paired_rules
 from fgsnap.convert.rules import sources
 from fgsnap.errors import SourceError, UnsupportedModel
 from fgsnap.layout import logical_shapes
@@ -263,7 +264,7 @@ def test_null_means_absent_for_unknown_keys():
 
 def test_gguf_rules_permute_queries_and_keys_with_their_biases():
     made = spec(attention_bias=True)
-    rules = {rule.tensor: rule for rule in llama.gguf_rules(made)}
+    rules = {rule.tensor: rule for rule in gguf_paired_rules(made)}
     assert list(rules) == list(logical_shapes(made))
     assert rules["layers.1.q.weight"].takes[0].view == (4, 4, 2, 32)
     assert rules["layers.1.k.bias"].takes[0].view == (2, 4, 2)

@@ -266,15 +266,20 @@ def step_tokens(decoder, pieces, how):
     return [sampled.token for sampled in decoder.sample(decoder.forward(batch), [how] * len(pieces))]
 
 
-def test_scale_is_rounded_to_the_dtype_of_the_embedding(tmp_path):
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_scale_is_rounded_to_the_dtype_that_is_computed_in(tmp_path, stored):
     """Rounded to bfloat16, 5.66 is 5.65625; a model that asks for the rounding is off by 0.07 % without it."""
     found = {}
     for rounded in (False, True):
         spec = msgspec.structs.replace(tiny_spec(), embedding=Embedding(width=32, scale=5.66, round_scale=rounded))
-        make_snapshot(tmp_path / str(rounded), spec, dtype="bfloat16")
-        decoder = load_decoder(open_snapshot(tmp_path / str(rounded)), backend="reference", device="cpu", blocks=4)
-        found[rounded] = decoder._scale
-    assert found == {False: pytest.approx(5.66, rel=1e-7), True: 5.65625}
+        make_snapshot(tmp_path / str(rounded), spec, dtype=stored)
+        for dtype in ("float32", "bfloat16"):
+            opened = open_snapshot(tmp_path / str(rounded))
+            decoder = load_decoder(opened, backend="reference", device="cpu", dtype=dtype, blocks=4)
+            found[rounded, dtype] = decoder._scale
+    exact = pytest.approx(5.66, rel=1e-7)
+    assert found.pop((True, "bfloat16")) == 5.65625
+    assert found == {(False, "float32"): exact, (False, "bfloat16"): exact, (True, "float32"): exact}
 
 
 # weights

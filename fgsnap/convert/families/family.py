@@ -12,11 +12,13 @@ from fgsnap.spec import DecoderSpec
 Spec = Callable[[Mapping[str, Any]], DecoderSpec]
 Rules = Callable[[DecoderSpec], tuple[Rule, ...]]
 
-_COMPUTED = re.compile(r"(.*\.)?(rotary_emb\.(inv_freq|cos_cached|sin_cached)|rope_freqs\.weight)")
+_COMPUTED = re.compile(
+    r"(.*\.)?(rotary_emb\.(inv_freq|cos_cached|sin_cached)|rope_(freqs|factors_long|factors_short)\.weight)"
+)
 
 
 def computed(name: str, spec: DecoderSpec) -> bool:
-    """Whether a source tensor holds only what the config says too (a GGUF source puts rope_freqs into its config)."""
+    """Whether a source tensor holds only what the config says too (a GGUF source puts rope_* into its config)."""
     return _COMPUTED.fullmatch(name) is not None
 
 

@@ -6,7 +6,7 @@ import math
 
 from fgsnap.convert.families.config import Config, activation, check_keys, flag, integer, number, rope
 from fgsnap.convert.families.family import Family
-from fgsnap.convert.families.naming import ATTENTION, MLP, OUTER, by_name
+from fgsnap.convert.families.naming import ATTENTION, MLP, OUTER, by_name, gguf_rules
 from fgsnap.convert.families.parts import BASE, Kind, decoder, depth, heads, layer_types, window_of
 from fgsnap.convert.rules import Rule
 from fgsnap.errors import UnsupportedModel
@@ -89,4 +89,6 @@ def rules(spec: DecoderSpec) -> tuple[Rule, ...]:
     return by_name(spec, OUTER, NORMS | ATTENTION | MLP)
 
 
-FAMILY = Family("Gemma 2", spec, (rules,), refused="Bidirectional attention (use_bidirectional_attention).")
+FAMILY = Family(
+    "Gemma 2", spec, (rules,), refused="Bidirectional attention (use_bidirectional_attention).", gguf_rules=gguf_rules
+)

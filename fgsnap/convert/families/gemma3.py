@@ -10,7 +10,7 @@ from functools import partial
 from fgsnap.convert.families.config import Config, check_keys, flag, integer, number
 from fgsnap.convert.families.family import Family, computed
 from fgsnap.convert.families.gemma2 import NORMS, gemma_mlp, gemma_norm, refuse_both_ways, softcap
-from fgsnap.convert.families.naming import ATTENTION, MLP, by_name
+from fgsnap.convert.families.naming import ATTENTION, MLP, by_name, gguf_rules
 from fgsnap.convert.families.parts import (
     BASE,
     Kind,
@@ -98,7 +98,13 @@ def seen(name: str, spec: DecoderSpec) -> bool:
     return "vision_tower." in name or "multi_modal_projector." in name or computed(name, spec)
 
 
-FAMILY = Family("Gemma 3 270M and 1B", spec, (rules,), refused="EmbeddingGemma: fgsnap serves decoders only.")
+FAMILY = Family(
+    "Gemma 3 270M and 1B",
+    spec,
+    (rules,),
+    refused="EmbeddingGemma: fgsnap serves decoders only.",
+    gguf_rules=gguf_rules,
+)
 WITH_VISION = Family(
     "Gemma 3 4B, 12B and 27B, text only",
     text_spec,

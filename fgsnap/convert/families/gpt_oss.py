@@ -7,10 +7,11 @@ others hold them as plain stacks, each matrix the other way round.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 from fgsnap.convert.families.config import Config, check_keys, integer, number, rope
 from fgsnap.convert.families.family import Family
-from fgsnap.convert.families.naming import ATTENTION, NORMS, OUTER, Make, by_name
+from fgsnap.convert.families.naming import ATTENTION, NORMS, OUTER, Make, by_name, gguf_rules
 from fgsnap.convert.families.parts import (
     BASE,
     MOE,
@@ -48,6 +49,7 @@ MXFP4 = PLAIN | {
     **dict.fromkeys(("experts.gate.weight", "experts.up.weight"), "mlp.experts.gate_up_proj_blocks"),
     "experts.down.weight": "mlp.experts.down_proj_blocks",
 }
+GGUF = {"mlp_in": "post_attention_norm", "sinks.weight": "attn_sinks.weight"}
 
 
 def spec(config: Config) -> DecoderSpec:
@@ -132,4 +134,10 @@ def _one_matrix(name: str, source: str, shape: Shape) -> Rule:
     return rule(name, shape, (take(source, shape if len(rows) == 1 else (math.prod(rows), width), shape),))
 
 
-FAMILY = Family("gpt-oss-20b, gpt-oss-120b", spec, (rules,), quantised_rules=(mxfp4_rules,))
+FAMILY = Family(
+    "gpt-oss-20b, gpt-oss-120b",
+    spec,
+    (rules,),
+    quantised_rules=(mxfp4_rules,),
+    gguf_rules=partial(gguf_rules, names=GGUF),
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fgsnap.convert.families.config import Config, activation, check_keys, flag, integer, number, rope
 from fgsnap.convert.families.family import Family
-from fgsnap.convert.families.naming import ATTENTION, HALVES, MLP, NORMS, OUTER, by_name
+from fgsnap.convert.families.naming import ATTENTION, HALVES, MLP, NORMS, OUTER, by_name, gguf_paired_rules
 from fgsnap.convert.families.parts import BASE, MOE, checked_experts, decoder, depth, gated_mlp, heads, rms
 from fgsnap.convert.rules import Rule
 from fgsnap.spec import Attention, DecoderSpec, Embedding, Head, Layer, Mlp, Router
@@ -70,7 +70,7 @@ def moe_rules(spec: DecoderSpec) -> tuple[Rule, ...]:
     return by_name(spec, OUTER, NORMS | ATTENTION | EXPERTS, HALVES)
 
 
-FAMILY = Family("Granite 3.x 2B and 8B, Granite code", spec, (rules,))
+FAMILY = Family("Granite 3.x 2B and 8B, Granite code", spec, (rules,), gguf_rules=gguf_paired_rules)
 WITH_EXPERTS = Family(
     "Granite 3.x 1B-A400M and 3B-A800M", moe_spec, (moe_rules,), refused="Shared experts and Mamba layers (Granite 4)."
 )

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from fgsnap.convert.families.config import Config, check_keys, flag, integer, rope
 from fgsnap.convert.families.family import Family
-from fgsnap.convert.families.naming import ATTENTION, MLP, NORMS, OUTER, Make, by_name
+from fgsnap.convert.families.naming import ATTENTION, MLP, NORMS, OUTER, Make, by_name, gguf_paired_rules
 from fgsnap.convert.families.parts import BASE, decoder, depth, gated_mlp, heads, rms
-from fgsnap.convert.rules import Rule, pair_to_half, rotated_first
+from fgsnap.convert.rules import Rule, rotated_first
 from fgsnap.errors import UnsupportedModel
 from fgsnap.spec import Attention, DecoderSpec, Layer
 
@@ -72,21 +72,6 @@ def _window(config: Config, defaults: Defaults) -> int | None:
     return window
 
 
-# What a GGUF file calls them.
-GGUF_OUTER = {"embed": "token_embd", "final_norm": "output_norm", "head": "output"}
-GGUF_INNER = {
-    "attn_in": "attn_norm",
-    "q": "attn_q",
-    "k": "attn_k",
-    "v": "attn_v",
-    "out": "attn_output",
-    "mlp_in": "ffn_norm",
-    "gate": "ffn_gate",
-    "up": "ffn_up",
-    "down": "ffn_down",
-}
-
-
 def rules(spec: DecoderSpec) -> tuple[Rule, ...]:
     """How the logical tensors are made of a Hugging Face checkpoint's."""
     attention, dims = _only_kind(spec).attention, spec.ropes[0].dims
@@ -95,16 +80,6 @@ def rules(spec: DecoderSpec) -> tuple[Rule, ...]:
         "k": partial(rotated_first, heads=attention.kv_heads, dims=dims),
     }
     return by_name(spec, OUTER, NORMS | ATTENTION | MLP, how)
-
-
-def gguf_rules(spec: DecoderSpec) -> tuple[Rule, ...]:
-    """How they are made of a GGUF file's, where query and key rows are in the order that rotates adjacent pairs."""
-    attention = _only_kind(spec).attention
-    how: dict[str, Make] = {
-        "q": partial(pair_to_half, heads=attention.heads),
-        "k": partial(pair_to_half, heads=attention.kv_heads),
-    }
-    return by_name(spec, GGUF_OUTER, GGUF_INNER, how, "blk.{layer}.")
 
 
 def _only_kind(spec: DecoderSpec) -> Layer:
@@ -118,5 +93,5 @@ FAMILY = Family(
     "Llama 1, 2, 3, 3.1, 3.2, 3.3, CodeLlama, SmolLM, SmolLM2, TinyLlama; Mistral 7B, Nemo and Small",
     spec,
     (rules,),
-    gguf_rules=gguf_rules,
+    gguf_rules=gguf_paired_rules,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fgsnap.convert.families.config import Config, activation, check_keys, integer, rope
 from fgsnap.convert.families.family import Family
-from fgsnap.convert.families.naming import ATTENTION, FUSED, HALVES, NORMS, OUTER, by_name
+from fgsnap.convert.families.naming import ATTENTION, FUSED, HALVES, NORMS, OUTER, by_name, gguf_paired_rules
 from fgsnap.convert.families.parts import BASE, MOE, checked_experts, decoder, depth, heads, optional_window, rms
 from fgsnap.convert.rules import Rule
 from fgsnap.spec import Attention, DecoderSpec, Layer, Mlp, Router
@@ -43,4 +43,4 @@ def fused_rules(spec: DecoderSpec) -> tuple[Rule, ...]:
     return by_name(spec, OUTER, NORMS | ATTENTION | FUSED | {"router": "mlp.gate"}, HALVES)
 
 
-FAMILY = Family("Mixtral-8x7B, Mixtral-8x22B", spec, (rules, fused_rules))
+FAMILY = Family("Mixtral-8x7B, Mixtral-8x22B", spec, (rules, fused_rules), gguf_rules=gguf_paired_rules)

@@ -7,8 +7,9 @@ where the layer's number stands, and "{expert}" where an expert's does.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
-from fgsnap.convert.rules import Rule, Shape, rule, take, whole
+from fgsnap.convert.rules import Rule, Shape, pair_to_half, rule, take, whole
 from fgsnap.errors import UnsupportedModel
 from fgsnap.layout import logical_shapes
 from fgsnap.spec import DecoderSpec
@@ -130,3 +131,50 @@ def transposed(name: str, source: str, shape: Shape) -> Rule:
     *stack, out, into = shape
     axes = len(stack)
     return rule(name, shape, (take(source, (*stack, into, out), order=(*range(axes), axes + 1, axes)),))
+
+
+# What GGUF files call them, whatever the family. Experts are stacks.
+GGUF_OUTER = {"embed": "token_embd", "final_norm": "output_norm", "head": "output"}
+GGUF_INNER = {
+    "attn_in": "attn_norm",
+    "q": "attn_q",
+    "k": "attn_k",
+    "v": "attn_v",
+    "q_norm": "attn_q_norm",
+    "k_norm": "attn_k_norm",
+    "out": "attn_output",
+    "attn_out": "post_attention_norm",
+    "mlp_in": "ffn_norm",
+    "mlp_out": "post_ffw_norm",
+    "gate": "ffn_gate",
+    "up": "ffn_up",
+    "down": "ffn_down",
+    "router": "ffn_gate_inp",
+    "experts.gate": "ffn_gate_exps",
+    "experts.up": "ffn_up_exps",
+    "experts.down": "ffn_down_exps",
+}
+
+
+def gguf_rules(
+    spec: DecoderSpec, names: Names | None = None, how: Mapping[str, Make] | None = None
+) -> tuple[Rule, ...]:
+    """Rules for a GGUF file whose rows are in the checkpoint's order; ``names`` and ``how`` say what is special."""
+    stacks: dict[str, Make] = dict.fromkeys(("experts.gate", "experts.up", "experts.down"), _rows_of_a_stack)
+    return by_name(spec, GGUF_OUTER, GGUF_INNER | dict(names or {}), stacks | dict(how or {}), "blk.{layer}.")
+
+
+def gguf_paired_rules(spec: DecoderSpec) -> tuple[Rule, ...]:
+    """The same where query and key rows are in the order that rotates adjacent pairs."""
+    attention = spec.layer_kinds[0].attention
+    how: dict[str, Make] = {
+        "q": partial(pair_to_half, heads=attention.heads),
+        "k": partial(pair_to_half, heads=attention.kv_heads),
+    }
+    return gguf_rules(spec, how=how)
+
+
+def _rows_of_a_stack(name: str, source: str, shape: Shape) -> Rule:
+    """A stack of matrices that the source offers as one matrix of all their rows; biases are one already."""
+    count, rows, *width = shape
+    return rule(name, shape, (take(source, (count * rows, *width) if width else shape, shape),))

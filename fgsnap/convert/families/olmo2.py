@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from fgsnap.convert.families.config import Config, check_keys, flag, integer
 from fgsnap.convert.families.family import Family
-from fgsnap.convert.families.naming import ATTENTION, MLP, OUTER, by_name
+from fgsnap.convert.families.naming import ATTENTION, MLP, OUTER, by_name, gguf_rules
 from fgsnap.convert.families.parts import (
     BASE,
     Kind,
@@ -70,5 +70,5 @@ def rules(spec: DecoderSpec) -> tuple[Rule, ...]:
     return by_name(spec, OUTER, INNER)
 
 
-FAMILY = Family("OLMo 2 1B, 7B, 13B and 32B", spec, (rules,))
-WINDOWED = Family("OLMo 3 7B and 32B", windowed_spec, (rules,))
+FAMILY = Family("OLMo 2 1B, 7B, 13B and 32B", spec, (rules,), gguf_rules=gguf_rules)
+WINDOWED = Family("OLMo 3 7B and 32B", windowed_spec, (rules,), gguf_rules=gguf_rules)

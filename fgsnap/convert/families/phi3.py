@@ -6,7 +6,7 @@ from typing import Any
 
 from fgsnap.convert.families.config import Config, check_keys, integer, rope
 from fgsnap.convert.families.family import Family
-from fgsnap.convert.families.naming import NORMS, OUTER, Make, by_name, rows_of
+from fgsnap.convert.families.naming import NORMS, OUTER, Make, Names, by_name, gguf_rules, rows_of
 from fgsnap.convert.families.parts import BASE, decoder, depth, gated_mlp, heads, optional_window, rms
 from fgsnap.convert.rules import Rule
 from fgsnap.spec import Attention, DecoderSpec, Layer
@@ -22,6 +22,7 @@ INNER = NORMS | {
     "up": "mlp.gate_up_proj",
     "down": "mlp.down_proj",
 }
+GGUF: Names = {**dict.fromkeys(("q", "k", "v"), "attn_qkv"), "gate": "ffn_up", "up": "ffn_up"}
 
 
 def spec(config: Config) -> DecoderSpec:
@@ -49,17 +50,31 @@ def _long(config: Config) -> Config:
 
 def rules(spec: DecoderSpec) -> tuple[Rule, ...]:
     """How the logical tensors are made of a checkpoint's: queries, keys and values lie in one, gates and ups in one."""
+    return by_name(spec, OUTER, INNER, _cut(spec))
+
+
+def fused_gguf_rules(spec: DecoderSpec) -> tuple[Rule, ...]:
+    """The same of a GGUF file."""
+    return gguf_rules(spec, GGUF, _cut(spec))
+
+
+def _cut(spec: DecoderSpec) -> dict[str, Make]:
     attention, mlp = spec.layer_kinds[0].attention, spec.layer_kinds[0].mlp
     inner = 0 if mlp is None else mlp.inner
     q, kv = attention.query_width, attention.kv_width
-    how: dict[str, Make] = {
+    return {
         "q": rows_of(q + 2 * kv, 0),
         "k": rows_of(q + 2 * kv, q),
         "v": rows_of(q + 2 * kv, q + kv),
         "gate": rows_of(2 * inner, 0),
         "up": rows_of(2 * inner, inner),
     }
-    return by_name(spec, OUTER, INNER, how)
 
 
-FAMILY = Family("Phi-3, Phi-3.5, Phi-4, Phi-4-mini", spec, (rules,), refused="Phi-3-small and Phi-3-vision.")
+FAMILY = Family(
+    "Phi-3, Phi-3.5, Phi-4, Phi-4-mini",
+    spec,
+    (rules,),
+    refused="Phi-3-small and Phi-3-vision.",
+    gguf_rules=fused_gguf_rules,
+)

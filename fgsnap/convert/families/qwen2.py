@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fgsnap.convert.families.config import Config, check_keys, integer, rope
 from fgsnap.convert.families.family import Family
-from fgsnap.convert.families.naming import ATTENTION, MLP, NORMS, OUTER, by_name
+from fgsnap.convert.families.naming import ATTENTION, MLP, NORMS, OUTER, by_name, gguf_rules
 from fgsnap.convert.families.parts import BASE, WINDOWS, decoder, gated_mlp, heads, rms, window_of, windows_above
 from fgsnap.convert.rules import Rule
 from fgsnap.spec import Attention, DecoderSpec, Layer
@@ -29,4 +29,4 @@ def rules(spec: DecoderSpec) -> tuple[Rule, ...]:
     return by_name(spec, OUTER, NORMS | ATTENTION | MLP)
 
 
-FAMILY = Family("Qwen2, Qwen2.5", spec, (rules,))
+FAMILY = Family("Qwen2, Qwen2.5", spec, (rules,), gguf_rules=gguf_rules)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fgsnap.convert.families.config import Config, activation, check_keys, count, flag, integer, rope
 from fgsnap.convert.families.family import Family
-from fgsnap.convert.families.naming import ATTENTION, EXPERTS, FUSED, HALVES, MLP, NORMS, OUTER, by_name
+from fgsnap.convert.families.naming import ATTENTION, EXPERTS, FUSED, HALVES, MLP, NORMS, OUTER, by_name, gguf_rules
 from fgsnap.convert.families.parts import (
     BASE,
     MOE,
@@ -81,4 +81,4 @@ def fused_rules(spec: DecoderSpec) -> tuple[Rule, ...]:
     return by_name(spec, OUTER, NORMS | ATTENTION | MLP | EXPERTS | FUSED, HALVES)
 
 
-FAMILY = Family("Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder", spec, (rules, fused_rules))
+FAMILY = Family("Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder", spec, (rules, fused_rules), gguf_rules=gguf_rules)

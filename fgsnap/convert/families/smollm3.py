@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fgsnap.convert.families.config import Config, check_keys, flag, integer, rope
 from fgsnap.convert.families.family import Family
-from fgsnap.convert.families.naming import ATTENTION, MLP, NORMS, OUTER, by_name
+from fgsnap.convert.families.naming import ATTENTION, MLP, NORMS, OUTER, by_name, gguf_paired_rules
 from fgsnap.convert.families.parts import (
     BASE,
     WINDOWS,
@@ -54,4 +54,4 @@ def rules(spec: DecoderSpec) -> tuple[Rule, ...]:
     return by_name(spec, OUTER, NORMS | ATTENTION | MLP)
 
 
-FAMILY = Family("SmolLM3-3B", spec, (rules,))
+FAMILY = Family("SmolLM3-3B", spec, (rules,), gguf_rules=gguf_paired_rules)
