@@ -218,6 +218,4 @@ def _plain(cell: str) -> str:
 
 
 def _cut(cell: str, width: int) -> str:
-    """A cell without its middle where it is longer than ``width``: names and measures end in what tells them apart."""
-    tail = width // 3
-    return cell if len(cell) <= width else f"{cell[: width - 3 - tail]}...{cell[-tail:]}"
+    return cell if len(cell) <= width else f"{cell[: width - 3]}..."

@@ -133,11 +133,10 @@ def rank_layouts(spec: DecoderSpec, tp: int, dtypes: Mapping[str, DType], layout
         layout: that of the matrices it fits.
     """
     check_tp(spec, tp)
-    return [
-        plan_rank([(stored, _one_dtype(stored.name, _parts(stored.segments), dtypes))
-                   for stored in stored_tensors(spec, tp, rank)], layout)
-        for rank in range(tp)
-    ]  # fmt: skip
+    ranks = [stored_tensors(spec, tp, rank) for rank in range(tp)]
+    # The first rank has the first of everything, where others may hold padding alone: all store the same names.
+    own = {stored.name: _one_dtype(stored.name, _parts(stored.segments), dtypes) for stored in ranks[0]}
+    return [plan_rank([(stored, own[stored.name]) for stored in rank], layout) for rank in ranks]
 
 
 def _parts(segments: Any) -> list[str]:
@@ -145,8 +144,8 @@ def _parts(segments: Any) -> list[str]:
 
 
 def _one_dtype(name: str, parts: list[str], dtypes: Mapping[str, DType]) -> DType:
-    """The dtype of a stored tensor, whose parts lie in one matrix and must agree. Pure padding never stands alone."""
-    found = sorted({dtypes[part] for part in parts} or {dtypes[name]})
+    """The dtype of a stored tensor, whose parts lie in one matrix and must agree."""
+    found = sorted({dtypes[part] for part in parts})
     if len(found) > 1:
         raise SourceError(
             f"{name} would mix {' and '.join(found)}.",

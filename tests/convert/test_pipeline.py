@@ -581,3 +581,11 @@ def test_dtypes_of_a_fused_tensor_must_agree():
     with pytest.raises(SourceError, match=r"layers\.0\.qkv\.weight") as caught:
         rank_layouts(spec, 1, dtypes)
     assert "--dtype" in caught.value.next_step
+
+
+def test_a_rank_may_hold_padding_alone():
+    spec = llama.spec({**CONFIG, "intermediate_size": 1})
+    dtypes = dict.fromkeys(logical_shapes(spec), "bfloat16")
+    last = rank_layouts(spec, 2, dtypes)[1].tensors
+    (padding,) = (tensor for tensor in last if tensor.name == "layers.0.gate_up.weight")
+    assert padding.dtype == "bfloat16" and all(segment.tensor is None for segment in padding.segments)
