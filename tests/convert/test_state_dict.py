@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
-from benchmarks.compare import ABSENT, tiny_checkpoint
+from benchmarks.compare import tiny_checkpoint
 from fgsnap.convert.files import LocalFiles
 from fgsnap.convert.opening import open_source
 from fgsnap.convert.pipeline import convert
@@ -34,7 +34,7 @@ from tests.convert.models import CONFIG, DTYPES, folder, weights
 
 BIN = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
-OPT = {"intermediate_size": ABSENT, "num_key_value_heads": ABSENT, "ffn_dim": 80}
+OPT = {"intermediate_size": ..., "num_key_value_heads": ..., "ffn_dim": 80}
 
 
 def rank_bytes(path: Path) -> list[bytes]:
