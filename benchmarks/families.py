@@ -98,12 +98,9 @@ def compared(name: str, backends: Sequence[str], ranks: Sequence[int], fresh: Po
         for tp in ranks:
             snapshot = Path(scratch) / f"snapshot-{tp}"
             convert(str(checkpoint), snapshot, tp=tp, canary=False)
-            jobs = [
-                Job(snapshot, backend, dtype, tp, case.max_length)
-                for backend in backends
-                if computed(name, backend, tp)
-                for dtype in ("float32", "bfloat16")
-            ]
+            able = [backend for backend in backends if computed(name, backend, tp)]
+            jobs = [Job(snapshot, backend, dtype, tp, case.max_length)
+                    for backend in able for dtype in ("float32", "bfloat16")]  # fmt: skip
             rows += [row(name, job, answer(job, fresh), their) for job in jobs]
         return rows
 

@@ -24,7 +24,7 @@ OWN = {"intermediate_size": ..., "num_key_value_heads": ...}  # of families with
 OPT = {**OWN, "ffn_dim": 80}
 GROUPS = {**OWN, "num_kv_heads": 2, "new_decoder_architecture": True}
 EXPERTS = {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
-SHARED = {**EXPERTS, "num_experts": 6, "shared_expert_intermediate_size": 20}
+SHARED = {**EXPERTS, "num_experts": 6, "shared_expert_intermediate_size": 44}
 ROUTED = {
     "n_group": 2,
     "topk_group": 1,

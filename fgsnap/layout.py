@@ -124,7 +124,9 @@ def _divides(layer: Layer, tp: int) -> bool:
     attention = layer.attention
     if attention.latent is None and attention.kv_heads % tp and tp % attention.kv_heads:
         return False
-    inner = [mlp.inner for mlp in (layer.mlp, layer.experts and layer.experts.mlp) if mlp]
+    experts = layer.experts
+    shared = experts and experts.shared and experts.shared.mlp
+    inner = [mlp.inner for mlp in (layer.mlp, experts and experts.mlp, shared) if mlp]
     return head_cut(attention, tp, tp - 1).stop > head_cut(attention, tp, tp - 1).start and all(
         even_cut(size, tp, tp - 1).stop > even_cut(size, tp, tp - 1).start for size in inner
     )

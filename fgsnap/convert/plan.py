@@ -134,7 +134,6 @@ def rank_layouts(spec: DecoderSpec, tp: int, dtypes: Mapping[str, DType], layout
     """
     check_tp(spec, tp)
     ranks = [stored_tensors(spec, tp, rank) for rank in range(tp)]
-    # The first rank has the first of everything, where others may hold padding alone: all store the same names.
     own = {stored.name: _one_dtype(stored.name, _parts(stored.segments), dtypes) for stored in ranks[0]}
     return [plan_rank([(stored, own[stored.name]) for stored in rank], layout) for rank in ranks]
 

@@ -122,8 +122,8 @@ class Decoder:
         self._attention = [_attention_args(layer.attention, ops, tp, rank) for layer in self._layers]
         self._ropes = [ops.rope(*rope_frequencies(rope, max_length)) for rope in spec.ropes]
         self._caches = [_cache(ops, args, blocks, block_size) for args in self._attention]
-        # transformers rounds it to the dtype that a model is loaded in, whatever its checkpoint stores: in float32 a
-        # Gemma of bfloat16 weights has the exact scale there.
+        # transformers rounds it to the dtype that a model is loaded in, whatever its checkpoint stores: a model of
+        # bfloat16 weights that is loaded in float32 has the exact scale there.
         self._scale = _rounded(spec.embedding.scale, dtype if spec.embedding.round_scale else "float32")
         self._vocabulary = padded_vocabulary(spec.vocab_size, tp) // tp  # rows of this rank
         self._first_token = rank * self._vocabulary

@@ -170,8 +170,7 @@ def _planned(snapshot: Snapshot, tensor: StoredTensor, near: int) -> _Plan:
             start, place = (with_axis(origin, segment.axis, at) for at in (segment.start, segment.offset))
             extent = with_axis(tensor.shape, segment.axis, segment.stop - segment.start)
             boxes += _boxes(slices, segment.tensor, start, place, extent)
-    # A tensor has one dtype and one layout in all ranks, also where one holds nothing but padding of it.
-    held = boxes[0].entry if boxes else next(e for e in snapshot.manifest.tensors if e.name == tensor.name)
+    held = boxes[0].entry  # a tensor has one dtype and one layout in all ranks, and no rank is all padding
     stays = fits(held.layout, tensor.shape, held.dtype) and all(_in_units(box, tensor.shape) for box in boxes)
     return _Plan(tensor.name, held.dtype, tensor.shape, held.layout if stays else "row", boxes)
 

@@ -16,6 +16,7 @@ from benchmarks.family_cases import CASES
 from fgsnap.convert import families
 from fgsnap.convert.plan import plan
 from fgsnap.errors import SourceError, UnsupportedModel
+from fgsnap.layout import possible_tp
 from fgsnap.spec import rope_frequencies
 
 ABSENT = object()
@@ -59,7 +60,8 @@ def checked(config, seen):
     if spec in seen:
         return
     seen.add(spec)
-    plan(spec, 1, "bfloat16")
+    for tp in {1, possible_tp(spec, 8)[-1]}:
+        plan(spec, tp, "bfloat16")
     for rope in spec.ropes:
         rope_frequencies(rope, spec.max_length)
     for rules in family.rules:

@@ -22,7 +22,7 @@ from blake3 import blake3
 
 from fgsnap.convert import pipeline
 from fgsnap.convert import weights as weights_loop
-from fgsnap.convert.families import llama, qwen2_moe
+from fgsnap.convert.families import llama
 from fgsnap.convert.pipeline import convert
 from fgsnap.convert.plan import rank_layouts
 from fgsnap.errors import FgsnapError, HostError, SnapshotRefused, SourceError, UnsupportedModel, UsageError
@@ -581,12 +581,3 @@ def test_dtypes_of_a_fused_tensor_must_agree():
     with pytest.raises(SourceError, match=r"layers\.0\.qkv\.weight") as caught:
         rank_layouts(spec, 1, dtypes)
     assert "--dtype" in caught.value.next_step
-
-
-def test_a_rank_may_hold_padding_alone():
-    experts = {"num_experts": 2, "num_experts_per_tok": 1, "shared_expert_intermediate_size": 1}
-    spec = qwen2_moe.spec({**CONFIG, **experts, "model_type": "qwen2_moe", "moe_intermediate_size": 4})
-    dtypes = dict.fromkeys(logical_shapes(spec), "bfloat16")
-    last = rank_layouts(spec, 2, dtypes)[1].tensors
-    (padding,) = (tensor for tensor in last if tensor.name == "layers.0.shared.gate_up.weight")
-    assert padding.dtype == "bfloat16" and all(segment.tensor is None for segment in padding.segments)

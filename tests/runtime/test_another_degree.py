@@ -9,6 +9,7 @@ import pytest
 from fgsnap.errors import SnapshotRefused
 from fgsnap.runtime import wire
 from fgsnap.runtime.options import EngineOptions
+from fgsnap.runtime.ranks import settled_degree
 from fgsnap.runtime.worker import begin_engine
 from fgsnap.snapshot import open_snapshot, rank_file
 from tests.serving import ask, real_service, servable_snapshot
@@ -38,6 +39,23 @@ def flip_the_last_byte(rank: Path) -> None:
 def test_the_canary_of_its_own_degree_agrees(snapshot, verify):
     _, ready = begin(snapshot, verify)
     assert ready.canary.startswith("canary ")
+
+
+@pytest.mark.parametrize(("cpus", "expected"), [(8, 4), (4, 4), (3, 2), (2, 2), (1, 1)])
+def test_by_default_every_rank_has_a_processor(snapshot, cpus, expected):
+    with open_snapshot(snapshot) as opened:
+        assert settled_degree(opened, EngineOptions(backend="native", threads=cpus)) == expected
+
+
+def test_every_degree_serves_the_same_tokens(snapshot):
+    body = {"prompt": "Hello", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    texts = set()
+    for tp in ("1", "2", "4"):
+        with real_service(snapshot, "--tp", tp, "--backend", "native", "--kv-memory", "16MiB") as service:
+            reply = ask(service.url, "POST", "/v1/completions", body)
+            assert reply.status == 200, reply.body
+            texts.add(reply.json()["choices"][0]["text"])
+    assert len(texts) == 1
 
 
 def test_full_verification_looks_at_every_rank(snapshot):

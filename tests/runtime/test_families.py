@@ -22,6 +22,12 @@ BLOCK_SIZE, CHUNK = 7, 9
 ANSWER = 64
 
 
+def checkpoint(folder, case, **changes):
+    """A case's checkpoint in float32; ``changes`` go into its config."""
+    maker = qwen1.tiny_checkpoint if case.family == "qwen" else tiny_checkpoint
+    return maker(folder, case.family, "float32", **{**case.config, **changes})
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A case's snapshot, and the logits and greedy tokens of its checkpoint."""
@@ -30,13 +36,10 @@ def made(tmp_path_factory):
     def make(name):
         case = CASES[name]
         folder = tmp_path_factory.mktemp("families")
-        maker = qwen1.tiny_checkpoint if case.family == "qwen" else tiny_checkpoint
-        checkpoint = maker(folder / "checkpoint", case.family, "float32", **case.config)
-        convert(str(checkpoint), folder / "snapshot", tp=1, canary=False)
+        model = checkpoint(folder / "checkpoint", case)
+        convert(str(model), folder / "snapshot", tp=1, canary=False)
         theirs = (
-            qwen1.Qwen1(checkpoint, "float32", case.max_length)
-            if case.family == "qwen"
-            else Transformers(checkpoint, "float32")
+            qwen1.Qwen1(model, "float32", case.max_length) if case.family == "qwen" else Transformers(model, "float32")
         )
         return folder / "snapshot", theirs.logits(SEQUENCES), [theirs.greedy(tokens, ANSWER) for tokens in SEQUENCES]
 

@@ -31,6 +31,7 @@ from fgsnap.runtime.ranks import settled_degree
 from fgsnap.snapshot import open_snapshot
 from tests.runtime.generating import KV_MEMORY, MAX_LENGTH, generated
 from tests.runtime.test_families import CASES as FAMILIES
+from tests.runtime.test_families import checkpoint as family_checkpoint
 from tests.serving import FGSNAP, ROOT, alive, ask, byte_tokenizer, client, real_service, until
 
 BACKENDS = ["reference", *(["native"] if native.available()[0] else [])]
@@ -172,9 +173,10 @@ HEADS = {
     "falcon 40B": {"num_attention_heads": 14, "hidden_size": 56},
     "falcon2 11B": {"num_attention_heads": 14, "hidden_size": 56},
     "falcon RW": UNGROUPED,
-    **{name: {**UNGROUPED, "ffn_dim": 96} for name in ("opt", "opt 350m", "galactica")},
+    **{name: {**UNGROUPED, "ffn_dim": 96} for name in ("opt", "opt 350m", "opt, no affine")},
     **dict.fromkeys(("deepseek_v2", "deepseek_v2, greedy", "deepseek_v3"), LATENT),
-    **dict.fromkeys(("gpt2", "gpt2, by layer", "gpt_neox", "gpt_neox, sequential"), UNGROUPED),
+    **dict.fromkeys(("qwen", "qwen, stretched", "gpt2", "gpt2, by layer"), UNGROUPED),
+    **dict.fromkeys(("phi3, longrope", "gpt_neox", "gpt_neox, sequential"), UNGROUPED),
 }
 WAYS = [(1, 1), (1, 2), (4, 4), (1, 8)]
 """The degree of the snapshot, and that at which it is opened."""
@@ -189,7 +191,7 @@ def families(tmp_path_factory):
     def snapshot(name, tp):
         case, path = FAMILIES[name], folder / f"{name} {tp}"
         if not (folder / name).exists():
-            tiny_checkpoint(folder / name, case.family, **{**case.config, **HEADS.get(name, GROUPED)})
+            family_checkpoint(folder / name, case, **HEADS.get(name, GROUPED))
         convert(str(folder / name), path, tp=tp, canary=False)
         return path
 
