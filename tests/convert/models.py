@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 
 from fgsnap.convert.families import llama
 from fgsnap.convert.rules import sources
-from fgsnap.snapshot import open_snapshot, opened_at
+from fgsnap.snapshot import TensorBytes, open_snapshot, opened_at
+from fgsnap.spec import DTYPE_BYTES
 
 CONFIG = {
     "model_type": "llama",
@@ -82,7 +85,17 @@ def same_bits(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]
 
 
 def at_tp1(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """What a server at TP 1 would see: dtype, shape and bytes by stored name."""
+    """What a server at TP 1 would see: dtype, shape and bytes, row after row, by stored name."""
     with open_snapshot(path) as snapshot:
         opened = opened_at(snapshot, 1, 0)
-        return {name: (found.dtype, found.shape, bytes(found.data)) for name, found in opened.items()}
+        return {name: (found.dtype, found.shape, row_major(found)) for name, found in opened.items()}
+
+
+def row_major(found: TensorBytes) -> bytes:
+    """The values of a matrix, or of each of a stack, as docs/format.md defines words32, row after row."""
+    if found.layout == "row":
+        return bytes(found.data)
+    *stack, height, width = found.shape
+    words = width * DTYPE_BYTES[found.dtype] // 4
+    panels = np.frombuffer(found.data, np.uint32).reshape(math.prod(stack), -1, words, 32)
+    return panels.swapaxes(2, 3).reshape(math.prod(stack), -1, words)[:, :height].tobytes()
