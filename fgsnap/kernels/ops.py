@@ -7,7 +7,7 @@ otherwise), V vocabulary rows, R rows of logits, X experts, I inner width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 Tensor = Any  # a backend's own tensor; only that backend looks inside
@@ -171,21 +171,74 @@ class ExpertsArgs(NamedTuple):
     weigh_input: bool = False
 
 
+class Edits:
+    """What is done to one row's logits before a token is picked, in this order; it changes as its answer grows.
+
+    1. Tokens whose bit in ``allowed`` is 0 become -inf (bit t % 32 of the little-endian 32-bit word t // 32), and so
+       do those of ``banned``.
+    2. ``bias[t]`` is added to the logit of t.
+    3. A token that ``counts`` or ``prompt`` has: its logit is divided by ``repetition`` if above 0, else multiplied.
+    4. A token that ``counts`` has n of, n > 0: ``presence`` + n * ``frequency`` is subtracted from its logit.
+
+    Attributes:
+        counts: tokens of the answer so far, and how many of each.
+        prompt: the different tokens of the prompt, where ``repetition`` is not 1.
+        version: goes up with every change of ``counts``, so that a backend may keep what it made of them.
+    """
+
+    __slots__ = ("allowed", "banned", "bias", "counts", "frequency", "presence", "prompt", "repetition", "version")
+
+    def __init__(
+        self,
+        *,
+        repetition: float = 1.0,
+        presence: float = 0.0,
+        frequency: float = 0.0,
+        bias: Mapping[int, float] | None = None,
+        banned: Sequence[int] = (),
+        prompt: Sequence[int] = (),
+        allowed: memoryview | None = None,
+    ) -> None:
+        self.repetition = repetition
+        self.presence = presence
+        self.frequency = frequency
+        self.bias = dict(bias or {})
+        self.banned = tuple(banned)
+        self.prompt = tuple(prompt)
+        self.allowed = allowed
+        self.counts: dict[int, int] = {}
+        self.version = 0
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether ``counts`` matters."""
+        return self.repetition != 1.0 or self.presence != 0.0 or self.frequency != 0.0
+
+    def count(self, token: int) -> None:
+        """Take note of one more token of the answer."""
+        self.counts[token] = self.counts.get(token, 0) + 1
+        self.version += 1
+
+
 class Sampling(NamedTuple):
-    """How to pick one row's next token.
+    """How to pick one row's tokens, the same for a request's whole life; what changes with its answer is in ``edits``.
 
     temperature 0 is greedy (ties: lowest id). Otherwise logits are divided by the temperature; ``top_k`` (0: off) keeps
     the k largest (ties: lowest ids); ``top_p`` (1.0: off) then keeps the shortest prefix, in descending order (ties:
-    lowest id first), whose probability reaches top_p of what is left; and the token is the first, in ascending id order
-    among those kept, at which the running sum of probabilities exceeds ``uniform`` times their total. All in float64.
+    lowest id first), whose probability reaches top_p of what is left; ``min_p`` (0.0: off) then drops those whose
+    probability is below min_p times the largest one; and the token is the first, in ascending id order among those
+    kept, at which the running sum of probabilities exceeds u times their total. u is philox.uniform(seed, position) of
+    the token's position in its sequence, so it depends on nothing else. All in float64.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    uniform: float = 0.0
+    min_p: float = 0.0
+    seed: int = 0
     logprobs: int = -1
-    """-1: none; 0: of the picked token; n: also of the n most likely. Of the unscaled, unfiltered logits."""
+    """-1: none; 0: of the picked token; n: also of the n most likely. Of the logits as the model gave them."""
+    edits: Edits | None = None
 
 
 class Sampled(NamedTuple):
@@ -194,6 +247,13 @@ class Sampled(NamedTuple):
     token: int
     logprob: float = 0.0
     top: tuple[tuple[int, float], ...] = ()
+
+
+class Samples(NamedTuple):
+    """One token for each row, -1 where there is none, and logprobs by row for those that asked."""
+
+    tokens: list[int]
+    logprobs: dict[int, Sampled]
 
 
 class Ops(Protocol):
@@ -349,8 +409,11 @@ class Ops(Protocol):
         """
         ...
 
-    def sample(self, logits: Tensor, how: Sequence[Sampling]) -> list[Sampled]:
-        """One token a row of logits [R, V], as Sampling says. A row with NaN or no finite logit gives token -1."""
+    def sample(self, logits: Tensor, how: Sequence[Sampling], positions: Sequence[int]) -> Samples:
+        """One token a row of logits [R, V], as Sampling says, for ``positions`` [R] of their sequences.
+
+        A row with NaN or no finite logit, or none that its edits allow, gives token -1. ``logits`` is given up.
+        """
         ...
 
     def top_two(self, logits: Tensor) -> list[tuple[int, float]]:
