@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fgsnap.errors import RequestError
-from fgsnap.kernels.ops import Batch, Sampled, Sampling
+from fgsnap.kernels.ops import Batch, Sampled, Samples, Sampling
+from fgsnap.kernels.philox import uniform
 from fgsnap.runtime.text import TextStream
 
 
@@ -45,14 +46,16 @@ class StubModel:
 
     def forward(self, batch: Batch) -> list[list[float]]:
         check_batch(batch, self.block_size)
-        self.batches.append(batch._replace(block_tables=[list(table) for table in batch.block_tables]))
+        self.batches.append(Batch(*map(list, batch[:4]), [list(table) for table in batch.block_tables], list(batch.rows)))
         for table, (begin, end) in zip(batch.block_tables, _spans(batch), strict=True):
             for token, position in zip(batch.tokens[begin:end], batch.positions[begin:end], strict=True):
                 self._cache[table[position // self.block_size]][position % self.block_size] = (token, position)
         return [self._logits(batch, row) for row in batch.rows]
 
-    def sample(self, logits: list[list[float]], how: list[Sampling]) -> list[Sampled]:
-        return [pick(row, rule) for row, rule in zip(logits, how, strict=True)]
+    def sample(self, logits: list[list[float]], how: list[Sampling], positions: list[int]) -> Samples:
+        found = [pick(*each) for each in zip(logits, how, positions, strict=True)]
+        asked = {row: one for row, (one, rule) in enumerate(zip(found, how, strict=True)) if rule.logprobs >= 0}
+        return Samples([one.token for one in found], asked)
 
     def _logits(self, batch: Batch, row: int) -> list[float]:
         table = batch.block_tables[bisect_right(batch.starts, row) - 1]
@@ -74,8 +77,9 @@ def check_batch(batch: Batch, block_size: int) -> None:
     for table, length, (begin, end) in zip(batch.block_tables, batch.lengths, _spans(batch), strict=True):
         assert list(batch.positions[begin:end]) == list(range(length - (end - begin), length))
         assert begin < end and len(table) * block_size >= length
-    used = [block for table in batch.block_tables for block in table]
-    assert len(used) == len(set(used)), "two sequences share a block"
+    written = [table[p // block_size] for table, span in zip(batch.block_tables, _spans(batch), strict=True)
+               for p in {*batch.positions[slice(*span)]}]
+    del written  # blocks may be shared; the cache itself notices who writes into another's
     assert list(batch.rows) == sorted(set(batch.rows))
 
 
@@ -83,19 +87,19 @@ def _spans(batch: Batch) -> list[tuple[int, int]]:
     return list(zip(batch.starts, batch.starts[1:], strict=False))
 
 
-def pick(row: Sequence[float], how: Sampling) -> Sampled:
+def pick(row: Sequence[float], how: Sampling, position: int) -> Sampled:
     """One row's token exactly as ops.Sampling words it."""
     if any(math.isnan(value) for value in row) or max(row) == -math.inf:
         return Sampled(-1)
     order = sorted(range(len(row)), key=lambda token: (-row[token], token))
-    token = order[0] if how.temperature == 0 else _draw(row, order, how)
+    token = order[0] if how.temperature == 0 else _draw(row, order, how, position)
     if how.logprobs < 0:
         return Sampled(token)
     total = row[order[0]] + math.log(sum(math.exp(value - row[order[0]]) for value in row))
     return Sampled(token, row[token] - total, tuple((t, row[t] - total) for t in order[: how.logprobs]))
 
 
-def _draw(row: Sequence[float], order: list[int], how: Sampling) -> int:
+def _draw(row: Sequence[float], order: list[int], how: Sampling, position: int) -> int:
     kept = order[: how.top_k] if how.top_k else order
     weights = {token: math.exp((row[token] - row[order[0]]) / how.temperature) for token in kept}
     total, running, nucleus = sum(weights.values()), 0.0, []
@@ -105,7 +109,7 @@ def _draw(row: Sequence[float], order: list[int], how: Sampling) -> int:
         if running >= how.top_p * total:
             break
     nucleus.sort()
-    target, running = how.uniform * sum(weights[token] for token in nucleus), 0.0
+    target, running = uniform(how.seed, position) * sum(weights[token] for token in nucleus), 0.0
     for token in nucleus:
         running += weights[token]
         if running > target:

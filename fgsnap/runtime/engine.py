@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection
-from itertools import accumulate
-from typing import Any, Protocol
+import time
+from collections.abc import Callable, Collection, Iterator
+from heapq import heappop, heappush
+from typing import Any, NamedTuple, Protocol
 
 from fgsnap.errors import RequestError
-from fgsnap.kernels.ops import Batch, Sampled, Sampling
-from fgsnap.kernels.philox import uniform
+from fgsnap.kernels.ops import Batch, Sampled, Samples, Sampling
 from fgsnap.runtime.blocks import BlockPool
-from fgsnap.runtime.request import EngineStats, FinishReason, Output, Request, SamplingParams, Token
-from fgsnap.runtime.scheduler import Scheduler, Sequence, Slice
-
-# Below this a temperature only overflows the softmax; the limit it approaches is greedy.
-COLDEST = 1e-5
+from fgsnap.runtime.request import EngineStats, Output, Request, Token
+from fgsnap.runtime.roster import NO_TOKEN
+from fgsnap.runtime.scheduler import Admission, Scheduler, Work
+from fgsnap.runtime.sequence import Sequence
 
 
 class Model(Protocol):
@@ -36,9 +35,30 @@ class Model(Protocol):
         """Cache the batch's keys and values, and return the logits of its rows."""
         ...
 
-    def sample(self, logits: Any, how: list[Sampling]) -> list[Sampled]:
+    def sample(self, logits: Any, how: list[Sampling], positions: list[int]) -> Samples:
         """Pick one token a row of logits; -1 where a row has no finite logit."""
         ...
+
+
+class Step(NamedTuple):
+    """What one step produced: a token for each of ``requests``, logprobs by row, and which requests ended, and how.
+
+    In columns, for most steps of a busy engine are many single tokens. An end has no tokens of its own.
+    """
+
+    requests: list[str]
+    tokens: list[int]
+    logprobs: dict[int, Sampled]
+    ends: list[Output]
+
+    def outputs(self) -> Iterator[Output]:
+        """The same as one output a request."""
+        ends = {end.request: end for end in self.ends}
+        for row, (request, token) in enumerate(zip(self.requests, self.tokens, strict=True)):
+            _, logprob, top = self.logprobs.get(row, Sampled(token))
+            end = ends.pop(request, Output(request))
+            yield Output(request, (Token(token, logprob, top),), end.finish, end.error, end.code)
+        yield from ends.values()
 
 
 class Engine:
@@ -49,27 +69,49 @@ class Engine:
         eos_token_ids: tokens that end a request, unless it ignores them.
         token_budget: most tokens in one forward.
         max_sequences: most requests running at once; never more than the budget, for each needs a token in every step.
+        max_waiting: most requests waiting; more are refused with status 429.
+        admission: "reserve" all blocks that a request can ever need, or "optimistic": start more, and preempt.
+        prefix_caching: share the blocks of equal beginnings.
+        clock: seconds, for deadlines.
     """
 
     def __init__(
-        self, model: Model, *, eos_token_ids: Collection[int] = (), token_budget: int = 512, max_sequences: int = 256
+        self,
+        model: Model,
+        *,
+        eos_token_ids: Collection[int] = (),
+        token_budget: int = 512,
+        max_sequences: int = 256,
+        max_waiting: int = 4096,
+        admission: Admission = "reserve",
+        prefix_caching: bool = True,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._model = model
         self._eos = frozenset(eos_token_ids)
-        self._pool = BlockPool(model.blocks, model.block_size)
-        self._scheduler = Scheduler(self._pool, token_budget, min(max_sequences, token_budget))
+        self._pool = BlockPool(model.blocks, model.block_size, caching=prefix_caching)
+        self._scheduler = Scheduler(self._pool, token_budget, min(max_sequences, token_budget), admission)
+        self._roster = self._scheduler.roster
+        self._max_waiting = max_waiting
+        self._clock = clock
         self._live: dict[str, Sequence] = {}
+        self._deadlines: list[tuple[float, str, Sequence]] = []  # a heap; who ended before is passed over
         self._prompt_tokens = 0
         self._generated_tokens = 0
-        self._steps = 0
+        self._recomputed_tokens = 0
 
     def submit(self, request: Request) -> None:
         """Queue a request. RequestError if it is malformed or could never run, whatever else is running."""
         self._check(request)
         seed = request.params.seed
-        sequence = Sequence(request, int.from_bytes(os.urandom(8)) if seed is None else seed)
+        if seed is None:
+            seed = int.from_bytes(os.urandom(8))
+        sequence = Sequence(request, seed, self._eos, self._pool.root(request.cache_salt))
         self._live[request.id] = sequence
         self._scheduler.add(sequence)
+        if request.timeout is not None:
+            sequence.deadline = self._clock() + request.timeout
+            heappush(self._deadlines, (sequence.deadline, request.id, sequence))
 
     def abort(self, request: str) -> None:
         """Drop a request, free its blocks and say no more about it. One that already ended is no error."""
@@ -81,15 +123,15 @@ class Engine:
         """Whether ``step`` would run a forward."""
         return bool(self._live)
 
-    def step(self) -> list[Output]:
-        """Run one forward and return what it produced, at most one output a request."""
-        slices = self._scheduler.schedule()
-        if not slices:
-            return []
-        batch, picking = _pack(slices)
-        logits = self._model.forward(batch)
-        sampled = self._model.sample(logits, [_sampling(sequence) for sequence in picking]) if picking else []
-        return self._commit(slices, picking, sampled)
+    def step(self) -> Step:
+        """Run one forward and return what it produced, at most one token a request."""
+        ends = self._expire() if self._deadlines else []
+        work = self._scheduler.schedule()
+        if work is None:
+            return Step([], [], {}, ends)
+        logits = self._model.forward(work.batch)
+        samples = self._model.sample(logits, work.how, work.positions) if work.how else NO_SAMPLES
+        return self._commit(work, samples, ends)
 
     def stats(self) -> EngineStats:
         """Gauges and counters as of now. Blocks promised to a running request count as taken."""
@@ -98,48 +140,93 @@ class Engine:
             waiting=self._scheduler.waiting,
             kv_blocks=self._pool.blocks,
             kv_blocks_free=self._pool.available,
-            prompt_tokens=self._prompt_tokens,
+            prompt_tokens=self._prompt_tokens + self._scheduler.cached_tokens,
             generated_tokens=self._generated_tokens,
-            steps=self._steps,
+            steps=self._roster.step,
+            cached_tokens=self._scheduler.cached_tokens,
+            preemptions=self._scheduler.preemptions,
+            recomputed_tokens=self._recomputed_tokens,
         )
 
-    def _commit(self, slices: list[Slice], picking: list[Sequence], sampled: list[Sampled]) -> list[Output]:
-        self._steps += 1
-        self._prompt_tokens += self._scheduler.advance(slices)
-        return [self._take(sequence, token) for sequence, token in zip(picking, sampled, strict=True)]
+    def _commit(self, work: Work, samples: Samples, ends: list[Output]) -> Step:
+        """Add the tokens to their texts, and take out whoever has ended."""
+        roster, decodes, tokens = self._roster, work.decodes, samples.tokens
+        requests = roster.ids.copy()
+        if work.slices:
+            new, again = self._scheduler.advance(work)
+            self._prompt_tokens += new
+            self._recomputed_tokens += again
+        silent = [row for row in roster.append(tokens[:decodes]) if self._stops(roster.sequences[row], tokens[row])]
+        stopped = [roster.sequences[row] for row in silent]
+        for sequence in roster.due():
+            if sequence.tokens[-1] not in sequence.enders:
+                ends.append(self._end(sequence, Output(sequence.id, finish="length")))
+        for row, sequence in enumerate(work.through, decodes):
+            requests.append(sequence.id)
+            sequence.tokens.append(tokens[row])
+            if self._stops(sequence, tokens[row]):
+                silent.append(row)
+                stopped.append(sequence)
+            else:
+                sequence.note(tokens[row])
+                if sequence.generated == sequence.params.max_tokens:
+                    ends.append(self._end(sequence, Output(sequence.id, finish="length")))
+                else:
+                    roster.join(sequence)
+        ends += [self._stopped(sequence) for sequence in stopped]
+        self._generated_tokens += len(tokens) - len(silent)
+        return _without(silent, requests, tokens, samples.logprobs, ends)
 
-    def _take(self, sequence: Sequence, sampled: Sampled) -> Output:
-        if sampled.token < 0:
-            self._end(sequence)
-            return Output(sequence.id, finish="error", error="the model gave no finite logit for this request")
-        if self._stops(sequence.params, sampled.token):
-            self._end(sequence)
-            return Output(sequence.id, finish="stop")
-        sequence.tokens.append(sampled.token)
-        self._generated_tokens += 1
-        finish: FinishReason | None = None
-        if sequence.generated == sequence.params.max_tokens:
-            self._end(sequence)
-            finish = "length"
-        return Output(sequence.id, (Token(sampled.token, sampled.logprob, sampled.top),), finish)
+    def _stops(self, sequence: Sequence, token: int) -> bool:
+        return token == NO_TOKEN or token in sequence.enders
 
-    def _stops(self, params: SamplingParams, token: int) -> bool:
-        return token in params.stop_token_ids or (token in self._eos and not params.ignore_eos)
+    def _stopped(self, sequence: Sequence) -> Output:
+        """End a sequence whose last token does not belong to it."""
+        if sequence.tokens.pop() == NO_TOKEN:
+            why = "the model gave no finite logit for this request"
+            return self._end(sequence, Output(sequence.id, (), "error", why, "not_finite"), spoiled=True)
+        return self._end(sequence, Output(sequence.id, finish="stop"))
 
-    def _end(self, sequence: Sequence) -> None:
+    def _end(self, sequence: Sequence, output: Output, *, spoiled: bool = False) -> Output:
         del self._live[sequence.id]
-        self._scheduler.remove(sequence)
+        self._scheduler.remove(sequence, spoiled=spoiled)
+        return output
+
+    def _expire(self) -> list[Output]:
+        """End everything whose time is over."""
+        ends, now = [], self._clock()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, _, sequence = heappop(self._deadlines)
+            if sequence.state != "gone":
+                why = f"its timeout of {sequence.request.timeout:g} s is over"
+                ends.append(self._end(sequence, Output(sequence.id, (), "error", why, "deadline_exceeded")))
+        return ends
 
     def _check(self, request: Request) -> None:
         if request.id in self._live:
             raise RequestError(f"A request with the id '{request.id}' is still running.", param="id")
-        _check_params(request.params)
+        if self._scheduler.waiting >= self._max_waiting:
+            raise RequestError(
+                "The queue is full.",
+                f"{self._scheduler.waiting} requests wait, the most that may.",
+                "Try again a little later.",
+                status=429,
+                code="overloaded",
+            )
+        _check_params(request)
         if not request.prompt:
             raise RequestError("The prompt is empty.", "A model continues at least one token.", param="prompt")
         vocab = self._model.vocab_size
         stray = next((token for token in request.prompt if not 0 <= token < vocab), None)
         if stray is not None:
             raise RequestError(f"The prompt holds token id {stray}.", f"The ids are 0 to {vocab - 1}.", param="prompt")
+        for name, tokens in (
+            ("logit_bias", [t for t, _ in request.params.logit_bias]),
+            ("stop_token_ids", request.params.stop_token_ids),
+        ):
+            stray = next((token for token in tokens if not 0 <= token < vocab), None)
+            if stray is not None:
+                raise RequestError(f"{name} names token id {stray}.", f"The ids are 0 to {vocab - 1}.", param=name)
         self._check_size(len(request.prompt), request.params.max_tokens)
 
     def _check_size(self, prompt: int, max_tokens: int) -> None:
@@ -165,49 +252,45 @@ class Engine:
             )
 
 
-def _pack(slices: list[Slice]) -> tuple[Batch, list[Sequence]]:
-    """The forward of these slices, and the sequences that get a token from it, in the order of the batch's rows.
-
-    Only a slice that reaches the end of what is known of its sequence yields a token.
-    """
-    tokens: list[int] = []
-    positions: list[int] = []
-    lengths: list[int] = []
-    rows: list[int] = []
-    picking: list[Sequence] = []
-    for sequence, length in slices:
-        start, end = sequence.cached, sequence.cached + length
-        if length == 1:
-            tokens.append(sequence.tokens[start])
-            positions.append(start)
-        else:
-            tokens += sequence.tokens[start:end]
-            positions += range(start, end)
-        lengths.append(end)
-        if end == len(sequence.tokens):
-            rows.append(len(tokens) - 1)
-            picking.append(sequence)
-    starts = [0, *accumulate(length for _, length in slices)]
-    tables = [sequence.reservation.table for sequence, _ in slices]
-    return Batch(tokens, positions, starts, lengths, tables, rows), picking
+def _without(
+    silent: list[int], requests: list[str], tokens: list[int], logprobs: dict[int, Sampled], ends: list[Output]
+) -> Step:
+    """The step without the rows whose token nobody gets."""
+    if not silent:
+        return Step(requests, tokens, logprobs, ends)
+    left = [row for row in range(len(tokens)) if row not in {*silent}]
+    return Step(
+        [requests[row] for row in left],
+        [tokens[row] for row in left],
+        {place: logprobs[row] for place, row in enumerate(left) if row in logprobs},
+        ends,
+    )
 
 
-def _sampling(sequence: Sequence) -> Sampling:
-    """How to pick the sequence's next token; its random number depends on the seed and the token's position alone."""
-    params = sequence.params
-    if params.temperature < COLDEST:
-        return Sampling(logprobs=params.logprobs)
-    number = uniform(sequence.seed, len(sequence.tokens))
-    return Sampling(params.temperature, params.top_k, params.top_p, number, params.logprobs)
+NO_SAMPLES = Samples([], {})
+
+MOST_BIASES = 1024
+"""Entries of one logit_bias."""
 
 
-def _check_params(params: SamplingParams) -> None:
+def _check_params(request: Request) -> None:
+    params = request.params
+    biases = [bias for _, bias in params.logit_bias]
     rules = (
         ("max_tokens", params.max_tokens, params.max_tokens >= 1, "at least 1"),
         ("temperature", params.temperature, 0 <= params.temperature < math.inf, "a number from 0 up"),
         ("top_k", params.top_k, params.top_k >= 0, "0 (off) or more"),
         ("top_p", params.top_p, 0 < params.top_p <= 1, "above 0 and at most 1"),
+        ("min_p", params.min_p, 0 <= params.min_p <= 1, "from 0 to 1"),
+        ("repetition_penalty", params.repetition_penalty, 0 < params.repetition_penalty < math.inf, "above 0"),
+        ("presence_penalty", params.presence_penalty, math.isfinite(params.presence_penalty), "a finite number"),
+        ("frequency_penalty", params.frequency_penalty, math.isfinite(params.frequency_penalty), "a finite number"),
+        ("logit_bias", f"of {len(biases)} tokens", len(biases) <= MOST_BIASES, f"of at most {MOST_BIASES}"),
+        ("logit_bias", biases, all(map(math.isfinite, biases)), "of finite numbers"),
+        ("min_tokens", params.min_tokens, 0 <= params.min_tokens <= params.max_tokens, "from 0 to max_tokens"),
         ("logprobs", params.logprobs, params.logprobs >= -1, "-1 (none) or more"),
+        ("prompt_logprobs", params.prompt_logprobs, params.prompt_logprobs >= -1, "-1 (none) or more"),
+        ("timeout", request.timeout, request.timeout is None or 0 < request.timeout < math.inf, "seconds above 0"),
     )
     for name, value, holds, rule in rules:
         if not holds:

@@ -12,26 +12,49 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """How one request's tokens are picked and when it ends.
 
-    ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 are off. ``seed`` None draws one at submission.
-    ``logprobs`` -1: none; 0: of the picked token; n: also of the n most likely. Stop *strings* belong to the text side.
+    ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and penalties of 1, 0 and 0 are off.
+    ``repetition_penalty`` looks at prompt and answer, the other two at the answer; ``logit_bias`` is (token id, what is
+    added to its logit). ``seed`` None draws one at submission. ``min_tokens``: eos and stop tokens are not picked
+    before so many others. ``logprobs`` -1: none; 0: of the picked token; n: also of the n most likely;
+    ``prompt_logprobs`` likewise, of the prompt's tokens. Stop *strings* belong to the text side.
     """
 
     max_tokens: int
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0
     logprobs: int = -1
+    prompt_logprobs: int = -1
 
 
-class Request(msgspec.Struct, frozen=True):
-    """A tokenized request. ``id`` is unique among live requests; ``prompt`` has at least one token."""
+class Request(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A tokenized request.
+
+    Attributes:
+        id: unique among live requests.
+        prompt: at least one token.
+        priority: those of a lower one go first, always.
+        tenant: whose it is; waiting tenants take turns by tokens.
+        timeout: seconds from submission after which it ends, wherever it is; None: never.
+        cache_salt: prefixes are shared only between requests of the same one.
+    """
 
     id: str
     prompt: tuple[int, ...]
     params: SamplingParams
+    priority: int = 0
+    tenant: str = ""
+    timeout: float | None = None
+    cache_salt: str = ""
 
 
 class Token(msgspec.Struct, frozen=True, array_like=True):
@@ -46,17 +69,22 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     """What one step produced for one request. The last output of a request carries ``finish``.
 
     The token that ended the request (an eos or stop token) is not among ``tokens``. ``error`` says why finish is
-    "error".
+    "error", and ``code`` which kind it is: "not_finite", "deadline_exceeded" or "constraint".
     """
 
     request: str
     tokens: tuple[Token, ...] = ()
     finish: FinishReason | None = None
     error: str = ""
+    code: str = ""
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):
-    """Gauges and counters of an engine at one moment. Token counts are totals since it started."""
+    """Gauges and counters of an engine at one moment. Token counts are totals since it started.
+
+    ``prompt_tokens`` are those that were forwarded or found cached, each once; ``cached_tokens`` those of them that
+    the prefix cache had; ``recomputed_tokens`` what preemptions made the engine forward again.
+    """
 
     running: int
     waiting: int
@@ -65,3 +93,6 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     prompt_tokens: int
     generated_tokens: int
     steps: int
+    cached_tokens: int = 0
+    preemptions: int = 0
+    recomputed_tokens: int = 0

@@ -1,57 +1,61 @@
 """Dynamic SplitFuse: which sequences run in the next forward, and with how many tokens each.
 
 The cost of a forward depends on its number of tokens, hardly on whose they are, so every forward carries exactly the
-token budget while there is work for it. Each running sequence that is generating comes first, with one token; prompts
-share the rest, cut wherever the budget ends. There is no preemption: admission reserves all the blocks a sequence can
-ever need (see blocks), so whoever runs can finish.
+token budget while there is work for it. Each sequence that generates comes first, with one token; prompts share the
+rest, cut wherever the budget ends.
+
+Nobody waits for ever:
+
+- Who waits is admitted in a fixed order: priority, then tenants in turns by tokens (start-time fair queueing: Goyal et
+  al., SIGCOMM 1996), then first come, first served. The first in line is never overtaken for want of blocks.
+- With ``reserve``, who is admitted has all the blocks it can ever need, so it always runs on. With ``optimistic`` it
+  has those of its prompt, and when none is left for a next token, the sequence that costs least to compute again gives
+  up its own; never the first of all in the order above, which therefore finishes, and then another one is the first.
+- The oldest prompt gets at least half of what generating leaves of each step, and it leaves at least one token: so a
+  prompt of p tokens, with q tokens of older prompts before it, is through after at most
+  2 (p + q) / (budget - most sequences + 1) steps from its admission, whatever else arrives.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from typing import NamedTuple
+from heapq import heapify, heappop, heappush
+from operator import attrgetter
+from typing import Literal, NamedTuple
 
-from fgsnap.runtime.blocks import BlockPool, Reservation
-from fgsnap.runtime.request import Request, SamplingParams
+from fgsnap.kernels.ops import Batch, Sampling
+from fgsnap.runtime.blocks import BlockPool
+from fgsnap.runtime.roster import Roster
+from fgsnap.runtime.sequence import Sequence
 
+Admission = Literal["reserve", "optimistic"]
 
-class Sequence:
-    """A live request: its prompt and what has been generated so far, and how much of that is in the KV cache.
+MOST_PROMPTS = 64
+"""Prompts that are under way at once. More would hold blocks long before they are computed."""
 
-    Attributes:
-        tokens: the prompt, then the generated tokens.
-        prompt_length: how many of ``tokens`` are the prompt.
-        cached: how many of ``tokens`` have been forwarded, so that their keys and values are cached.
-        reservation: its KV blocks, from admission to the end.
-        seed: of its random numbers; drawn at submission where the request names none.
-    """
-
-    __slots__ = ("cached", "id", "params", "prompt_length", "reservation", "seed", "tokens")
-
-    def __init__(self, request: Request, seed: int) -> None:
-        self.id = request.id
-        self.params: SamplingParams = request.params
-        self.tokens = list(request.prompt)
-        self.prompt_length = len(request.prompt)
-        self.cached = 0
-        self.reservation = Reservation(0)
-        self.seed = seed
-
-    @property
-    def longest(self) -> int:
-        """The most tokens this sequence can ever have."""
-        return self.prompt_length + self.params.max_tokens
-
-    @property
-    def generated(self) -> int:
-        return len(self.tokens) - self.prompt_length
+MANY_TENANTS = 1024
+"""From so many on, tenants that have no claim to a later turn are forgotten."""
 
 
 class Slice(NamedTuple):
-    """The next ``length`` uncached tokens of a sequence, to be forwarded in this step."""
+    """The next ``length`` uncached tokens of a prompt, to be forwarded in this step."""
 
     sequence: Sequence
     length: int
+
+
+class Work(NamedTuple):
+    """One step: its batch, and how the token of each row is picked, at which position of its sequence.
+
+    The batch begins with the roster's ``decodes``; its rows are those, and then ``through``: prompts whose last token
+    it forwards.
+    """
+
+    batch: Batch
+    how: list[Sampling]
+    positions: list[int]
+    decodes: int
+    slices: list[Slice]
+    through: list[Sequence]
 
 
 class Scheduler:
@@ -61,69 +65,107 @@ class Scheduler:
         pool: the KV blocks to share out.
         token_budget: most tokens in one forward.
         max_sequences: most sequences running at once; at most the budget, so that no step leaves a decode behind.
+        admission: see above.
     """
 
-    def __init__(self, pool: BlockPool, token_budget: int, max_sequences: int) -> None:
+    def __init__(
+        self, pool: BlockPool, token_budget: int, max_sequences: int, admission: Admission = "reserve"
+    ) -> None:
         assert 0 < max_sequences <= token_budget
+        self.roster = Roster(pool.block_size)
+        self.preemptions = 0
+        self.cached_tokens = 0
+        self.waiting = 0
         self._pool = pool
         self._budget = token_budget
         self._max_sequences = max_sequences
-        self._waiting: deque[Sequence] = deque()
-        # Both in order of admission; a sequence moves from the first to the second with its first generated token.
-        self._prompts: dict[str, Sequence] = {}
-        self._decodes: dict[str, Sequence] = {}
+        self._optimistic = admission == "optimistic"
+        self._queue: list[
+            tuple[tuple[int, int, int], Sequence]
+        ] = []  # a heap; who has left it meanwhile is passed over
+        self._prompts: dict[Sequence, None] = {}  # in order of admission
+        self._computing: dict[bytes, Sequence] = {}  # digests of blocks that running prompts will fill
+        self._parked: dict[bytes, list[Sequence]] = {}  # by the digest that they wait to share
+        self._full = False  # no blocks have come back since the first in line found too few
+        self._arrivals = 0
+        self._turn = 0  # where the tenants' turns are, in tokens
+        self._turns: dict[str, int] = {}  # where each tenant's last sequence ends
 
     @property
     def running(self) -> int:
-        return len(self._prompts) + len(self._decodes)
-
-    @property
-    def waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._prompts) + len(self.roster)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; the caller has checked that it fits the whole pool."""
-        self._waiting.append(sequence)
+        request = sequence.request
+        start = max(self._turn, self._turns.get(request.tenant, 0))
+        self._turns[request.tenant] = start + sequence.longest
+        if len(self._turns) > MANY_TENANTS:
+            self._turns = {tenant: turn for tenant, turn in self._turns.items() if turn > self._turn}
+        self._arrivals += 1
+        sequence.order = (request.priority, start, self._arrivals)
+        self._wait(sequence)
 
-    def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence, wherever it is; its blocks are free at once."""
-        if self._prompts.pop(sequence.id, None) is None and self._decodes.pop(sequence.id, None) is None:
-            self._waiting.remove(sequence)
+    def remove(self, sequence: Sequence, *, spoiled: bool = False) -> None:
+        """Forget a sequence, wherever it is; its blocks are free at once. ``spoiled``: what they hold is wrong."""
+        if sequence.state == "running":
+            self._stop(sequence, spoiled)
         else:
-            self._pool.release(sequence.reservation)
+            self.waiting -= 1  # its place in the queue, or among those that are parked, is passed over later
+            self._full = False  # there may be another first in line
+        sequence.state = "gone"
+        if len(self._queue) > 2 * self.waiting + MOST_PROMPTS:
+            self._queue = [entry for entry in self._queue if entry[1].state == "waiting"]
+            heapify(self._queue)
 
-    def schedule(self) -> list[Slice]:
-        """The next forward's slices: every decode, then as much of the prompts as the budget has room for."""
+    def schedule(self) -> Work | None:
+        """The next forward: every decode, then as much of the prompts as the budget has room for. None: no work."""
+        self._grow()
         self._admit()
-        slices = [Slice(sequence, 1) for sequence in self._decodes.values()]
-        if self._prompts:
-            slices += self._share(self._budget - len(slices))
-        for sequence, length in slices:
-            end = sequence.cached + length
-            if end > len(sequence.reservation.table) * self._pool.block_size:
-                self._pool.grow(sequence.reservation, end)
-        return slices
+        roster, decodes = self.roster, len(self.roster)
+        slices = self._share(self._budget - decodes) if self._prompts else []
+        if not slices:
+            if not decodes:
+                return None
+            lengths = roster.lengths()
+            batch = Batch(roster.last, roster.cached, range(decodes + 1), lengths, roster.tables, range(decodes))
+            return Work(batch, roster.how, lengths, decodes, slices, [])
+        return self._mixed(slices)
 
-    def advance(self, slices: list[Slice]) -> int:
-        """Record that a forward has cached these slices; returns how many of their tokens were of prompts."""
-        prompt_tokens = 0
-        for sequence, length in slices:
-            if sequence.cached < sequence.prompt_length:
-                prompt_tokens += length
-            sequence.cached += length
-            if sequence.cached == sequence.prompt_length:
-                self._decodes[sequence.id] = self._prompts.pop(sequence.id)
-        return prompt_tokens
+    def advance(self, work: Work) -> tuple[int, int]:
+        """Record that the prompts' slices are cached; how many of these tokens were new, and how many were not."""
+        new = again = 0
+        for sequence, length in work.slices:
+            first, sequence.cached = sequence.cached, sequence.cached + length
+            known = max(0, min(sequence.forwarded - first, length))
+            new, again = new + length - known, again + known
+            sequence.forwarded = max(sequence.forwarded, sequence.cached)
+            self._note(sequence, first)
+        for sequence in work.through:
+            del self._prompts[sequence]
+        return new, again
 
-    def _admit(self) -> None:
-        """Start waiting sequences first come, first served, so that a big one cannot be overtaken for ever."""
-        while self._waiting and self.running < self._max_sequences:
-            reservation = self._pool.reserve(self._waiting[0].longest)
-            if reservation is None:
-                return
-            sequence = self._waiting.popleft()
-            sequence.reservation = reservation
-            self._prompts[sequence.id] = sequence
+    def _mixed(self, slices: list[Slice]) -> Work:
+        roster, decodes = self.roster, len(self.roster)
+        tokens, positions = roster.last.copy(), roster.cached.copy()
+        lengths, tables, how = roster.lengths().copy(), roster.tables.copy(), roster.how
+        starts, rows = [*range(decodes + 1)], [*range(decodes)]
+        at, through = lengths.copy(), []
+        for sequence, length in slices:
+            start, end = sequence.cached, sequence.cached + length
+            self._reach(sequence, end)
+            tokens += sequence.tokens[start:end]
+            positions += range(start, end)
+            starts.append(len(tokens))
+            lengths.append(end)
+            tables.append(sequence.table)
+            if end == len(sequence.tokens):
+                rows.append(len(tokens) - 1)
+                at.append(end)
+                through.append(sequence)
+        if through:
+            how = how + [sequence.how for sequence in through]
+        return Work(Batch(tokens, positions, starts, lengths, tables, rows), how, at, decodes, slices, through)
 
     def _share(self, room: int) -> list[Slice]:
         """Cut ``room`` tokens from the prompts: half for the oldest, the rest for those nearest their first token.
@@ -131,19 +173,170 @@ class Scheduler:
         The half keeps a long prompt moving under any load of short ones; the rest lets short ones pass a long one. What
         either cannot use goes to the other, so the room is used up while any prompt has tokens left.
         """
-        oldest = next(iter(self._prompts.values()))
-        shortest_first = sorted(self._prompts.values(), key=_remaining)
-        lengths = {oldest.id: min(_remaining(oldest), room - room // 2)}
-        room -= lengths[oldest.id]
-        for sequence in shortest_first:
+        oldest = next(iter(self._prompts))
+        lengths = {oldest: min(oldest.remaining, room - room // 2)}
+        room -= lengths[oldest]
+        for sequence in sorted(self._prompts, key=_remaining):
             if room == 0:
                 break
-            taken = lengths.get(sequence.id, 0)
-            extra = min(_remaining(sequence) - taken, room)
-            lengths[sequence.id] = taken + extra
+            taken = lengths.get(sequence, 0)
+            extra = min(sequence.remaining - taken, room)
+            lengths[sequence] = taken + extra
             room -= extra
-        return [Slice(sequence, lengths[id]) for id, sequence in self._prompts.items() if lengths.get(id)]
+        return [Slice(sequence, lengths[sequence]) for sequence in self._prompts if lengths.get(sequence)]
+
+    # who runs
+
+    def _admit(self) -> None:
+        """Start waiting sequences in their order, as long as there are places and blocks for the first in line."""
+        while self._queue and not self._full and self.running < self._max_sequences:
+            if len(self._prompts) >= MOST_PROMPTS:
+                return
+            sequence = self._queue[0][1]
+            if sequence.state != "waiting":
+                heappop(self._queue)
+            elif (missing := self._being_computed(sequence)) is not None:
+                heappop(self._queue)
+                self._parked.setdefault(missing, []).append(sequence)
+            elif not self._start(sequence):
+                self._full = True
+            else:
+                heappop(self._queue)
+
+    def _start(self, sequence: Sequence) -> bool:
+        """Give a sequence what it needs to run, or say that there are too few blocks."""
+        sharable = sequence.digests[: (len(sequence.tokens) - 1) // self._pool.block_size]
+        table = self._pool.take(sharable, self._claim(sequence))
+        if table is None:
+            return False
+        if not self._has_headroom():
+            self._pool.release(table, self._claim(sequence) - len(table))
+            return False
+        sequence.table = table
+        sequence.promised = self._claim(sequence) - len(table)
+        sequence.cached = len(table) * self._pool.block_size
+        sequence.state = "running"
+        self.waiting -= 1
+        self.cached_tokens += max(0, sequence.cached - sequence.forwarded)
+        sequence.forwarded = max(sequence.forwarded, sequence.cached)
+        self._turn = max(self._turn, sequence.order[1])
+        self._prompts[sequence] = None
+        for digest in sequence.digests[len(table) :]:
+            self._computing.setdefault(digest, sequence)
+        return True
+
+    def _claim(self, sequence: Sequence) -> int:
+        """Blocks that it must have before it starts: all it can need, or those of the tokens it has and the next."""
+        return self._pool.needed(len(sequence.tokens) + 1 if self._optimistic else sequence.longest)
+
+    def _has_headroom(self) -> bool:
+        """Whether those that generate could each still draw a block, so that they do not soon take this one's back."""
+        return not self._optimistic or self._pool.available >= min(len(self.roster), self._pool.blocks // 8)
+
+    def _being_computed(self, sequence: Sequence) -> bytes | None:
+        """The digest of its first block that nobody has cached, if a running prompt will have it soon."""
+        if not self._computing:
+            return None
+        sharable = sequence.digests[: (len(sequence.tokens) - 1) // self._pool.block_size]
+        missing = next((digest for digest in sharable if not self._pool.holds(digest)), None)
+        return missing if missing in self._computing else None
+
+    def _grow(self) -> None:
+        """Draw a block for each row that needs one, out of those of others where there are no more."""
+        for sequence in self.roster.growing():
+            while not sequence.promised and not self._promise(sequence):
+                victim = self._cheapest()
+                self._preempt(victim)
+                if victim is sequence:
+                    break
+            else:
+                self._draw(sequence)
+
+    def _promise(self, sequence: Sequence) -> bool:
+        granted = self._pool.promise(1)
+        sequence.promised += granted
+        return granted
+
+    def _cheapest(self) -> Sequence:
+        """Who gives up its blocks: of the lowest priority, who has least to compute again, but never the very first."""
+        running = [*self._prompts, *self.roster.sequences]
+        first = min(running, key=_order)
+        return min(
+            (sequence for sequence in running if sequence is not first),
+            key=lambda sequence: (-sequence.request.priority, self._cached(sequence), -sequence.order[2]),
+        )
+
+    def _cached(self, sequence: Sequence) -> int:
+        return sequence.cached if sequence.row < 0 else self.roster.cached[sequence.row]
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take its blocks away; it waits where it was in the order, and goes on as if nothing had happened."""
+        self.preemptions += 1
+        sequence.forwarded = max(sequence.forwarded, self._cached(sequence))
+        self._stop(sequence)
+        self._wait(sequence)
+
+    def _wait(self, sequence: Sequence) -> None:
+        sequence.state = "waiting"
+        sequence.cached = 0
+        self.waiting += 1
+        if self._pool.caching:
+            known, full = len(sequence.digests), len(sequence.tokens) // self._pool.block_size
+            parent = sequence.digests[-1] if known else sequence.root
+            sequence.digests += self._pool.digests(parent, sequence.tokens, known, full)
+        heappush(self._queue, (sequence.order, sequence))
+        if self._queue[0][1] is sequence:
+            self._full = False
+
+    def _stop(self, sequence: Sequence, spoiled: bool = False) -> None:
+        """Take a running sequence out, and its blocks back; what they hold can be found as long as it is there."""
+        if sequence.row >= 0:
+            self.roster.leave(sequence)
+            if not spoiled:
+                self._note(sequence, len(sequence.digests) * self._pool.block_size)
+        else:
+            self._prompts.pop(sequence, None)
+        for digest in sequence.digests:
+            if self._computing.get(digest) is sequence:
+                self._computed(digest)
+        if spoiled:
+            self._pool.discard(sequence.table)
+        self._pool.release(sequence.table, sequence.promised)
+        sequence.table, sequence.promised = [], 0
+        self._full = False
+
+    def _computed(self, digest: bytes) -> None:
+        """Nobody computes this block any more: who waited for it goes on, with it or without."""
+        del self._computing[digest]
+        for sequence in self._parked.pop(digest, ()):
+            if sequence.state == "waiting":
+                heappush(self._queue, (sequence.order, sequence))
+
+    # blocks
+
+    def _reach(self, sequence: Sequence, tokens: int) -> None:
+        while len(sequence.table) * self._pool.block_size < tokens:
+            self._draw(sequence)
+
+    def _draw(self, sequence: Sequence) -> None:
+        sequence.promised -= 1
+        sequence.table.append(self._pool.draw())
+
+    def _note(self, sequence: Sequence, first: int) -> None:
+        """Say what is in the blocks that the tokens from ``first`` to what is cached have filled."""
+        if not self._pool.caching:
+            return
+        size = self._pool.block_size
+        known, full = len(sequence.digests), sequence.cached // size
+        if known < full:  # of an answer, whose digests are made only now
+            parent = sequence.digests[-1] if known else sequence.root
+            sequence.digests += self._pool.digests(parent, sequence.tokens, known, full)
+        for index in range(first // size, full):
+            digest = sequence.digests[index]
+            self._pool.note(sequence.table[index], digest)
+            if digest in self._computing:
+                self._computed(digest)
 
 
-def _remaining(sequence: Sequence) -> int:
-    return sequence.prompt_length - sequence.cached
+_remaining = attrgetter("remaining")
+_order = attrgetter("order")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fgsnap.errors import RequestError
-from fgsnap.kernels.ops import Batch, Sampled, Sampling
+from fgsnap.kernels.ops import Batch, Sampled, Samples, Sampling
 from fgsnap.runtime.engine import Engine
 from fgsnap.runtime.request import Output, Request, SamplingParams
 from tests.doubles import StubModel
@@ -30,7 +30,7 @@ def finish(engine: Engine) -> dict[str, list[Output]]:
     for _ in range(2000):
         if not engine.has_work():
             return outputs
-        for output in engine.step():
+        for output in engine.step().outputs():
             outputs.setdefault(output.request, []).append(output)
     raise AssertionError("the engine makes no progress")
 
@@ -98,7 +98,7 @@ class EngineLife(RuleBasedStateMachine):
     def step(self, steps):
         for _ in range(steps):
             before = len(self.model.batches)
-            for output in self.engine.step():
+            for output in self.engine.step().outputs():
                 assert output.request not in self.aborted, "an aborted request spoke"
                 assert not self.done(output.request), "a finished request spoke"
                 self.outputs.setdefault(output.request, []).append(output)
@@ -131,7 +131,7 @@ class EngineLife(RuleBasedStateMachine):
                 assert summary(self.outputs[name]) == alone(original), f"{name} differs from running alone"
         stats = self.engine.stats()
         assert (stats.running, stats.waiting, stats.kv_blocks_free) == (0, 0, stats.kv_blocks)
-        assert sorted(self.engine._pool._free) == list(range(self.model.blocks))
+        assert sorted([*self.engine._pool._free, *self.engine._pool._idle]) == list(range(self.model.blocks))
 
 
 EngineLife.TestCase.settings = settings(
@@ -172,8 +172,10 @@ class Scripted:
     def forward(self, batch: Batch) -> list[int]:
         return [batch.positions[row] + 1 for row in batch.rows]
 
-    def sample(self, logits: list[int], how: list[Sampling]) -> list[Sampled]:
-        return [Sampled(self.script.get(position, 50), -0.5, ((50, -0.5),)) for position in logits]
+    def sample(self, logits: list[int], how: list[Sampling], positions: list[int]) -> Samples:
+        assert positions == logits
+        tokens = [self.script.get(position, 50) for position in positions]
+        return Samples(tokens, {row: Sampled(token, -0.5, ((50, -0.5),)) for row, token in enumerate(tokens)})
 
 
 @pytest.mark.parametrize(
@@ -199,7 +201,7 @@ def test_how_a_request_ends(script, params, expected):
 def test_logprobs_reach_the_output():
     engine = Engine(Scripted({}))
     engine.submit(request("r", max_tokens=1, logprobs=1))
-    [output] = engine.step()
+    [output] = engine.step().outputs()
     assert output.tokens[0].logprob == -0.5
     assert output.tokens[0].top == ((50, -0.5),)
 
@@ -225,7 +227,7 @@ def test_abort_frees_blocks_before_the_next_step():
     assert (engine.stats().running, engine.stats().waiting, engine.stats().kv_blocks_free) == (1, 1, 0)
     engine.abort("a")
     assert engine.stats().kv_blocks_free == 4
-    assert {output.request for output in engine.step()} == {"b"}
+    assert {output.request for output in engine.step().outputs()} == {"b"}
     engine.abort("a")
     engine.abort("never seen")
     assert engine.stats().running == 1
@@ -243,7 +245,7 @@ def test_an_idle_engine_does_nothing():
     model = stub()
     engine = Engine(model)
     assert not engine.has_work()
-    assert engine.step() == []
+    assert not [*engine.step().outputs()]
     assert model.batches == []
 
 
@@ -314,8 +316,8 @@ class Instant:
     def forward(self, batch: Batch) -> int:
         return len(batch.rows)
 
-    def sample(self, logits: int, how: list[Sampling]) -> list[Sampled]:
-        return [Sampled(5)] * logits
+    def sample(self, logits: int, how: list[Sampling], positions: list[int]) -> Samples:
+        return Samples([5] * logits, {})
 
 
 def test_a_step_costs_microseconds():

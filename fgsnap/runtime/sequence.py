@@ -1,0 +1,98 @@
+"""One live request: its tokens, and how much of them is in which blocks of the KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from fgsnap.kernels.ops import Edits, Sampling
+from fgsnap.runtime.request import Request, SamplingParams
+
+# Below this a temperature only overflows the softmax; the limit it approaches is greedy.
+COLDEST = 1e-5
+
+
+class Sequence:
+    """A live request.
+
+    Attributes:
+        tokens: the prompt, then the generated tokens.
+        prompt_length: how many of ``tokens`` are the prompt.
+        cached: how many of ``tokens`` have been forwarded; not kept while it generates (see roster).
+        table: its KV blocks, in order.
+        promised: blocks that it may still draw.
+        digests: of the blocks that are full of its tokens, as far as they are known.
+        order: what goes first among those that wait; the lowest.
+        how: how its tokens are picked.
+        enders: tokens that end it.
+        row: its place in the roster, or -1.
+        forwarded: how many of its tokens were ever cached, so that none is counted twice.
+        state: "waiting", "running" or "gone".
+    """
+
+    __slots__ = (
+        "cached", "deadline", "digests", "enders", "forwarded", "how", "id", "order", "params", "promised",
+        "prompt_length", "request", "root", "row", "state", "table", "tokens",
+    )  # fmt: skip
+
+    def __init__(self, request: Request, seed: int, eos: Collection[int], root: bytes) -> None:
+        params = request.params
+        self.request = request
+        self.id = request.id
+        self.params = params
+        self.tokens = list(request.prompt)
+        self.prompt_length = len(request.prompt)
+        self.enders = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos))
+        self.how = _sampling(params, seed, _edits(params, request.prompt, self.enders))
+        self.cached = 0
+        self.forwarded = 0
+        self.table: list[int] = []
+        self.promised = 0
+        self.root = root
+        self.digests: list[bytes] = []
+        self.order: tuple[int, int, int] = (0, 0, 0)
+        self.deadline = float("inf")
+        self.row = -1
+        self.state = "waiting"
+
+    @property
+    def longest(self) -> int:
+        """The most tokens this sequence can ever have."""
+        return self.prompt_length + self.params.max_tokens
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def remaining(self) -> int:
+        """Known tokens that have not been forwarded."""
+        return len(self.tokens) - self.cached
+
+    def note(self, token: int) -> None:
+        """Take ``token``, which was just added, into account for those that are picked after it."""
+        edits = self.how.edits
+        if edits is not None:
+            if edits.penalizes:
+                edits.count(token)
+            if edits.banned and self.generated >= self.params.min_tokens:
+                edits.banned = ()
+                edits.version += 1
+
+
+def _sampling(params: SamplingParams, seed: int, edits: Edits | None) -> Sampling:
+    if params.temperature < COLDEST:
+        return Sampling(logprobs=params.logprobs, edits=edits)
+    return Sampling(params.temperature, params.top_k, params.top_p, params.min_p, seed, params.logprobs, edits)
+
+
+def _edits(params: SamplingParams, prompt: Collection[int], enders: Collection[int]) -> Edits | None:
+    """What is done to its logits; None for most, which is quicker."""
+    edits = Edits(
+        repetition=params.repetition_penalty,
+        presence=params.presence_penalty,
+        frequency=params.frequency_penalty,
+        bias=dict(params.logit_bias),
+        banned=sorted(enders) if params.min_tokens else (),
+        prompt=sorted(set(prompt)) if params.repetition_penalty != 1.0 else (),
+    )
+    return edits if edits.penalizes or edits.bias or edits.banned else None
