@@ -320,6 +320,16 @@ def _print_plan(as_json: bool, source: str, **settings: Any) -> None:
 @option("--host", default="127.0.0.1", help="Address to listen on.")
 @option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0 picks a free one.")
 @engine_options
+@option("--max-num-seqs", type=click.IntRange(min=1), default=256, help="Most requests in one forward.")
+@option("--max-waiting", type=click.IntRange(min=1), default=4096, help="Most requests queued; more get status 429.")
+@option(
+    "--admission", type=click.Choice(("reserve", "optimistic")), default="reserve",
+    help="reserve: start a request when the KV cache has room for all of it; optimistic: sooner, at the risk of preemption.",
+)  # fmt: skip
+@option(
+    "--prefix-caching/--no-prefix-caching", default=True,
+    help="Compute equal beginnings of prompts once.",
+)  # fmt: skip
 @option("--served-model-name", help="Name clients use; default: that on the Hub, else the directory's.")
 @option("--api-key-file", type=click.Path(path_type=Path), help="File of accepted API keys, one a line.")
 @option(

@@ -46,7 +46,9 @@ class StubModel:
 
     def forward(self, batch: Batch) -> list[list[float]]:
         check_batch(batch, self.block_size)
-        self.batches.append(Batch(*map(list, batch[:4]), [list(table) for table in batch.block_tables], list(batch.rows)))
+        self.batches.append(
+            Batch(*map(list, batch[:4]), [list(table) for table in batch.block_tables], list(batch.rows))
+        )
         for table, (begin, end) in zip(batch.block_tables, _spans(batch), strict=True):
             for token, position in zip(batch.tokens[begin:end], batch.positions[begin:end], strict=True):
                 self._cache[table[position // self.block_size]][position % self.block_size] = (token, position)
@@ -77,8 +79,11 @@ def check_batch(batch: Batch, block_size: int) -> None:
     for table, length, (begin, end) in zip(batch.block_tables, batch.lengths, _spans(batch), strict=True):
         assert list(batch.positions[begin:end]) == list(range(length - (end - begin), length))
         assert begin < end and len(table) * block_size >= length
-    written = [table[p // block_size] for table, span in zip(batch.block_tables, _spans(batch), strict=True)
-               for p in {*batch.positions[slice(*span)]}]
+    written = [
+        table[p // block_size]
+        for table, span in zip(batch.block_tables, _spans(batch), strict=True)
+        for p in {*batch.positions[slice(*span)]}
+    ]
     del written  # blocks may be shared; the cache itself notices who writes into another's
     assert list(batch.rows) == sorted(set(batch.rows))
 

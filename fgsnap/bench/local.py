@@ -110,7 +110,7 @@ def run(engine: Engine, prompts: Sequence[tuple[int, ...]], answer: int) -> Run:
     gaps: list[float] = []
     steps: list[Step] = []
     while engine.has_work():
-        outputs = engine.step()
+        outputs = [*engine.step().outputs()]
         now, after = time.monotonic(), engine.stats().prompt_tokens
         steps.append(Step(now - before, after - read, len(outputs)))
         for output in outputs:

@@ -54,16 +54,26 @@ class Answer:
 
     Args:
         heading: of every body.
-        choices: how many.
+        choices: how many are made, of all prompts.
+        best: the client gets the first number of each second number of choices, the likeliest by the mean logprob of
+            their tokens; None: all.
         prompt_tokens: of all prompts together.
         spell: a token's bytes, where log probabilities are wanted; None where not.
         usage: a stream's client wants the token counts at its end.
     """
 
     def __init__(
-        self, heading: Heading, *, choices: int, prompt_tokens: int, spell: Spell | None, usage: bool = False
+        self,
+        heading: Heading,
+        *,
+        choices: int,
+        prompt_tokens: int,
+        spell: Spell | None,
+        usage: bool = False,
+        best: tuple[int, int] | None = None,
     ) -> None:
         self._heading = heading
+        self._best_of = best
         self._prompt_tokens = prompt_tokens
         self._spell = spell
         self._usage = usage
@@ -102,9 +112,17 @@ class Answer:
 
     def whole(self) -> bytes:
         """The answer that the added pieces make."""
-        choices = [self._choice(index, pieces) for index, pieces in enumerate(self._pieces)]
+        choices = [self._choice(*each) for each in enumerate(self._best())]
         body = {**self._heading.body(streamed=False), "choices": choices, "usage": self.usage()}
         return msgspec.json.encode(body)
+
+    def _best(self) -> list[list[Piece]]:
+        """The pieces of the choices that the client gets."""
+        if self._best_of is None:
+            return self._pieces
+        kept, made = self._best_of
+        groups = [self._pieces[first : first + made] for first in range(0, len(self._pieces), made)]
+        return [pieces for group in groups for pieces in sorted(group, key=_likelihood, reverse=True)[:kept]]
 
     def usage(self) -> dict[str, int]:
         return {
@@ -132,6 +150,11 @@ class Answer:
         body = _completion_logprobs(tokens, self._spell, self._offsets[index])
         self._offsets[index] += sum(map(len, body["tokens"]))
         return body
+
+
+def _likelihood(pieces: Sequence[Piece]) -> float:
+    logprobs = [token.logprob for piece in pieces for token in piece.tokens]
+    return sum(logprobs) / len(logprobs) if logprobs else 0.0
 
 
 def _chat_logprobs(tokens: Sequence[Token], spell: Spell) -> dict[str, Any]:

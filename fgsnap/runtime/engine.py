@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from heapq import heappop, heappush
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from fgsnap.errors import RequestError
 from fgsnap.kernels.ops import Batch, Sampled, Samples, Sampling
 from fgsnap.runtime.blocks import BlockPool
-from fgsnap.runtime.request import EngineStats, Output, Request, Token
+from fgsnap.runtime.request import EngineStats, Output, Request, Step, Token
 from fgsnap.runtime.roster import NO_TOKEN
 from fgsnap.runtime.scheduler import Admission, Scheduler, Work
 from fgsnap.runtime.sequence import Sequence
@@ -38,27 +38,6 @@ class Model(Protocol):
     def sample(self, logits: Any, how: list[Sampling], positions: list[int]) -> Samples:
         """Pick one token a row of logits; -1 where a row has no finite logit."""
         ...
-
-
-class Step(NamedTuple):
-    """What one step produced: a token for each of ``requests``, logprobs by row, and which requests ended, and how.
-
-    In columns, for most steps of a busy engine are many single tokens. An end has no tokens of its own.
-    """
-
-    requests: list[str]
-    tokens: list[int]
-    logprobs: dict[int, Sampled]
-    ends: list[Output]
-
-    def outputs(self) -> Iterator[Output]:
-        """The same as one output a request."""
-        ends = {end.request: end for end in self.ends}
-        for row, (request, token) in enumerate(zip(self.requests, self.tokens, strict=True)):
-            _, logprob, top = self.logprobs.get(row, Sampled(token))
-            end = ends.pop(request, Output(request))
-            yield Output(request, (Token(token, logprob, top),), end.finish, end.error, end.code)
-        yield from ends.values()
 
 
 class Engine:
@@ -257,12 +236,12 @@ def _without(
 ) -> Step:
     """The step without the rows whose token nobody gets."""
     if not silent:
-        return Step(requests, tokens, logprobs, ends)
+        return Step(requests, tokens, {row: Token(*one) for row, one in logprobs.items()}, ends)
     left = [row for row in range(len(tokens)) if row not in {*silent}]
     return Step(
         [requests[row] for row in left],
         [tokens[row] for row in left],
-        {place: logprobs[row] for place, row in enumerate(left) if row in logprobs},
+        {place: Token(*logprobs[row]) for place, row in enumerate(left) if row in logprobs},
         ends,
     )
 

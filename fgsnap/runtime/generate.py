@@ -60,7 +60,7 @@ def generate(
     engine.submit(request)
     try:
         while engine.has_work():
-            for output in engine.step():
+            for output in engine.step().outputs():
                 if output.finish == "error":
                     raise FgsnapError("The model failed on this prompt.", output.error, "Try another --backend.")
                 delta = stream.feed([token.id for token in output.tokens])
@@ -105,7 +105,7 @@ def answer(
     with opened(path, engine) as model:
         text = model.text
         ids = text.encode(prompt) if raw or not text.has_chat_template else text.encode_chat([_user(prompt)])
-        return model.answer(ids, SamplingParams(max_tokens, temperature, top_k, top_p, seed), stop, emit)
+        return model.answer(ids, SamplingParams(max_tokens, temperature, top_k, top_p, seed=seed), stop, emit)
 
 
 def chat(

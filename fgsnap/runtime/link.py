@@ -157,7 +157,7 @@ class Link:
         self._heard = time.monotonic()
         if isinstance(message, wire.Outputs):
             self.stats = message.stats
-            for output in message.outputs:
+            for output in message.step.outputs():
                 self._deliver(output.request, output, last=output.finish is not None)
         elif isinstance(message, wire.Refused):
             self._deliver(message.request, message, last=True)

@@ -110,8 +110,11 @@ def _engine(stats: EngineStats) -> Iterator[Metric]:
         ("gauge", "fgsnap_requests_waiting", "Requests queued in the engine.", stats.waiting),
         ("gauge", "fgsnap_kv_blocks", "KV cache blocks.", stats.kv_blocks),
         ("gauge", "fgsnap_kv_blocks_free", "KV cache blocks not promised to a request.", stats.kv_blocks_free),
-        ("counter", "fgsnap_prompt_tokens", "Prompt tokens computed.", stats.prompt_tokens),
+        ("counter", "fgsnap_prompt_tokens", "Prompt tokens computed or found cached.", stats.prompt_tokens),
+        ("counter", "fgsnap_prompt_tokens_cached", "Prompt tokens found in the prefix cache.", stats.cached_tokens),
         ("counter", "fgsnap_generated_tokens", "Tokens generated.", stats.generated_tokens),
+        ("counter", "fgsnap_preemptions", "Requests that gave up their KV blocks for another one.", stats.preemptions),
+        ("counter", "fgsnap_recomputed_tokens", "Tokens computed again after preemptions.", stats.recomputed_tokens),
         ("counter", "fgsnap_steps", "Forwards run.", stats.steps),
     )
     for kind, name, help, value in rows:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 
@@ -12,6 +14,10 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "auto"
     dtype: str = "auto"
     max_batch_tokens: int = 512
+    max_num_seqs: int = 256
+    max_waiting: int = 4096
+    admission: Literal["reserve", "optimistic"] = "reserve"
+    prefix_caching: bool = True
     max_model_len: int | None = None
     kv_memory: int | None = None
     threads: int | None = None

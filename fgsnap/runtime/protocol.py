@@ -23,6 +23,9 @@ Count = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
 StopText = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 TopLogprobs = Annotated[int, msgspec.Meta(ge=0, le=20)]
+Choices = Annotated[int, msgspec.Meta(ge=1, le=MAX_CHOICES)]
+Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
+Bias = Annotated[float, msgspec.Meta(ge=-100, le=100)]
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -33,15 +36,24 @@ class Sampled(msgspec.Struct, frozen=True, kw_only=True):
     """The fields that both endpoints share. ``null`` is the same as leaving a field out."""
 
     model: str | None = None
-    n: Annotated[int, msgspec.Meta(ge=1, le=MAX_CHOICES)] | None = None
+    n: Choices | None = None
     max_tokens: Count | None = None
     temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, msgspec.Meta(ge=-1, le=2**31)] | None = None
+    min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, msgspec.Meta(gt=0, le=10)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: Annotated[dict[str, Bias], msgspec.Meta(max_length=1024)] | None = None
     seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: StopText | Annotated[list[StopText], msgspec.Meta(max_length=16)] | None = None
     stop_token_ids: Annotated[list[TokenId], msgspec.Meta(max_length=64)] | None = None
     ignore_eos: bool | None = False
+    min_tokens: Annotated[int, msgspec.Meta(ge=0, le=2**31)] | None = None
+    priority: Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31)] | None = None
+    timeout: Annotated[float, msgspec.Meta(gt=0, le=1e6)] | None = None
+    cache_salt: Annotated[str, msgspec.Meta(min_length=1, max_length=256)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
 
@@ -49,6 +61,7 @@ class Sampled(msgspec.Struct, frozen=True, kw_only=True):
 class CompletionBody(Sampled, frozen=True, kw_only=True):
     prompt: str | list[str | int | list[int]]
     logprobs: TopLogprobs | None = None
+    best_of: Choices | None = None
 
 
 Body = TypeVar("Body", bound=Sampled)
@@ -75,14 +88,7 @@ class ChatBody(Sampled, frozen=True, kw_only=True):
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "echo": (None, False),
     "suffix": (None, ""),
-    "best_of": (None, 1),
-    "logit_bias": (None, {}),
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-    "repetition_penalty": (None, 1),
     "length_penalty": (None, 1),
-    "min_p": (None, 0),
-    "min_tokens": (None, 0),
     "bad_words": (None, []),
     "prompt_logprobs": (None, False),
     "use_beam_search": (None, False),
@@ -106,7 +112,7 @@ class Call(NamedTuple):
     Attributes:
         params: as for the engine; ``max_tokens`` is settled when the prompt's length and the context are known.
         max_tokens: None where the client left it out.
-        choices: answers wanted of each prompt.
+        choices: answers to make of each prompt, of which the client gets the ``kept`` likeliest.
     """
 
     chat: bool
@@ -116,9 +122,13 @@ class Call(NamedTuple):
     params: SamplingParams
     max_tokens: int | None
     choices: int
+    kept: int
     stop: tuple[str, ...]
     stream: bool
     include_usage: bool
+    priority: int = 0
+    timeout: float | None = None
+    cache_salt: str = ""
 
     def text_size(self) -> int:
         """Characters to be tokenized, for deciding whether that may hold up other requests."""
@@ -131,9 +141,12 @@ def parse_completion(body: bytes, vocab_size: int) -> Call:
     sent = _object(body)
     wanted = _typed(sent, CompletionBody)
     prompts = _prompts(wanted.prompt, vocab_size)
-    _bound_choices(len(prompts), wanted.n or 1)
-    logprobs = -1 if wanted.logprobs is None else wanted.logprobs
-    return _call(wanted, chat=False, prompts=prompts, messages=(), logprobs=logprobs, max_tokens=wanted.max_tokens)
+    choices = _choices(wanted)
+    _bound_choices(len(prompts), choices)
+    call = _call(
+        wanted, vocab_size, chat=False, prompts=prompts, logprobs=wanted.logprobs, max_tokens=wanted.max_tokens
+    )
+    return call._replace(choices=choices)
 
 
 def parse_chat(body: bytes, vocab_size: int) -> Call:
@@ -147,10 +160,10 @@ def parse_chat(body: bytes, vocab_size: int) -> Call:
             raise _wrong(f"messages[{index}].content", "The field is missing.")
     return _call(
         wanted,
+        vocab_size,
         chat=True,
-        prompts=(),
         messages=tuple(msgspec.to_builtins(message) for message in wanted.messages),
-        logprobs=(wanted.top_logprobs or 0) if wanted.logprobs else -1,
+        logprobs=(wanted.top_logprobs or 0) if wanted.logprobs else None,
         max_tokens=wanted.max_completion_tokens or wanted.max_tokens,
     )
 
@@ -226,13 +239,35 @@ def _bound_choices(prompts: int, n: int) -> None:
         raise _wrong("prompt", f"{prompts} prompts x n {n} is more than the {MAX_CHOICES} choices of one request.")
 
 
+def _choices(wanted: CompletionBody) -> int:
+    """Answers to make of each prompt."""
+    kept = wanted.n or 1
+    best_of = wanted.best_of or kept
+    if best_of < kept:
+        raise _wrong("best_of", f"best_of {best_of} is less than n {kept}.")
+    if best_of > kept and wanted.stream:
+        raise _wrong("best_of", "The best answers are known when all have ended; they cannot be streamed.")
+    return best_of
+
+
+def _biases(logit_bias: Mapping[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
+    """Token ids are keys, and so text, in JSON."""
+    found = {}
+    for key, bias in logit_bias.items():
+        if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < vocab_size):
+            raise _wrong("logit_bias", f"'{key[:40]}' is no token id from 0 to {vocab_size - 1}.")
+        found[int(key)] = bias
+    return tuple(sorted(found.items()))
+
+
 def _call(
     wanted: Sampled,
+    vocab_size: int,
     *,
     chat: bool,
-    prompts: tuple[str | tuple[int, ...], ...],
-    messages: tuple[dict[str, Any], ...],
-    logprobs: int,
+    prompts: tuple[str | tuple[int, ...], ...] = (),
+    messages: tuple[dict[str, Any], ...] = (),
+    logprobs: int | None,
     max_tokens: int | None,
 ) -> Call:
     if wanted.stream_options is not None and not wanted.stream:
@@ -247,17 +282,34 @@ def _call(
             temperature=1.0 if wanted.temperature is None else wanted.temperature,
             top_k=max(wanted.top_k or 0, 0),
             top_p=1.0 if wanted.top_p is None else wanted.top_p,
+            min_p=wanted.min_p or 0.0,
+            repetition_penalty=wanted.repetition_penalty or 1.0,
+            presence_penalty=wanted.presence_penalty or 0.0,
+            frequency_penalty=wanted.frequency_penalty or 0.0,
+            logit_bias=_biases(wanted.logit_bias or {}, vocab_size),
             seed=wanted.seed,
-            stop_token_ids=tuple(wanted.stop_token_ids or ()),
+            stop_token_ids=_stop_tokens(wanted.stop_token_ids or (), vocab_size),
             ignore_eos=bool(wanted.ignore_eos),
-            logprobs=logprobs,
+            min_tokens=wanted.min_tokens or 0,
+            logprobs=-1 if logprobs is None else logprobs,
         ),
         max_tokens=max_tokens,
         choices=wanted.n or 1,
+        kept=wanted.n or 1,
         stop=(wanted.stop,) if isinstance(wanted.stop, str) else tuple(wanted.stop or ()),
         stream=bool(wanted.stream),
         include_usage=wanted.stream_options is not None and bool(wanted.stream_options.include_usage),
+        priority=wanted.priority or 0,
+        timeout=wanted.timeout,
+        cache_salt=wanted.cache_salt or "",
     )
+
+
+def _stop_tokens(ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+    stray = next((id for id in ids if id >= vocab_size), None)
+    if stray is not None:
+        raise _wrong("stop_token_ids", f"Token id {stray} is outside the vocabulary of {vocab_size}.")
+    return tuple(ids)
 
 
 def settled(call: Call, prompt_tokens: int, max_length: int, kv_tokens: int, chat_tokens: int) -> int:
@@ -268,6 +320,8 @@ def settled(call: Call, prompt_tokens: int, max_length: int, kv_tokens: int, cha
     """
     if prompt_tokens == 0:
         raise _wrong("messages" if call.chat else "prompt", "The prompt has no tokens.")
+    if call.max_tokens is not None and call.params.min_tokens > call.max_tokens:
+        raise _wrong("min_tokens", f"min_tokens {call.params.min_tokens} is more than max_tokens {call.max_tokens}.")
     needed = prompt_tokens + (call.max_tokens or 1)
     if needed > max_length:
         asked = f"{call.max_tokens} of max_tokens" if call.max_tokens else "at least 1 to generate"

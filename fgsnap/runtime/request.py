@@ -2,6 +2,7 @@
 
 # Annotations are not postponed here: msgspec would have to compile each one from its text at every start.
 
+from collections.abc import Iterator
 from typing import Literal
 
 import msgspec
@@ -77,6 +78,30 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     finish: FinishReason | None = None
     error: str = ""
     code: str = ""
+
+
+class Step(msgspec.Struct, frozen=True, array_like=True):
+    """What one step produced: a token for each of ``requests``, logprobs by row, and which requests ended, and how.
+
+    In columns, for most steps of a busy engine are many single tokens. An end has no tokens of its own.
+    """
+
+    requests: list[str]
+    tokens: list[int]
+    logprobs: dict[int, Token]
+    ends: list[Output]
+
+    def outputs(self) -> Iterator[Output]:
+        """The same as one output a request."""
+        ends = {end.request: end for end in self.ends}
+        for row, (request, token) in enumerate(zip(self.requests, self.tokens, strict=True)):
+            end = ends.pop(request, None) if ends else None
+            tokens = (self.logprobs.get(row) or Token(token),)
+            yield Output(request, tokens, end.finish, end.error, end.code) if end else Output(request, tokens)
+        yield from ends.values()
+
+
+NO_STEP = Step([], [], {}, [])
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):

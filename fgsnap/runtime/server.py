@@ -132,7 +132,7 @@ class App:
         scope["app"] = self
         reply = _Reply(scope, send, closing=lambda: self.draining)
         try:
-            self._check_key(scope)
+            scope["tenant"] = self._tenant(scope)
             if scope["path"] in GENERATION and scope["method"] == "POST":
                 await self._generate(scope, receive, reply.send)
             else:
@@ -166,9 +166,9 @@ class App:
             call = GENERATION[scope["path"]](await _body(receive), self._identity.vocab_size)
             if call.model is not None:
                 self.check_model(call.model)
-            await unless_gone(receive, self._answer(call, began, send))
+            await unless_gone(receive, self._answer(call, scope["tenant"], began, send))
 
-    async def _answer(self, call: protocol.Call, began: float, send: Send) -> None:
+    async def _answer(self, call: protocol.Call, tenant: str, began: float, send: Send) -> None:
         prompts = await self._tokenized(call)
         engine = await self._until_ready()
         kv_tokens = engine.kv_blocks * engine.block_size
@@ -177,13 +177,14 @@ class App:
             for prompt in prompts
         ]
         heading = self._heading(call)
-        works = _works(heading.id, call, prompts, lengths)
+        works = _works(heading.id, call, prompts, lengths, tenant)
         answer = answers.Answer(
             heading,
             choices=len(works),
             prompt_tokens=sum(map(len, prompts)),
             spell=None if call.params.logprobs < 0 else self._text.token_bytes,
             usage=call.include_usage,
+            best=(call.kept, call.choices) if call.kept < call.choices else None,
         )
         async with aclosing(self._pieces(works, call.stop)) as pieces, aclosing(self._timed(pieces, began)) as timed:
             await (self._stream if call.stream else self._whole)(answer, timed, send)
@@ -293,9 +294,10 @@ class App:
         finally:
             self.open -= 1
 
-    def _check_key(self, scope: Scope) -> None:
+    def _tenant(self, scope: Scope) -> str:
+        """Whose request it is: the number of its API key. RequestError 401 without one where one is needed."""
         if not self._keys or scope["path"] in PUBLIC:
-            return
+            return ""
         shown = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         scheme, _, key = shown.partition(b" ")
         # Every key is compared, each in constant time: how long it takes says nothing about any of them.
@@ -307,6 +309,7 @@ class App:
                 status=401,
                 code="invalid_api_key",
             )
+        return str(found.index(True))
 
     def check_model(self, name: str) -> None:
         """RequestError 404 for any other than the one that is served."""
@@ -362,14 +365,18 @@ class Work(NamedTuple):
     request: EngineRequest
 
 
-def _works(id: str, call: protocol.Call, prompts: Sequence[tuple[int, ...]], lengths: Sequence[int]) -> list[Work]:
+def _works(
+    id: str, call: protocol.Call, prompts: Sequence[tuple[int, ...]], lengths: Sequence[int], tenant: str
+) -> list[Work]:
     """The choices of every prompt in order. A seed gives each choice of a prompt its own stream of numbers."""
     works: list[Work] = []
+    more = call.priority, tenant, call.timeout, call.cache_salt
+    logprobs = max(call.params.logprobs, 0 if call.kept < call.choices else -1)  # the best are told by them
     for prompt, length in zip(prompts, lengths, strict=True):
         for choice in range(call.choices):
             seed = None if call.params.seed is None else (call.params.seed + choice) % 2**64
-            params = msgspec.structs.replace(call.params, max_tokens=length, seed=seed)
-            works.append(Work(len(works), EngineRequest(f"{id}-{len(works)}", prompt, params)))
+            params = msgspec.structs.replace(call.params, max_tokens=length, seed=seed, logprobs=logprobs)
+            works.append(Work(len(works), EngineRequest(f"{id}-{len(works)}", prompt, params, *more)))
     return works
 
 
@@ -384,6 +391,8 @@ async def _next(inbox: Inbox) -> Output | None:
         raise unavailable(item.why)
     if isinstance(item, wire.Refused):
         raise RequestError(item.what, item.why, item.next_step, status=item.status, param=item.param, code=item.code)
+    if item.code == "deadline_exceeded":
+        raise RequestError("The request ran out of time.", f"{item.error}.", status=504, code=item.code)
     if item.finish in ("error", "abort"):
         why = item.error or "The engine dropped it."
         raise RequestError("The request failed in the engine.", why, status=500, code="engine_error")

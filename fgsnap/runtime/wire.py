@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import msgspec
 
 from fgsnap.runtime.options import EngineOptions
-from fgsnap.runtime.request import EngineStats, Output, Request
+from fgsnap.runtime.request import EngineStats, Request, Step
 
 MAX_FRAME = 64 << 20
 
@@ -65,7 +65,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 class Outputs(msgspec.Struct, frozen=True, tag=True):
     """What one step produced, and the engine's state after it."""
 
-    outputs: tuple[Output, ...]
+    step: Step
     stats: EngineStats
 
 

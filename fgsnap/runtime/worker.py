@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from fgsnap.errors import FgsnapError, HostError, RequestError, SnapshotRefused
 from fgsnap.runtime import startup, wire
+from fgsnap.runtime.request import NO_STEP
 
 if TYPE_CHECKING:
     from fgsnap.runtime.decoder import Decoder
@@ -108,8 +109,8 @@ def _serve(pipe: Pipe, engine: Engine) -> None:
                 return
             _take(pipe, engine, message)
         # Also without a step: who aborted the last request wants to see its blocks free.
-        outputs = tuple(engine.step()) if engine.has_work() else ()
-        pipe.send(wire.Outputs(outputs, engine.stats()))
+        step = engine.step() if engine.has_work() else NO_STEP
+        pipe.send(wire.Outputs(step, engine.stats()))
 
 
 def _take(pipe: Pipe, engine: Engine, message: wire.ToWorker) -> None:
@@ -166,8 +167,16 @@ def begin_engine(told: Callable[[], wire.Begin], mark: Callable[[str], None]) ->
     mark("map and bind")
     canary = check_canary(decoder, snapshot)
     mark("canary")
-    budget = options.engine.max_batch_tokens
-    engine = Engine(decoder, eos_token_ids=snapshot.manifest.text.eos_token_ids, token_budget=budget)
+    asked = options.engine
+    engine = Engine(
+        decoder,
+        eos_token_ids=snapshot.manifest.text.eos_token_ids,
+        token_budget=asked.max_batch_tokens,
+        max_sequences=asked.max_num_seqs,
+        max_waiting=asked.max_waiting,
+        admission=asked.admission,
+        prefix_caching=asked.prefix_caching,
+    )
     return engine, wire.Ready(
         backend=decoder.ops.name,
         device=decoder.ops.device,
@@ -177,7 +186,7 @@ def begin_engine(told: Callable[[], wire.Begin], mark: Callable[[str], None]) ->
         max_length=decoder.max_length,
         kv_blocks=decoder.blocks,
         block_size=decoder.block_size,
-        token_budget=budget,
+        token_budget=asked.max_batch_tokens,
     )
 
 

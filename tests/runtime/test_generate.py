@@ -229,7 +229,7 @@ def test_requests_on_a_real_decoder_answer_in_company_as_alone(opened, budget):
         engine.submit(Request(str(index), tuple(prompt), SamplingParams(max_tokens=10, temperature=0.0)))
     said: dict[str, list[int]] = {str(index): [] for index in range(len(prompts))}
     while engine.has_work():
-        for output in engine.step():
+        for output in engine.step().outputs():
             said[output.request] += [token.id for token in output.tokens]
     assert list(said.values()) == [greedy(opened, prompt, 10) for prompt in prompts]
 

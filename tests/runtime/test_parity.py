@@ -255,7 +255,7 @@ def test_one_seed_gives_the_same_tokens_on_every_backend(made, top_k, top_p):
             params = SamplingParams(50, temperature=0.9, top_k=top_k, top_p=top_p, seed=seed)
             engine.submit(Request(str(seed), prompt, params))
         while engine.has_work():
-            for output in engine.step():
+            for output in engine.step().outputs():
                 tokens.setdefault(output.request, []).extend(token.id for token in output.tokens)
         return tokens
 

@@ -129,7 +129,7 @@ def test_the_tokens_are_those_of_the_engine_alone(serve):
     alone.submit(request("b", (3,) * 50, max_tokens=9))
     expected = []
     while alone.has_work():
-        expected += [token.id for output in alone.step() for token in output.tokens]
+        expected += [token.id for output in alone.step().outputs() for token in output.tokens]
     assert tokens_of(server, "b") == (expected, "length")
 
 
