@@ -324,7 +324,7 @@ def _print_plan(as_json: bool, source: str, **settings: Any) -> None:
 @option("--max-waiting", type=click.IntRange(min=1), default=4096, help="Most requests queued; more get status 429.")
 @option(
     "--admission", type=click.Choice(("reserve", "optimistic")), default="reserve",
-    help="reserve: start a request when the KV cache has room for all of it; optimistic: sooner, at the risk of preemption.",
+    help="reserve: start a request when the KV cache has room for it all; optimistic: sooner, but it may be preempted.",
 )  # fmt: skip
 @option(
     "--prefix-caching/--no-prefix-caching", default=True,
