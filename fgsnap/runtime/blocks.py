@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from array import array
+from collections import OrderedDict
 from collections.abc import Sequence
 from hashlib import blake2b
 
@@ -34,7 +35,9 @@ class BlockPool:
         self._users = [0] * blocks
         self._digests: list[bytes | None] = [None] * blocks
         self._found: dict[bytes, int] = {}
-        self._idle: dict[int, None] = {}  # blocks without users that hold known tokens, the longest unused first
+        # Blocks without users that hold known tokens, the longest unused first. A dict would look for its first entry
+        # among all that were taken from its front.
+        self._idle: OrderedDict[int, None] = OrderedDict()
         self._promised = 0
 
     @property
@@ -89,8 +92,7 @@ class BlockPool:
         if self._free:
             block = self._free.pop()
         else:
-            block = next(iter(self._idle))
-            del self._idle[block]
+            block, _ = self._idle.popitem(last=False)
             self._forget(block)
         self._users[block] = 1
         return block
@@ -130,5 +132,6 @@ class BlockPool:
         if digest is not None:
             self._digests[block] = None
             del self._found[digest]
-            if self._idle.pop(block, self) is None:
+            if block in self._idle:
+                del self._idle[block]
                 self._free.append(block)
