@@ -52,8 +52,8 @@ class Paced:
             raise self.raises
         return self.model.forward(batch)
 
-    def sample(self, logits, how):
-        return self.model.sample(logits, how)
+    def sample(self, logits, how, positions):
+        return self.model.sample(logits, how, positions)
 
 
 class StubWorkers:

@@ -14,8 +14,7 @@ from itertools import accumulate
 from typing import Any, Protocol
 
 from fgsnap.errors import RequestError
-from fgsnap.kernels.ops import Batch, Sampled, Sampling
-from fgsnap.kernels.philox import uniform
+from fgsnap.kernels.ops import Batch, Sampled, Samples, Sampling
 from fgsnap.runtime.blocks import BlockPool
 from fgsnap.runtime.request import EngineStats, FinishReason, Output, Request, SamplingParams, Token
 from fgsnap.runtime.scheduler import Scheduler, Sequence, Slice
@@ -36,7 +35,7 @@ class Model(Protocol):
         """Cache the batch's keys and values, and return the logits of its rows."""
         ...
 
-    def sample(self, logits: Any, how: list[Sampling]) -> list[Sampled]:
+    def sample(self, logits: Any, how: list[Sampling], positions: list[int]) -> Samples:
         """Pick one token a row of logits; -1 where a row has no finite logit."""
         ...
 
@@ -88,7 +87,11 @@ class Engine:
             return []
         batch, picking = _pack(slices)
         logits = self._model.forward(batch)
-        sampled = self._model.sample(logits, [_sampling(sequence) for sequence in picking]) if picking else []
+        if not picking:
+            return self._commit(slices, picking, [])
+        positions = [len(sequence.tokens) for sequence in picking]
+        found = self._model.sample(logits, [_sampling(sequence) for sequence in picking], positions)
+        sampled = [found.logprobs.get(row, Sampled(token)) for row, token in enumerate(found.tokens)]
         return self._commit(slices, picking, sampled)
 
     def stats(self) -> EngineStats:
@@ -197,8 +200,7 @@ def _sampling(sequence: Sequence) -> Sampling:
     params = sequence.params
     if params.temperature < COLDEST:
         return Sampling(logprobs=params.logprobs)
-    number = uniform(sequence.seed, len(sequence.tokens))
-    return Sampling(params.temperature, params.top_k, params.top_p, number, params.logprobs)
+    return Sampling(params.temperature, params.top_k, params.top_p, 0.0, sequence.seed, params.logprobs)
 
 
 def _check_params(params: SamplingParams) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fgsnap.errors import RequestError
-from fgsnap.kernels.ops import Batch, Sampled, Sampling
+from fgsnap.kernels.ops import Batch, Sampled, Samples, Sampling
 from fgsnap.runtime.engine import Engine
 from fgsnap.runtime.request import Output, Request, SamplingParams
 from tests.doubles import StubModel
@@ -172,8 +172,10 @@ class Scripted:
     def forward(self, batch: Batch) -> list[int]:
         return [batch.positions[row] + 1 for row in batch.rows]
 
-    def sample(self, logits: list[int], how: list[Sampling]) -> list[Sampled]:
-        return [Sampled(self.script.get(position, 50), -0.5, ((50, -0.5),)) for position in logits]
+    def sample(self, logits: list[int], how: list[Sampling], positions: list[int]) -> Samples:
+        assert positions == logits
+        tokens = [self.script.get(position, 50) for position in positions]
+        return Samples(tokens, {row: Sampled(token, -0.5, ((50, -0.5),)) for row, token in enumerate(tokens)})
 
 
 @pytest.mark.parametrize(
@@ -314,8 +316,8 @@ class Instant:
     def forward(self, batch: Batch) -> int:
         return len(batch.rows)
 
-    def sample(self, logits: int, how: list[Sampling]) -> list[Sampled]:
-        return [Sampled(5)] * logits
+    def sample(self, logits: int, how: list[Sampling], positions: list[int]) -> Samples:
+        return Samples([5] * logits, {})
 
 
 def test_a_step_costs_microseconds():
