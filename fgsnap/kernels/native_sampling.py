@@ -88,7 +88,7 @@ class PackedEdits:
 
     def __init__(self, edits: Edits) -> None:
         prompt = edits.prompt if edits.repetition != 1.0 else ()
-        bias, biases = array("i", edits.bias), array("d", edits.bias.values())
+        bias, biases = array("i", [*edits.bias]), array("d", [*edits.bias.values()])
         banned, ids = array("i", edits.banned), array("i", prompt)
         penalties = array("d", (edits.repetition, edits.presence, edits.frequency)).tobytes()
         self._edits = edits
@@ -106,7 +106,7 @@ class PackedEdits:
         edits = self._edits
         if self._version != edits.version and edits.penalizes:
             counts = edits.counts
-            self._counts = (array("i", counts), array("i", counts.values()))
+            self._counts = (array("i", [*counts]), array("i", [*counts.values()]))
             self._put(_COUNTED, *map(address_of, self._counts), len(counts))
             self._version = edits.version
         if self._allowed is not edits.allowed:
