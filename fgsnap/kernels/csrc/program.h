@@ -317,7 +317,7 @@ struct Scan {
     // sums[b] = the weights of x[b * MASS, (b + 1) * MASS) together.
     void (*masses)(const T* x, int64_t count, double most, double steepness, double* sums);
     void (*weigh)(const T* x, int64_t count, double most, double steepness, double* weights);
-    // Where x is at least `bound`, ascending; returns how many there are.
+    // Where x is at least `bound`, ascending; returns how many there are. `found` has room for 16 more than `count`.
     int64_t (*above)(const T* x, int64_t count, T bound, int32_t* found);
 };
 

@@ -104,7 +104,7 @@ T at_most(double bound) {
 template <class T>
 Chosen at_least(const Row<T>& row, double bound, Desk& desk) {
     Candidate* end = desk.candidates;
-    int32_t found[STRETCH];
+    int32_t found[STRETCH + 16];
     for (int64_t i = 0; i < row.count; i += STRETCH) {
         const int64_t n = row.scan.above(row.x + i, std::min(STRETCH, row.count - i), at_most<T>(bound), found);
         for (int64_t j = 0; j < n; ++j) *end++ = {double(row.x[i + found[j]]), 0, row.token(i + found[j])};
@@ -118,7 +118,7 @@ Chosen largest(const Row<T>& row, int64_t count, Desk& desk) {
     Candidate *const begin = desk.candidates, *const kept = begin + count, *end = begin;
     const int64_t room = 2 * count + 2 * STRETCH;
     T bound = -std::numeric_limits<T>::infinity();
-    int32_t found[STRETCH];
+    int32_t found[STRETCH + 16];
     for (int64_t i = 0; i < row.count; i += STRETCH) {
         const int64_t n = row.scan.above(row.x + i, std::min(STRETCH, row.count - i), bound, found);
         for (int64_t j = 0; j < n; ++j) *end++ = {double(row.x[i + found[j]]), 0, row.token(i + found[j])};

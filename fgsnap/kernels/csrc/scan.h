@@ -39,7 +39,22 @@ INLINE V take(const T* at) {
 }
 
 INLINE vd wide(const double* at) { return take<vd>(at); }
-INLINE vd wide(const float* at) { return __builtin_convertvector(take<vs>(at), vd); }
+INLINE vd wide(const float* at) {
+#if defined(__AVX512F__)
+    return (vd)_mm512_cvtps_pd((__m256)take<vs>(at));  // GCC 12 converts the two halves and joins them
+#else
+    return __builtin_convertvector(take<vs>(at), vd);
+#endif
+}
+
+// The larger of each pair; b where a is NaN.
+INLINE vd larger(vd a, vd b) {
+#if defined(__AVX512F__)
+    return (vd)_mm512_max_pd((__m512d)a, (__m512d)b);
+#else
+    return a > b ? a : b;
+#endif
+}
 
 INLINE vd select(vl mask, vd yes, vd no) { return (vd)(((vl)yes & mask) | ((vl)no & ~mask)); }
 
@@ -87,8 +102,7 @@ INLINE vd scaled(vd y, vd n) {
 // e^x for x up to 0, to about one unit in the last place; 0 far below, at most below -708. The polynomial is off by
 // 1.6e-17 of e^r at most, interpolated at Chebyshev's points.
 INLINE vd exponential(vd x) {
-    const vd low = -746.0 - vd{};
-    x = x > low ? x : low;
+    x = larger(x, -746.0 - vd{});
     const vd n = (x * 1.44269504088896340736 + MAGIC) - MAGIC;
     const vd r = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
     vd y = 2.510038549551032e-08 - vd{};
@@ -193,13 +207,28 @@ int64_t peak(const T* x, int64_t count) {
     return found;
 }
 
+// Writes first + i for each bit i of `bits`, and may write over what lies within a register behind them.
+INLINE int64_t put_places(uint32_t bits, int64_t first, int32_t* to) {
+#if defined(__AVX512F__)
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i places = _mm512_add_epi32(_mm512_set1_epi32(int32_t(first)), lanes);
+    _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(__mmask16(bits), places));
+    return __builtin_popcount(bits);
+#else
+    int64_t n = 0;
+    for (; bits != 0; bits &= bits - 1) to[n++] = int32_t(first + __builtin_ctz(bits));
+    return n;
+#endif
+}
+
 template <class T>
 int64_t above(const T* x, int64_t count, T bound, int32_t* found) {
     using W = Wide<T>;
     int64_t n = 0, i = 0;
-    for (; i + W::COUNT <= count; i += W::COUNT)
-        for (uint32_t bits = bits_of(take<typename W::Value>(x + i) >= bound); bits != 0; bits &= bits - 1)
-            found[n++] = int32_t(i + __builtin_ctz(bits));
+    for (; i + W::COUNT <= count; i += W::COUNT) {
+        const uint32_t bits = bits_of(take<typename W::Value>(x + i) >= bound);
+        if (bits != 0) n += put_places(bits, i, found + n);
+    }
     for (; i < count; ++i)
         if (x[i] >= bound) found[n++] = int32_t(i);
     return n;
