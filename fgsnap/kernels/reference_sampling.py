@@ -44,7 +44,11 @@ def scored(logits: torch.Tensor, targets: Sequence[int], top: int) -> list[Sampl
 
 def sound(logits: torch.Tensor) -> list[bool]:
     """Whether each row has a finite logit and no NaN."""
-    return list((~logits.isnan().any(-1) & logits.isfinite().any(-1)).tolist())
+    most = logits.amax(-1)  # NaN where there is any
+    well, endless = most.isfinite(), most == torch.inf
+    if bool(endless.any()):
+        well |= endless & logits.isfinite().any(-1)
+    return list(well.tolist())
 
 
 # --- edits ------------------------------------------------------------------------------------------------------------
