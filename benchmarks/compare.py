@@ -116,13 +116,14 @@ class Fgsnap:
         while live := [s for s, tokens in enumerate(found) if len(tokens) < count]:
             parts = [waiting[s][:chunk] for s in live]
             batch = _batch(parts, [done[s] for s in live], [tables[s] for s in live])
-            sampled = self._decoder.sample(self._decoder.forward(batch), [Sampling() for _ in live])
-            for s, part, answer in zip(live, parts, sampled, strict=True):
+            logits = self._decoder.forward(batch)
+            answers = self._decoder.sample(logits, [Sampling()] * len(live), batch.lengths).tokens
+            for s, part, answer in zip(live, parts, answers, strict=True):
                 done[s] += len(part)
                 waiting[s] = waiting[s][len(part) :]
                 if not waiting[s]:
-                    found[s].append(answer.token)
-                    waiting[s] = [answer.token]
+                    found[s].append(answer)
+                    waiting[s] = [answer]
         return found
 
     def _floats(self, batch: Batch) -> torch.Tensor:

@@ -121,6 +121,16 @@ closer to float32. Promised: at most 1e-4 and 64 equal tokens in float32, an RMS
 """
 
 
+SAMPLING = """\
+## Sampling
+
+Microseconds to pick the tokens of one step, an option at a time, on {threads} threads: logits of a normal distribution,
+at a temperature of 0.8 but for greedy. Plain is torch code that sorts the vocabulary. The memory's time is what reading
+the logits once takes at the {bandwidth:.1f} GB/s of a sum over a large tensor in the same run; logits that were just
+computed may lie in a cache, which is faster.
+
+"""
+
 GEMMA = """\
 ## Gemma 3 270M from its GGUF file
 
@@ -189,6 +199,7 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         "plan": plans,
         "parity": parity,
         "gemma": gemma,
+        "sampling": sampling,
     }
     known = {name: section for name, section in sections.items() if name in results}
     parts = [section(results[name]) + measured_on(name, results[name]) for name, section in known.items()]
@@ -355,6 +366,25 @@ def gemma(result: dict[str, Any]) -> str:
     ]
     rows += [(f"`fgsnap serve --tp {row['tp']}`, beside TP 1", "", "", equal_tokens(row)) for row in result["served"]]
     return words + table(("", "max error", "RMS ratio in bfloat16", "equal greedy tokens"), rows)
+
+
+def sampling(result: dict[str, Any]) -> str:
+    words = SAMPLING.format(threads=result["threads"]["native"], bandwidth=result["bandwidth_gigabytes_per_second"])
+    rows = [
+        (
+            row["option"],
+            f"{row['vocabulary']:,}",
+            str(row["batch"]),
+            spread(row["microseconds"]["native"], 0),
+            spread(row["microseconds"]["reference"], 0),
+            spread(row["microseconds"]["plain"], 0) if "plain" in row["microseconds"] else "",
+            spread(row["plain_over_native"], 1) if "plain_over_native" in row else "",
+            spread(row["native_over_limit"], 1),
+        )
+        for row in result["rows"]
+    ]
+    heads = ("", "vocabulary", "batch", "`native`", "`reference`", "plain", "plain / native", "native / memory's time")
+    return words + table(heads, rows)
 
 
 def equal_tokens(row: dict[str, Any]) -> str:

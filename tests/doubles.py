@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fgsnap.errors import RequestError
-from fgsnap.kernels.ops import Batch, Sampled, Samples, Sampling
+from fgsnap.kernels.ops import Batch, Edits, Sampled, Samples, Sampling
 from fgsnap.kernels.philox import uniform
 from fgsnap.runtime.text import TextStream
 
@@ -46,18 +46,14 @@ class StubModel:
 
     def forward(self, batch: Batch) -> list[list[float]]:
         check_batch(batch, self.block_size)
-        self.batches.append(
-            Batch(*map(list, batch[:4]), [list(table) for table in batch.block_tables], list(batch.rows))
-        )
+        self.batches.append(Batch(*map(list, batch[:4]), [*map(list, batch.block_tables)], list(batch.rows)))
         for table, (begin, end) in zip(batch.block_tables, _spans(batch), strict=True):
             for token, position in zip(batch.tokens[begin:end], batch.positions[begin:end], strict=True):
                 self._cache[table[position // self.block_size]][position % self.block_size] = (token, position)
         return [self._logits(batch, row) for row in batch.rows]
 
-    def sample(self, logits: list[list[float]], how: list[Sampling], positions: list[int]) -> Samples:
-        found = [pick(*each) for each in zip(logits, how, positions, strict=True)]
-        asked = {row: one for row, (one, rule) in enumerate(zip(found, how, strict=True)) if rule.logprobs >= 0}
-        return Samples([one.token for one in found], asked)
+    def sample(self, logits: list[list[float]], how: Sequence[Sampling], positions: Sequence[int]) -> Samples:
+        return picks(logits, how, positions)
 
     def _logits(self, batch: Batch, row: int) -> list[float]:
         table = batch.block_tables[bisect_right(batch.starts, row) - 1]
@@ -79,12 +75,11 @@ def check_batch(batch: Batch, block_size: int) -> None:
     for table, length, (begin, end) in zip(batch.block_tables, batch.lengths, _spans(batch), strict=True):
         assert list(batch.positions[begin:end]) == list(range(length - (end - begin), length))
         assert begin < end and len(table) * block_size >= length
-    written = [
-        table[p // block_size]
-        for table, span in zip(batch.block_tables, _spans(batch), strict=True)
-        for p in {*batch.positions[slice(*span)]}
+    own = [
+        {table[position // block_size] for position in batch.positions[begin:end]}
+        for table, (begin, end) in zip(batch.block_tables, _spans(batch), strict=True)
     ]
-    del written  # blocks may be shared; the cache itself notices who writes into another's
+    assert sum(map(len, own)) == len(set().union(*own)), "two sequences write into a block"
     assert list(batch.rows) == sorted(set(batch.rows))
 
 
@@ -92,34 +87,70 @@ def _spans(batch: Batch) -> list[tuple[int, int]]:
     return list(zip(batch.starts, batch.starts[1:], strict=False))
 
 
+def picks(logits: Sequence[Sequence[float]], how: Sequence[Sampling], positions: Sequence[int]) -> Samples:
+    """What Ops.sample gives."""
+    found = [pick(row, rule, position) for row, rule, position in zip(logits, how, positions, strict=True)]
+    asked = {row: one for row, one in enumerate(found) if how[row].logprobs >= 0 and one.token >= 0}
+    return Samples([one.token for one in found], asked)
+
+
 def pick(row: Sequence[float], how: Sampling, position: int) -> Sampled:
-    """One row's token exactly as ops.Sampling words it."""
-    if any(math.isnan(value) for value in row) or max(row) == -math.inf:
+    """One row's token exactly as ops.Sampling words it, of float64 logits."""
+    if any(math.isnan(value) for value in row) or not any(math.isfinite(value) for value in row):
         return Sampled(-1)
-    order = sorted(range(len(row)), key=lambda token: (-row[token], token))
-    token = order[0] if how.temperature == 0 else _draw(row, order, how, position)
+    edited = edit(row, how.edits)
+    if any(math.isnan(value) for value in edited) or max(edited) == -math.inf:
+        return Sampled(-1)
+    token = descending(edited)[0] if how.temperature == 0 else _draw(edited, how, uniform(how.seed, position))
     if how.logprobs < 0:
         return Sampled(token)
-    total = row[order[0]] + math.log(sum(math.exp(value - row[order[0]]) for value in row))
-    return Sampled(token, row[token] - total, tuple((t, row[t] - total) for t in order[: how.logprobs]))
+    most = max(row)
+    total = math.log(sum(_weight(value, most, 1.0) for value in row))
+    logprobs = [(0.0 if value == most else value - most) - total for value in row]
+    return Sampled(token, logprobs[token], tuple((t, logprobs[t]) for t in descending(row)[: how.logprobs]))
 
 
-def _draw(row: Sequence[float], order: list[int], how: Sampling, position: int) -> int:
-    kept = order[: how.top_k] if how.top_k else order
-    weights = {token: math.exp((row[token] - row[order[0]]) / how.temperature) for token in kept}
-    total, running, nucleus = sum(weights.values()), 0.0, []
+def edit(row: Sequence[float], edits: Edits | None) -> list[float]:
+    """One row's logits exactly as ops.Edits words it."""
+    found = list(row)
+    for token in range(len(row)) if edits is not None else ():
+        words = None if edits.allowed is None else edits.allowed.cast("B")
+        if (words is not None and not words[token // 8] >> token % 8 & 1) or token in edits.banned:
+            found[token] = -math.inf
+        found[token] += edits.bias.get(token, 0.0)
+        if token in edits.counts or token in edits.prompt:
+            found[token] = found[token] / edits.repetition if found[token] > 0 else found[token] * edits.repetition
+        if token in edits.counts:
+            found[token] -= edits.presence + edits.counts[token] * edits.frequency
+    return found
+
+
+def descending(row: Sequence[float]) -> list[int]:
+    return sorted(range(len(row)), key=lambda token: (-row[token], token))
+
+
+def _weight(value: float, most: float, temperature: float) -> float:
+    return 1.0 if value == most else math.exp((value - most) / temperature)
+
+
+def _draw(row: Sequence[float], how: Sampling, number: float) -> int:
+    kept = descending(row)[: how.top_k or None]
+    weights = {token: _weight(row[token], row[kept[0]], how.temperature) for token in kept}
+    if how.top_p < 1:
+        total, running, nucleus = sum(weights.values()), 0.0, []
+        for token in kept:
+            nucleus.append(token)
+            running += weights[token]
+            if running >= how.top_p * total:
+                break
+        kept = nucleus
+    kept = sorted(token for token in kept if weights[token] >= how.min_p and weights[token] > 0)
+    target, running = number * sum(weights[token] for token in kept), 0.0
     for token in kept:
-        nucleus.append(token)
-        running += weights[token]
-        if running >= how.top_p * total:
-            break
-    nucleus.sort()
-    target, running = uniform(how.seed, position) * sum(weights[token] for token in nucleus), 0.0
-    for token in nucleus:
         running += weights[token]
         if running > target:
             return token
-    return nucleus[-1]
+    return kept[-1]
 
 
 class ByteText:

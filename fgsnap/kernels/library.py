@@ -11,7 +11,7 @@ from pathlib import Path
 from fgsnap.built import built_library
 from fgsnap.errors import UsageError
 
-ABI = 5
+ABI = 6
 
 
 def available() -> tuple[bool, str]:
@@ -62,8 +62,9 @@ def _declare(library: ctypes.CDLL) -> None:
     library.fgsnap_give_up.restype = None
     library.fgsnap_end_on_bus_error.argtypes = [ctypes.c_char_p, integer, integer]
     library.fgsnap_end_on_bus_error.restype = None
-    library.fgsnap_sample.argtypes = [pointer, pointer, integer, integer, pointer, pointer, integer, pointer, pointer]
-    library.fgsnap_top_two.argtypes = [pointer, pointer, integer, integer, pointer]
+    rows, answers = (pointer, pointer, integer, integer), (pointer, pointer)
+    library.fgsnap_sample.argtypes = [*rows, pointer, pointer, pointer, *answers, integer, pointer, pointer]
+    library.fgsnap_top_two.argtypes = [*rows, *answers]
 
 
 def end_on_bus_error(text: str, code: int) -> None:

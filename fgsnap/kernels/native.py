@@ -13,7 +13,6 @@ An instance belongs to one thread, and to one process: load it after a fork, nev
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
 import mmap
@@ -26,6 +25,7 @@ from typing import Any
 
 from fgsnap.errors import HostError
 from fgsnap.kernels.library import address, available, default_threads, instruction_sets, load, named_sets
+from fgsnap.kernels.native_sampling import Packer, Way, Ways
 from fgsnap.kernels.ops import (
     ActivationArgs,
     AttentionArgs,
@@ -36,6 +36,7 @@ from fgsnap.kernels.ops import (
     NormArgs,
     RouterArgs,
     Sampled,
+    Samples,
     Sampling,
 )
 from fgsnap.kernels.ranks import RankLost, Ranks, anonymous_memory
@@ -75,6 +76,7 @@ _TEMPERATURES = {"logn": 1, "step": 2}
     _EMBED, _NORM, _ADD, _LINEAR, _SELECT, _ROPE, _APPEND, _ATTEND, _ACTIVATE, _GATE, _LATENT, _ROTATE, _ROUTE, _ASSIGN,
     _EXPERT_UP, _EXPERT_DOWN, _REDUCE, _GATHER, _SQUARES,
 ) = range(19)  # fmt: skip
+_BROKEN = Sampled(-1)
 _ALONE = (-1, 0, 0, 0)  # a norm of a vector that no other rank has a part of
 
 SUPPORTS = frozenset(
@@ -148,6 +150,7 @@ class Native:
             library.fgsnap_join(handle, address(memoryview(ranks.memory)), len(ranks.memory), ranks.rank, ranks.size)
         self._pool = Pool()
         self._tape = Tape(self._pool)
+        self._packer = Packer()
         self._plan: Plan | None = None  # of the records on the tape
         self._arena = mmap.mmap(-1, mmap.PAGESIZE)
         self._close = weakref.finalize(self, library.fgsnap_close, handle)
@@ -524,50 +527,58 @@ class Native:
             raise misuse("score", f"{len(targets)} targets for {plan.rows} rows of {vocab_size} tokens")
         self._flush()
         found: list[Sampled] = []
-        rows = plan.data[-1]
+        rows, way = plan.data[-1], Way(Sampling(logprobs=top))
         for first in range(0, plan.rows, SCORED):
             logits = self.gather(self.logits(x, plan.with_rows(rows[first : first + SCORED]), head), vocab_size)
-            wanted = targets[first : first + SCORED]
-            found += self._picked(logits, [Sampling(logprobs=top)] * len(wanted), wanted)
+            wanted = array("q", targets[first : first + SCORED])
+            ways = Ways([way] * len(wanted))
+            scored = self._picked(logits, ways, wanted, wanted)  # the positions do not matter
+            found += [scored.logprobs.get(row, _BROKEN) for row in range(len(wanted))]
         return found
 
-    def sample(self, logits: Activation, how: Sequence[Sampling]) -> list[Sampled]:
-        if len(how) != logits.rows:
-            raise misuse("sample", f"{len(how)} ways for logits {_show(logits)}")
-        if not all(one.temperature >= 0 and one.top_k >= 0 for one in how):
-            raise misuse("sample", "a negative temperature or top_k")
-        return self._picked(logits, how, [-1] * len(how))
+    def sample(self, logits: Activation, how: Sequence[Sampling], positions: Sequence[int]) -> Samples:
+        if not len(how) == len(positions) == logits.rows:
+            raise misuse("sample", f"{len(how)} ways and {len(positions)} positions for logits {_show(logits)}")
+        return self._picked(logits, self._packer.ways(how, logits.columns), array("q", positions), None)
 
-    def _picked(self, logits: Activation, how: Sequence[Sampling], forced: Sequence[int]) -> list[Sampled]:
-        """A token a row: the forced one where there is one, else as ``how`` says."""
+    def _picked(self, logits: Activation, ways: Ways, positions: array[int], forced: array[int] | None) -> Samples:
+        """A token a row: the forced one, or else as ``ways`` says."""
         logits = self._float32(logits)
         self._flush()
-        top = max((one.logprobs for one in how), default=0)
-        asked = b"".join(
-            struct.pack("=dqddqq", o.temperature, o.top_k, o.top_p, o.uniform, o.logprobs, token)
-            for o, token in zip(how, forced, strict=True)
+        rows, top = logits.rows, min(ways.top, logits.columns)
+        tokens, logprobs = array("q", bytes(8 * rows)), array("d", bytes(8 * rows))
+        top_tokens, top_logprobs = array("q", bytes(8 * rows * top)), array("d", bytes(8 * rows * top))
+        code = self._library.fgsnap_sample(
+            self._handle,
+            self._address(logits),
+            rows,
+            logits.columns,
+            address_of(ways.addresses),
+            address_of(positions),
+            None if forced is None else address_of(forced),
+            address_of(tokens),
+            address_of(logprobs),
+            top,
+            address_of(top_tokens),
+            address_of(top_logprobs),
         )
-        picked = ctypes.create_string_buffer(24 * len(how) or 24)
-        tokens = (ctypes.c_int64 * max(1, len(how) * top))()
-        logprobs = (ctypes.c_double * max(1, len(how) * top))()
-        where = (self._address(logits), logits.rows, logits.columns)
-        self._check(
-            self._library.fgsnap_sample(self._handle, *where, asked, picked, max(0, top), tokens, logprobs), "sample"
-        )
-        results = []
-        for r, one in enumerate(how):
-            token, logprob, count = struct.unpack_from("=qdq", picked, 24 * r)
-            places = range(r * top, r * top + count) if one.logprobs > 0 else ()
-            results.append(Sampled(token, logprob, tuple((tokens[i], logprobs[i]) for i in places)))
-        return results
+        self._check(code, "sample")
+        found: dict[int, Sampled] = {}
+        for row in ways.asking:
+            if tokens[row] >= 0:
+                places = slice(row * top, row * top + min(ways.how[row].logprobs, top))
+                best = tuple(zip(top_tokens[places], top_logprobs[places], strict=True))
+                found[row] = Sampled(tokens[row], logprobs[row], best)
+        return Samples(tokens.tolist(), found)
 
     def top_two(self, logits: Activation) -> list[tuple[int, float]]:
         logits = self._float32(logits)
         self._flush()
-        picked = ctypes.create_string_buffer(24 * logits.rows or 24)
+        tokens, margins = array("q", bytes(8 * logits.rows)), array("d", bytes(8 * logits.rows))
         where = (self._address(logits), logits.rows, logits.columns)
-        self._check(self._library.fgsnap_top_two(self._handle, *where, picked), "top_two")
-        return [struct.unpack_from("=qd", picked, 24 * r) for r in range(logits.rows)]
+        code = self._library.fgsnap_top_two(self._handle, *where, address_of(tokens), address_of(margins))
+        self._check(code, "top_two")
+        return list(zip(tokens, margins, strict=True))
 
     def floats(self, x: Activation) -> memoryview[Any]:
         x = self._float32(x)

@@ -183,7 +183,8 @@ class Edits:
     Attributes:
         counts: tokens of the answer so far, and how many of each.
         prompt: the different tokens of the prompt, where ``repetition`` is not 1.
-        version: goes up with every change of ``counts``, so that a backend may keep what it made of them.
+        version: goes up with every change of ``counts`` and ``banned``, so that a backend may keep what it made of
+            them. ``allowed`` may change at any time.
     """
 
     __slots__ = ("allowed", "banned", "bias", "counts", "frequency", "presence", "prompt", "repetition", "version")

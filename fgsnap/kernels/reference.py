@@ -31,6 +31,7 @@ from fgsnap.kernels.ops import (
     NormArgs,
     RouterArgs,
     Sampled,
+    Samples,
     Sampling,
 )
 from fgsnap.kernels.ranks import Ranks
@@ -357,10 +358,10 @@ class Reference:
         return found if head.softcap is None else (found / head.softcap).tanh_().mul_(head.softcap)
 
     @inference
-    def sample(self, logits: torch.Tensor, how: Sequence[Sampling]) -> list[Sampled]:
+    def sample(self, logits: torch.Tensor, how: Sequence[Sampling], positions: Sequence[int]) -> Samples:
         """As reference_sampling.picked says."""
-        assert len(how) == len(logits)
-        return picked(logits, how)
+        assert len(how) == len(positions) == len(logits)
+        return picked(logits, how, positions)
 
     @inference
     def top_two(self, logits: torch.Tensor) -> list[tuple[int, float]]:

@@ -165,7 +165,7 @@ def _decoder(spec: DecoderSpec, weights: Weights, ops: Ops, blocks: int, block_s
 
 
 def _greedy(decoder: Decoder, logits: object, tokens: Sequence[int]) -> list[int]:
-    return [sampled.token for sampled in decoder.sample(logits, [Sampling()] * len(tokens))]
+    return decoder.sample(logits, [Sampling()] * len(tokens), range(len(tokens))).tokens
 
 
 def _batch(decoder: Decoder, tokens: Sequence[int]) -> Batch:

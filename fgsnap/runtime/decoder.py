@@ -24,7 +24,7 @@ from fgsnap.kernels.ops import (
     Ops,
     QkNormArgs,
     RouterArgs,
-    Sampled,
+    Samples,
     Sampling,
     TemperatureArgs,
     Tensor,
@@ -145,9 +145,9 @@ class Decoder:
         self._check()
         return logits
 
-    def sample(self, logits: Tensor, how: Sequence[Sampling]) -> list[Sampled]:
-        """Pick one token a row of ``logits``."""
-        return self.ops.sample(logits, how)
+    def sample(self, logits: Tensor, how: Sequence[Sampling], positions: Sequence[int]) -> Samples:
+        """Pick one token a row of ``logits``, for ``positions`` of their sequences."""
+        return self.ops.sample(logits, how, positions)
 
     def _compute(self, plan: Tensor) -> Tensor:
         """The ops of one forward: nothing here may depend on the batch but by ``plan``, see Ops.taped."""

@@ -490,8 +490,8 @@ MISUSE = {
     ),
     "sequence 0: its positions": lambda ops, x, plan, cache, w: ops.plan(Batch([1], [1], [0, 1], [1], [[0]], []), 2),
     "plan: rows \\[1\\]": lambda ops, x, plan, cache, w: ops.plan(Batch([1], [0], [0, 1], [1], [[0]], [1]), 2),
-    "sample: 3 ways": lambda ops, x, plan, cache, w: ops.sample(x, [Sampling()] * 3),
-    "negative temperature": lambda ops, x, plan, cache, w: ops.sample(x, [Sampling(temperature=-1.0)] * 4),
+    "sample: 3 ways": lambda ops, x, plan, cache, w: ops.sample(x, [Sampling()] * 3, [0] * 3),
+    "negative temperature": lambda ops, x, plan, cache, w: ops.sample(x, [Sampling(temperature=-1.0)] * 4, [0] * 4),
 }
 
 
@@ -655,7 +655,7 @@ def test_neither_torch_nor_numpy_is_imported():
         table = ops.weight(memoryview(bytes(2 * 6)), "bfloat16", (3, 2))
         plan = ops.plan(Batch([1], [0], [0, 1], [1], [[0]], [0]), 16)
         logits = ops.logits(ops.embed(plan, table, 1.0), plan, HeadArgs(table, None, 3))
-        print(ops.sample(logits, [Sampling()])[0].token, *({"torch", "numpy"} & set(sys.modules)))
+        print(ops.sample(logits, [Sampling()], [0]).tokens[0], *({"torch", "numpy"} & set(sys.modules)))
         """
     assert run_python(code) == ["0"]
 

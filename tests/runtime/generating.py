@@ -34,9 +34,11 @@ def generated(decoder: Decoder) -> tuple[list[float], list[list[int]]]:
         rows = [end - 1 for end in ends]
         logits = decoder.forward(Batch([*chain(*parts)], positions, [0, *ends], done, tables, rows))
         found += decoder.ops.floats(logits).tolist()
-        for tokens, picked, at in zip(sequences, decoder.sample(logits, [Sampling()] * 2), done, strict=True):
+        for tokens, picked, at in zip(
+            sequences, decoder.sample(logits, [Sampling()] * 2, done).tokens, done, strict=True
+        ):
             if at == len(tokens):
-                tokens.append(picked.token)
+                tokens.append(picked)
     return found, sequences
 
 

@@ -237,7 +237,7 @@ def test_a_forward_without_wanted_rows(tmp_path, backend, sequences):
     decoder = load_decoder(open_snapshot(tmp_path / "snap"), backend=backend, device="cpu", blocks=4, threads=1)
     tokens = sequences[0][:7]
     logits = decoder.forward(Batch(tokens, range(7), (0, 7), (7,), ((3,),), ()))
-    assert decoder.sample(logits, []) == []
+    assert decoder.sample(logits, [], []).tokens == []
     after = step(decoder, [([*tokens, 5], 7, 1, (3,))])
     fresh = step(decoder, [([*tokens, 5], 0, 8, (2,))])
     assert relative(after, fresh[-1:]) < 2e-6
@@ -249,7 +249,7 @@ def test_sampling_is_the_same_whatever_else_is_in_the_batch(tmp_path, backend, s
     decoder = load_decoder(
         open_snapshot(tmp_path / "snap"), backend=backend, device="cpu", dtype="float32", blocks=20, threads=1
     )
-    how = Sampling(temperature=1.5, top_k=20, top_p=0.9, uniform=0.6)
+    how = Sampling(temperature=1.5, top_k=20, top_p=0.9, seed=6)
     pieces = [(s, 0, len(s), table) for s, table in zip(sequences, ((0, 1), (2,), (3,)), strict=True)]
     together = step_tokens(decoder, pieces, how)
     alone = [step_tokens(decoder, [piece], how)[0] for piece in pieces]
@@ -263,7 +263,7 @@ def step_tokens(decoder, pieces, how):
     batch = Batch(
         tokens, positions, starts, [len(p[0]) for p in pieces], [p[3] for p in pieces], [s - 1 for s in starts[1:]]
     )
-    return [sampled.token for sampled in decoder.sample(decoder.forward(batch), [how] * len(pieces))]
+    return decoder.sample(decoder.forward(batch), [how] * len(pieces), [len(p[0]) for p in pieces]).tokens
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])

@@ -119,10 +119,10 @@ def greedy(opened, prompt: list[int], count: int) -> list[int]:
     for _ in range(count):
         length = len(tokens)
         batch = Batch(tokens, list(range(length)), [0, length], [length], [list(range(8))], [length - 1])
-        [sampled] = decoder.sample(decoder.forward(batch), [Sampling()])
-        if sampled.token == 257:
+        [token] = decoder.sample(decoder.forward(batch), [Sampling()], [len(tokens)]).tokens
+        if token == 257:
             break
-        tokens.append(sampled.token)
+        tokens.append(token)
     return tokens[len(prompt) :]
 
 

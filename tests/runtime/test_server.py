@@ -45,7 +45,7 @@ def continuation(prompt: str, count: int) -> list[int]:
         model = StubModel(blocks=64)
         length = len(tokens)
         batch = Batch(tokens, range(length), (0, length), (length,), (range(64),), (length - 1,))
-        tokens.append(model.sample(model.forward(batch), [Sampling()])[0].token)
+        tokens.append(model.sample(model.forward(batch), [Sampling()], [len(tokens)]).tokens[0])
     return tokens[len(prompt.encode()) :]
 
 

@@ -90,7 +90,7 @@ def request(id="r", prompt=(1, 2, 3), **params):
 def tokens_of(server, id="r"):
     tokens = []
     while True:
-        for output in server.until(wire.Outputs).outputs:
+        for output in server.until(wire.Outputs).step.outputs():
             if output.request == id:
                 tokens += [token.id for token in output.tokens]
                 if output.finish:
@@ -145,7 +145,7 @@ def test_blocks_are_free_at_once_after_an_abort(serve):
     model.delay = 0.01
     server = serve(lambda mark: (engine(model), READY))
     server.send(wire.Submit(request(max_tokens=200)))
-    running = server.until(wire.Outputs, lambda message: message.outputs).stats
+    running = server.until(wire.Outputs, lambda message: message.step.requests).stats
     assert running.kv_blocks_free < running.kv_blocks
     server.send(wire.Abort("r"))
     after = server.until(wire.Outputs, lambda message: not message.stats.running).stats
@@ -287,7 +287,7 @@ def test_a_worker_process_ignores_the_signals_of_the_terminal_and_ends_with_its_
         process.send_signal(signal.SIGTERM)
         ours.sendall(wire.frame(wire.Submit(request())))
         until(lambda: any(o.finish for m in map(wire.decode_from_worker, buffer.feed(ours.recv(1 << 16)))
-                          if isinstance(m, wire.Outputs) for o in m.outputs))  # fmt: skip
+                          if isinstance(m, wire.Outputs) for o in m.step.outputs()))  # fmt: skip
         ours.close()
         assert process.wait(10) == 0
 

@@ -6,17 +6,20 @@
 //
 // No standard library templates here: an AVX-512 copy of one could be linked into the portable path.
 #include "experts.h"
+#include "scan.h"
 
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
 #define TEXT_(a) #a
 #define TEXT(a) TEXT_(a)
+#define SCAN(type) {peak<type>, masses<type>, weigh<type>, above<type>}
 
 namespace fgsnap {
 
 extern const Kernels JOIN(kernels_, FGSNAP_VARIANT) = {
     TEXT(FGSNAP_VARIANT), HAS_DOTS, embed, norm,   squares, add,   linear, select,    rope,        append,
     attend,               activate, gate,  latent, rotate,  route, assign, expert_up, expert_down,
+    SCAN(float),          SCAN(double),
 };
 
 }  // namespace fgsnap

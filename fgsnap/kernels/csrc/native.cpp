@@ -240,10 +240,13 @@ class Forward : public Job {
 };
 
 struct Rows {
-    const float* logits;
+    float* logits;
     int64_t rows, columns;
-    const Sampling* how;  // null: lead
-    Picked* picked;
+    const Sampling* const* how;  // null: lead
+    const int64_t* positions;
+    const int64_t* forced;  // null: none
+    int64_t* tokens;
+    double* logprobs;
     int64_t top;
     int64_t* top_tokens;
     double* top_logprobs;
@@ -251,20 +254,37 @@ struct Rows {
 
 class PickRows : public Job {
    public:
-    PickRows(const Rows& rows, int threads) : Job({{rows.rows, 1}}, threads), rows_(rows) {}
+    PickRows(const Rows& rows, const Engine& engine)
+        : Job({{rows.rows, grain(rows, engine.team.threads())}}, engine.team.threads()),
+          rows_(rows),
+          kernels_(engine.kernels) {}
 
    private:
+    // A few numbers are not worth waking a thread for.
+    static int64_t grain(const Rows& rows, int threads) {
+        const int64_t all = std::max<int64_t>(rows.rows, 1);
+        return rows.rows * rows.columns < SMALL ? all : std::max<int64_t>(1, all / (threads * SHARES));
+    }
+
     void compute(size_t, const Share& share) override {
         for (int64_t r = share.begin; r < share.end; ++r) {
-            const float* logits = rows_.logits + r * rows_.columns;
-            rows_.picked[r] = rows_.how == nullptr
-                                  ? lead(logits, rows_.columns)
-                                  : pick(logits, rows_.columns, rows_.how[r], rows_.top_tokens + r * rows_.top,
-                                         rows_.top_logprobs + r * rows_.top);
+            const Picked picked = of(r, share.scratch);
+            rows_.tokens[r] = picked.token;
+            rows_.logprobs[r] = picked.logprob;
         }
     }
 
+    Picked of(int64_t r, Scratch& scratch) const {
+        float* const logits = rows_.logits + r * rows_.columns;
+        if (rows_.how == nullptr) return lead(kernels_, logits, rows_.columns);
+        const int64_t at = r * rows_.top;
+        const Asked asked{rows_.how[r], rows_.positions[r], rows_.forced == nullptr ? -1 : rows_.forced[r],
+                          rows_.top_tokens + at, rows_.top_logprobs + at};
+        return pick(kernels_, logits, rows_.columns, asked, scratch);
+    }
+
     const Rows rows_;
+    const Kernels& kernels_;
 };
 
 // What end_on_bus_error says and returns.
@@ -313,7 +333,7 @@ Outcome run_program(Engine& engine, const int64_t* program, int64_t count, const
 }
 
 Outcome pick_rows(Engine& engine, const Rows& rows) {
-    return run(engine, std::make_shared<PickRows>(rows, engine.team.threads()));
+    return run(engine, std::make_shared<PickRows>(rows, engine));
 }
 
 template <class Function>
@@ -374,15 +394,18 @@ EXPORT int fgsnap_run(void* handle, const int64_t* words, int64_t count, const S
     return guarded([&] { return run_program(*static_cast<Engine*>(handle), words, count, *step); });
 }
 
-// top_tokens and top_logprobs have `top` places a row.
-EXPORT int fgsnap_sample(void* handle, const float* logits, int64_t rows, int64_t columns, const Sampling* how,
-                         Picked* picked, int64_t top, int64_t* top_tokens, double* top_logprobs) {
-    const Rows work{logits, rows, columns, how, picked, top, top_tokens, top_logprobs};
+// A token, and where it was asked for its logprob, for each row; top_tokens and top_logprobs have `top` places a row.
+// The logits may be written to.
+EXPORT int fgsnap_sample(void* handle, float* logits, int64_t rows, int64_t columns, const Sampling* const* how,
+                         const int64_t* positions, const int64_t* forced, int64_t* tokens, double* logprobs,
+                         int64_t top, int64_t* top_tokens, double* top_logprobs) {
+    const Rows work{logits, rows, columns, how, positions, forced, tokens, logprobs, top, top_tokens, top_logprobs};
     return guarded([&] { return pick_rows(*static_cast<Engine*>(handle), work); });
 }
 
-EXPORT int fgsnap_top_two(void* handle, const float* logits, int64_t rows, int64_t columns, Picked* picked) {
-    const Rows work{logits, rows, columns, nullptr, picked, 0, nullptr, nullptr};
+EXPORT int fgsnap_top_two(void* handle, float* logits, int64_t rows, int64_t columns, int64_t* tokens,
+                          double* margins) {
+    const Rows work{logits, rows, columns, nullptr, nullptr, nullptr, tokens, margins, 0, nullptr, nullptr};
     return guarded([&] { return pick_rows(*static_cast<Engine*>(handle), work); });
 }
 

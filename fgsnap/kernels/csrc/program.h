@@ -12,8 +12,9 @@
 
 namespace fgsnap {
 
-constexpr int ABI = 5;
+constexpr int ABI = 6;
 constexpr int64_t PANEL = 32;  // rows of a matrix that are computed together; those of a packed one lie together
+constexpr int64_t MASS = 64;   // logits whose weights are summed together
 constexpr int64_t FEW = 4;     // rows of x whose product with a matrix takes as long as the matrix takes to be read
 
 enum class Kind : int64_t {
@@ -307,6 +308,19 @@ struct Share {
     Scratch& scratch;
 };
 
+// Passes over a row of logits. A logit x weighs e^((x - most) * steepness); one that equals `most` weighs 1, even where
+// both are infinite.
+template <class T>
+struct Scan {
+    // Where the largest is, the first of equals; -1: there is NaN, or nothing above -infinity.
+    int64_t (*peak)(const T* x, int64_t count);
+    // sums[b] = the weights of x[b * MASS, (b + 1) * MASS) together.
+    void (*masses)(const T* x, int64_t count, double most, double steepness, double* sums);
+    void (*weigh)(const T* x, int64_t count, double most, double steepness, double* weights);
+    // Where x is at least `bound`, ascending; returns how many there are. `found` has room for 16 more than `count`.
+    int64_t (*above)(const T* x, int64_t count, T bound, int32_t* found);
+};
+
 // One instruction set's kernels. What a unit of an op is, is told beside each kernel, and no result depends on how the
 // units are divided.
 struct Kernels {
@@ -329,6 +343,8 @@ struct Kernels {
     void (*assign)(const Assign&, const Step&);
     void (*expert_up)(const ExpertUp&, const Step&, const Share&);
     void (*expert_down)(const ExpertDown&, const Step&, const Share&);
+    Scan<float> floats;
+    Scan<double> doubles;
 };
 
 extern const Kernels kernels_base;
