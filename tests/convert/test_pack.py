@@ -135,8 +135,11 @@ def test_a_target_that_does_not_exist(tmp_path, model):
 
 
 def test_memory_does_not_grow_with_packed_tensors(tmp_path):
-    """64 MiB of weights in one tensor pass through slabs of 4 MiB, and through read_logical by panels."""
-    config = {**CONFIG, "vocab_size": 700_000, "tie_word_embeddings": True}
+    """96 MiB of weights in one tensor pass through slabs of 4 MiB, and through read_logical by panels.
+
+    On a busy machine the digests lag behind by the 32 MiB that they may.
+    """
+    config = {**CONFIG, "vocab_size": 1_000_000, "tie_word_embeddings": True}
     source = folder(tmp_path / "m", config, weights(config))
     program = (
         "import sys\n"
@@ -153,11 +156,11 @@ def test_memory_does_not_grow_with_packed_tensors(tmp_path):
         [sys.executable, "-c", program, str(source), str(tmp_path / "snap")],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert int(done.stdout) < 48
+    assert int(done.stdout) < 64
     with open_snapshot(tmp_path / "snap") as snapshot:
         got = bytearray(1000 * 48 * 2)
-        read_logical(snapshot, "embed.weight", (699_000, 0), (1000, 48), memoryview(got))
-    tail = weights(config)["model.embed_tokens.weight"][699_000:]
+        read_logical(snapshot, "embed.weight", (999_000, 0), (1000, 48), memoryview(got))
+    tail = weights(config)["model.embed_tokens.weight"][999_000:]
     assert bytes(got) == tail.contiguous().view(torch.int16).numpy().tobytes()
 
 
