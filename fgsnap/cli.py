@@ -456,7 +456,7 @@ def _print_tensors(manifest: Manifest) -> None:
 @json_option
 @progress_option
 def verify(snapshot: Path, as_json: bool, progress: bool | None) -> None:
-    """Hash every byte that a snapshot's manifest covers, and compare."""
+    """Hash every byte that a snapshot's manifest covers, and compare; also ranks, where they hold the same."""
     from fgsnap.snapshot import verify as run_verification
 
     report = run_verification(snapshot, progress=_bar(progress, "verify"))

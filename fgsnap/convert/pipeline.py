@@ -226,7 +226,7 @@ def _publish(job: _Job, writer: SnapshotWriter, provenance: Provenance, canary: 
 def _in_parts(job: _Job, target: Path, ranks: tuple[int, ...], canary: bool, enter: Stage) -> Result:
     """Convert those of the ranks that nobody has converted; publish if then none is missing."""
     tp, plan = len(job.layouts), job.plan
-    _refuse_finished(target)
+    _refuse_finished(target, tp)
     refuse_taken(target)
     parts = read_parts(target, tp)
     for part in parts.values():
@@ -247,8 +247,10 @@ def _in_parts(job: _Job, target: Path, ranks: tuple[int, ...], canary: bool, ent
     return msgspec.structs.replace(made, id=identity, path=target, missing=())
 
 
-def _refuse_finished(target: Path) -> None:
+def _refuse_finished(target: Path, tp: int) -> None:
+    """Refuse to add ranks to a whole snapshot, and remove parts that who published it was killed before removing."""
     if (target / COMMIT).exists():
+        remove_parts(target, tp)
         raise UsageError(
             f"{target} is a finished snapshot.", "None of its ranks is missing.", "Choose another -o, or remove it."
         )

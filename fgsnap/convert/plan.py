@@ -85,7 +85,8 @@ def plan_source(
         spec = families.find(source.config).spec(source.config)
         network = source.revision is not None
         workers = workers or default_workers(network)
-        return plan(spec, tp, asked or stated or "float32", origin, workers, target, chosen, network)
+        held = stated or "float32"
+        return plan(spec, tp, asked or held, origin, workers, target, chosen, kept_memory(spec, held) if network else 0)
 
 
 def plan(
@@ -96,11 +97,11 @@ def plan(
     workers: int | None = None,
     target: str = "generic",
     chosen: tuple[int, ...] | None = None,
-    network: bool = False,
+    kept: int = 0,
 ) -> Plan:
     """The plan for a decoder whose tensors are all stored in ``dtype``; of the ``chosen`` ranks, if there are any.
 
-    ``network``: the weights may come over one.
+    ``kept``: bytes that are kept of what comes over a network.
     """
     layouts = rank_layouts(spec, tp, dict.fromkeys(logical_shapes(spec), dtype), checked_target(target))
     ranks = tuple(
@@ -115,7 +116,7 @@ def plan(
         dtype_from=dtype_from,
         target=target,
         peak_memory=max(
-            peak_memory(layouts, len(ranks), workers or default_workers(), network),
+            peak_memory(layouts, len(ranks), workers or default_workers(), kept),
             _AT_REST + canary_memory(spec, layouts),
         ),
         kv_bytes_per_token=spec.kv_values_per_token() * DTYPE_BYTES[dtype],
@@ -192,7 +193,18 @@ def default_workers(network: bool = False) -> int:
     return 8 if network else min(len(os.sched_getaffinity(0)), 4)
 
 
-def peak_memory(layouts: list[RankLayout], files: int, workers: int, network: bool = False) -> int:
+def kept_memory(spec: DecoderSpec, dtype: DType) -> int:
+    """The most bytes that are kept of weights of ``dtype`` that come over a network.
+
+    Of a stack of experts a whole one is fetched. Only the weights tell whether a checkpoint stacks them, and with gates
+    and ups in one tensor; a plan reads no weights, so it is for one that does.
+    """
+    experts = [kind.experts.mlp for kind in spec.layer_kinds if kind.experts is not None]
+    longest = max(((1 + mlp.gated) * mlp.inner * spec.width * DTYPE_BYTES[dtype] for mlp in experts), default=0)
+    return max(KEPT, 2 * longest)
+
+
+def peak_memory(layouts: list[RankLayout], files: int, workers: int, kept: int = 0) -> int:
     """About the most anonymous bytes of a conversion that writes this many rank files at a time.
 
     Slabs that wait for the disk or a digest, one a file that ends within a huge page, the slabs being made with what a
@@ -201,7 +213,7 @@ def peak_memory(layouts: list[RankLayout], files: int, workers: int, network: bo
     slab = max(SLAB, max(_panel(tensor) for layout in layouts for tensor in layout.tensors))
     tensors = sum(len(layout.tensors) for layout in layouts)
     held = -(-BEHIND // slab) + 2  # with the one that is being written and the one that is asked for next
-    return (held + files + 5 * workers) * slab + tensors * 8192 + (16 << 20) + (KEPT if network else 0)
+    return (held + files + 5 * workers) * slab + tensors * 8192 + (16 << 20) + kept
 
 
 def _panel(tensor: PlannedTensor) -> int:

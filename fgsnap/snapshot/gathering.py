@@ -147,6 +147,16 @@ def read_logical(snapshot: Snapshot, name: str, start: Shape, extent: Shape, tar
     _copy(snapshot, [_Job(box, target.cast("B"), extent, "row") for box in boxes])
 
 
+def read_stored(snapshot: Snapshot, entry: TensorEntry, start: Shape, extent: Shape) -> bytearray:
+    """The box of ``extent`` at ``start`` of one rank's tensor: as it lies where it is whole panels, else row-major."""
+    box = _Box(entry, start, (0,) * len(extent), extent)
+    stays = fits(entry.layout, extent, entry.dtype) and _in_units(box, extent)
+    layout = entry.layout if stays else "row"
+    data = bytearray(packed_bytes(layout, extent, entry.dtype))
+    _copy(snapshot, [_Job(box, memoryview(data), extent, layout)])
+    return data
+
+
 def _boxes(slices: Slices, name: str, start: Shape, place: Shape, extent: Shape) -> Iterator[_Box]:
     """Where the box of ``extent`` at ``start`` of a logical tensor lies, which another needs at ``place``."""
     found = 0

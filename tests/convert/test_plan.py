@@ -6,9 +6,11 @@ import json
 
 import pytest
 
+from fgsnap.convert import families
 from fgsnap.convert.families import llama
+from fgsnap.convert.files import KEPT
 from fgsnap.convert.pipeline import convert
-from fgsnap.convert.plan import SLAB, plan, plan_source
+from fgsnap.convert.plan import SLAB, kept_memory, plan, plan_source
 from fgsnap.errors import SourceError, UsageError
 from tests.convert.models import CONFIG, folder, weights
 
@@ -65,6 +67,13 @@ def test_the_peak_counts_the_process_that_computes_the_canary():
 def test_more_workers_take_more_memory():
     one, many = (plan(llama.spec(SMOLLM2), 1, "bfloat16", workers=workers).peak_memory for workers in (1, 64))
     assert many > one + (1 << 30)
+
+
+def test_experts_that_may_come_in_one_stack_are_kept():
+    """Two of Mixtral's, gates above ups; of other models no more than KEPT is kept."""
+    mixtral = {**LLAMA_8B, "model_type": "mixtral", "num_local_experts": 8}
+    assert kept_memory(families.find(mixtral).spec(mixtral), "bfloat16") == 2 * (2 * 14336 * 4096 * 2)
+    assert kept_memory(llama.spec(LLAMA_8B), "float32") == KEPT
 
 
 def test_weights_that_ranks_share_are_put_together_for_the_canary():
