@@ -1,7 +1,7 @@
 """DeepSeek V2, V3 and R1: keys and values of all heads in one latent, experts in groups beside shared ones.
 
 V2 scores experts by a softmax and ranks groups by their best one; V3 by sigmoids, with a bias that picks but does not
-weigh, and ranks groups by their two best. The layer after the last one, which predicts two tokens ahead, is left out.
+weigh, and ranks groups by their two best. V3's layer after the last one, which predicts two tokens ahead, is left out.
 """
 
 from __future__ import annotations
@@ -210,5 +210,5 @@ def _up(attention: Attention, first: int, last: int) -> Make:
     return make
 
 
-V2 = Family("DeepSeek-V2, V2-Lite, V2.5, Coder-V2", v2_spec, (rules, fused_rules), unused=computed_or_beyond)
+V2 = Family("DeepSeek-V2, V2-Lite, V2.5, Coder-V2", v2_spec, (rules, fused_rules))
 V3 = Family("DeepSeek-V3, V3.1, R1", v3_spec, (rules, fused_rules), unused=computed_or_beyond)

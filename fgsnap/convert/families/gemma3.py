@@ -5,6 +5,7 @@ for the layers with a window. Checkpoints that see hold the decoder beside a vis
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from functools import partial
 
 from fgsnap.convert.families.config import Config, check_keys, flag, integer, number
@@ -93,9 +94,9 @@ def text_spec(config: Config) -> DecoderSpec:
     return spec({"vocab_size": 262208, "num_attention_heads": 8, **inner_config(config, "text_config")})
 
 
-def seen(name: str, spec: DecoderSpec) -> bool:
+def seen(name: str, spec: DecoderSpec, held: Collection[str]) -> bool:
     """Whether a tensor belongs to the vision tower, or says nothing new."""
-    return "vision_tower." in name or "multi_modal_projector." in name or computed(name, spec)
+    return "vision_tower." in name or "multi_modal_projector." in name or computed(name, spec, held)
 
 
 FAMILY = Family(

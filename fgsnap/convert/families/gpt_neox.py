@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from functools import partial
 
 from fgsnap.convert.families.config import Config, activation, check_keys, flag, integer, rope
@@ -63,9 +64,9 @@ def rules(spec: DecoderSpec) -> tuple[Rule, ...]:
 _MASKS = re.compile(r"gpt_neox\.layers\.\d+\.attention\.(masked_)?bias")
 
 
-def unused(name: str, spec: DecoderSpec) -> bool:
+def unused(name: str, spec: DecoderSpec, held: Collection[str]) -> bool:
     """The causal mask and the frequencies, which old checkpoints hold."""
-    return _MASKS.fullmatch(name) is not None or computed(name, spec)
+    return _MASKS.fullmatch(name) is not None or computed(name, spec, held)
 
 
 FAMILY = Family(

@@ -157,6 +157,6 @@ WITH_VISION = Family(
     text_spec,
     (partial(rules, prefix="language_model.model.", head="language_model.lm_head"),),
     refused="Images: the vision tower is left out.",
-    unused=lambda name, spec: name.startswith("vision_model.") or seen(name, spec),
+    unused=lambda name, spec, held: name.startswith("vision_model.") or seen(name, spec, held),
     tied_head=("language_model.lm_head.weight", "language_model.model.embed_tokens.weight"),
 )
