@@ -153,11 +153,13 @@ def activation(config: Config, key: str, default: str) -> Activation:
     return ACTIVATIONS[name]
 
 
-def rope(config: Config, head_dim: int, max_length: int) -> Rope:
+def rope(config: Config, head_dim: int, max_length: int, *, theta: float = 10000.0) -> Rope:
     """The rotation, from either dialect: ``rope_theta`` with ``rope_scaling``, or ``rope_parameters``.
 
-    transformers reads the same values; where both dialects are present they must say the same.
+    transformers reads the same values; where both dialects are present they must say the same. ``theta`` is the base
+    where neither says one.
     """
+    config = {**config, "rope_theta": number(config, "rope_theta", theta)}
     told = []
     for dialect in ("rope_scaling", "rope_parameters"):
         parameters = config.get(dialect)
@@ -192,7 +194,7 @@ def _rope(config: Config, parameters: Config, dialect: str, head_dim: int, max_l
                 REWRITE,
             )
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    theta = number(parameters, "rope_theta", number(config, "rope_theta", 10000.0))
+    theta = number(parameters, "rope_theta", number(config, "rope_theta"))
     share = number(parameters, "partial_rotary_factor", number(config, "partial_rotary_factor", 1.0))
     if head_dim % 2 or share > 1:
         raise SourceError(

@@ -7,6 +7,7 @@ weigh, and ranks groups by their two best. V3's layer after the last one, which 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from fgsnap.convert.families.config import Config, activation, check_keys, count, flag, integer, number, only, rope
 from fgsnap.convert.families.family import Family, computed_or_beyond
@@ -48,6 +49,20 @@ SHARED = {
 INNER = NORMS | ATTENTION | MLP | EXPERTS | SHARED
 
 
+class Defaults(NamedTuple):
+    """What transformers assumes where a config says nothing."""
+
+    max_length: int
+    first_sparse: int
+    experts: int
+    inner: int
+    shared: int
+
+
+V2_DEFAULTS = Defaults(max_length=2048, first_sparse=0, experts=64, inner=1407, shared=2)
+V3_DEFAULTS = Defaults(max_length=4096, first_sparse=3, experts=256, inner=2048, shared=1)
+
+
 def v2_spec(config: Config) -> DecoderSpec:
     """What a DeepSeek-V2 config.json says is computed."""
     only(config, "scoring_func", "softmax")
@@ -60,38 +75,38 @@ def v2_spec(config: Config) -> DecoderSpec:
         kept_groups=1 if groups == 1 else integer(config, "topk_group"),
         scale=number(config, "routed_scaling_factor", 1.0),
     )
-    return _spec(config, router, first_sparse=0)
+    return _spec(config, router, V2_DEFAULTS)
 
 
 def v3_spec(config: Config) -> DecoderSpec:
     """What a DeepSeek-V3 config.json says is computed."""
     only(config, "topk_method", "noaux_tc")
     only(config, "scoring_func", "sigmoid")
-    return _spec(config, biased_router(config), first_sparse=3)
+    return _spec(config, biased_router(config, groups=8, kept_groups=4, scale=2.5), V3_DEFAULTS)
 
 
-def biased_router(config: Config) -> Router:
-    """V3's router, which others took over."""
+def biased_router(config: Config, groups: int = 1, kept_groups: int = 1, scale: float = 1.0) -> Router:
+    """V3's router, which others took over with other defaults."""
     return Router(
         "sigmoid",
         integer(config, "num_experts_per_tok", 8),
         selection_bias=True,
-        groups=integer(config, "n_group", 1),
-        kept_groups=integer(config, "topk_group", 1),
+        groups=integer(config, "n_group", groups),
+        kept_groups=integer(config, "topk_group", kept_groups),
         group_rank="top2_sum",
         renormalize=flag(config, "norm_topk_prob", default=True),
-        scale=number(config, "routed_scaling_factor", 1.0),
+        scale=number(config, "routed_scaling_factor", scale),
     )
 
 
-def _spec(config: Config, router: Router, first_sparse: int) -> DecoderSpec:
+def _spec(config: Config, router: Router, defaults: Defaults) -> DecoderSpec:
     check_keys(config, KNOWN)
     _refuse_unpublished(config)
-    max_length, norm = integer(config, "max_position_embeddings", 4096), rms(config)
+    max_length, norm = integer(config, "max_position_embeddings", defaults.max_length), rms(config)
     attention = _attention(config)
     dense = Layer(attention=attention, mlp=gated_mlp(config), attn_in=norm, mlp_in=norm)
-    sparse = Layer(attention=attention, experts=_experts(config, router), attn_in=norm, mlp_in=norm)
-    first = count(config, "first_k_dense_replace", first_sparse)
+    sparse = Layer(attention=attention, experts=_experts(config, router, defaults), attn_in=norm, mlp_in=norm)
+    first = count(config, "first_k_dense_replace", defaults.first_sparse)
     layers = [dense if index < first else sparse for index in range(depth(config))]
     rotation = rope(config, integer(config, "qk_rope_head_dim", 64), max_length)
     return decoder(config, layers, norm, [rotation], max_length=max_length)
@@ -143,11 +158,12 @@ def _stretch(config: Config) -> float:
     return 0.1 * number(parameters, "mscale_all_dim") * math.log(factor) + 1.0 if scaled else 1.0
 
 
-def _experts(config: Config, router: Router) -> Experts:
-    inner, act = integer(config, "moe_intermediate_size", 1407), activation(config, "hidden_act", "silu")
-    shared = count(config, "n_shared_experts", 0)
+def _experts(config: Config, router: Router, defaults: Defaults) -> Experts:
+    inner, act = integer(config, "moe_intermediate_size", defaults.inner), activation(config, "hidden_act", "silu")
+    none = config.get("n_shared_experts", defaults.shared) is None  # as DeepSeek's own code has it
+    shared = 0 if none else count(config, "n_shared_experts", defaults.shared)
     return checked_experts(
-        integer(config, "n_routed_experts", 64),
+        integer(config, "n_routed_experts", defaults.experts),
         Mlp(inner=inner, activation=act),
         router,
         shared=SharedExpert(Mlp(inner=inner * shared, activation=act)) if shared else None,

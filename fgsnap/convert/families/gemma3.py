@@ -20,6 +20,7 @@ from fgsnap.convert.families.parts import (
     heads,
     inner_config,
     layer_types,
+    refuse_unkeyed,
     rope_of,
     window_of,
 )
@@ -40,6 +41,7 @@ def spec(config: Config) -> DecoderSpec:
     """What a Gemma 3 config.json says is computed."""
     check_keys(config, KNOWN)
     refuse_both_ways(config)
+    refuse_unkeyed(config)
     max_length, width = integer(config, "max_position_embeddings", 131072), integer(config, "hidden_size")
     own, norm, bias = heads(config, keys=4, dim=256), gemma_norm(config), flag(config, "attention_bias")
 

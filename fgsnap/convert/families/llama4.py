@@ -93,7 +93,7 @@ def spec(config: Config) -> DecoderSpec:
         return Layer(attention=attention, mlp=mlp, attn_in=norm, mlp_in=norm)
 
     every = map(layer, range(layers), rotating, layer_types(config, kinds, ("full_attention", "chunked_attention")))
-    return decoder(config, every, norm, [rope(config, own.dim, max_length)], max_length=max_length)
+    return decoder(config, every, norm, [rope(config, own.dim, max_length, theta=500_000.0)], max_length=max_length)
 
 
 def _qk_norm(config: Config) -> QkNorm | None:

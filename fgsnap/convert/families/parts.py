@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from fgsnap.convert.families.config import ROPE, Config, activation, count, flag, integer, number, rope
 from fgsnap.errors import SourceError, UnsupportedModel
@@ -134,12 +134,29 @@ def optional_window(config: Config) -> int | None:
     return None if config.get("sliding_window") is None else integer(config, "sliding_window")
 
 
-def rope_of(config: Config, kind: Kind, head_dim: int, max_length: int) -> Rope:
-    """The rotation of layers of one kind, where ``rope_parameters`` is keyed by kind; else the one there is."""
+def rope_of(config: Config, kind: Kind, head_dim: int, max_length: int, *, theta: float = 10000.0) -> Rope:
+    """The rotation of layers of one kind, where ``rope_parameters`` is keyed by kind; else the one there is.
+
+    A kind that is left out rotates plainly.
+    """
+    if _keyed(config.get("rope_parameters")):
+        config = {**config, "rope_parameters": config["rope_parameters"].get(kind), "rope_scaling": None}
+    return rope(config, head_dim, max_length, theta=theta)
+
+
+def refuse_unkeyed(config: Config) -> None:
+    """Refuse ``rope_parameters`` that do not say for which layers they are, in a family whose layers differ in it."""
     parameters = config.get("rope_parameters")
-    if isinstance(parameters, dict) and kind in parameters:
-        config = {**config, "rope_parameters": parameters[kind], "rope_scaling": None}
-    return rope(config, head_dim, max_length)
+    if parameters and not _keyed(parameters):
+        raise UnsupportedModel(
+            "The config key 'rope_parameters' does not say for which layers it is.",
+            "Those with a window rotate in a way of their own, and readers disagree about what is meant.",
+            "Key it by 'full_attention' and 'sliding_attention', or put the values into 'rope_scaling'.",
+        )
+
+
+def _keyed(parameters: Any) -> bool:
+    return isinstance(parameters, dict) and any(kind in parameters for kind in get_args(Kind))
 
 
 def decoder(
