@@ -161,6 +161,27 @@ def test_what_no_spec_expresses_is_refused_by_name(family, change, name):
     assert name in caught.value.what
 
 
+# Families whose code in transformers reads partial_rotary_factor.
+PARTIAL = {"glm", "glm4", "glm4_moe", "gpt_neox", "phi", "phi3", "stablelm"}
+UNROTATED = {"gpt2", "opt", "qwen"}  # of these, two have no rotation, and one a key of its own
+
+
+@pytest.mark.parametrize("dialect", ["beside", "rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("family", sorted({*FIRST} - UNROTATED))
+def test_a_part_of_a_head_rotates_only_where_the_models_code_knows_of_it(family, dialect):
+    partial = {"partial_rotary_factor": 0.5}
+    change = partial if dialect == "beside" else {dialect: {"rope_type": "default", "rope_theta": 500.0, **partial}}
+    if family in ("gemma3_text", "olmo3") and dialect == "rope_parameters":
+        change = {dialect: {"full_attention": change[dialect]}}
+    config = {key: value for key, value in config_of(FIRST[family]).items() if not key.startswith(("rope_", "partial"))}
+    if family in PARTIAL:
+        spec = families.find(config).spec({**config, **change})
+        assert spec.ropes[0].dims == spec.layer_kinds[0].attention.head_dim // 2
+        return
+    with pytest.raises(UnsupportedModel, match="partial_rotary_factor"):
+        families.find(config).spec({**config, **change})
+
+
 def test_an_unknown_family_is_told_those_there_are():
     with pytest.raises(UnsupportedModel, match="mamba") as caught:
         families.find({"model_type": "mamba"})

@@ -153,11 +153,17 @@ def activation(config: Config, key: str, default: str) -> Activation:
     return ACTIVATIONS[name]
 
 
-def rope(config: Config, head_dim: int, max_length: int, *, theta: float = 10000.0) -> Rope:
+def rope(config: Config, head_dim: int, max_length: int, *, theta: float = 10000.0, partial: bool = False) -> Rope:
     """The rotation, from either dialect: ``rope_theta`` with ``rope_scaling``, or ``rope_parameters``.
 
-    transformers reads the same values; where both dialects are present they must say the same. ``theta`` is the base
-    where neither says one.
+    transformers reads the same values; where both dialects are present they must say the same.
+
+    Args:
+        config: the decoder's.
+        head_dim: of the heads that rotate.
+        max_length: the longest context.
+        theta: the base where the config gives none.
+        partial: whether the model's code rotates a part of each head where ``partial_rotary_factor`` says so.
     """
     config = {**config, "rope_theta": number(config, "rope_theta", theta)}
     told = []
@@ -173,7 +179,14 @@ def rope(config: Config, head_dim: int, max_length: int, *, theta: float = 10000
             "'rope_scaling' and 'rope_parameters' disagree, and readers differ in which one they use.",
             "Remove the one that is not meant.",
         )
-    return told[0] if told else _rope(config, {}, "rope_scaling", head_dim, max_length)
+    rotation = told[0] if told else _rope(config, {}, "rope_scaling", head_dim, max_length)
+    if not partial and rotation.dims != head_dim and rotation.proportional_head_dim is None:
+        raise UnsupportedModel(
+            f"The config key 'partial_rotary_factor' rotates {rotation.dims} of {head_dim} head dims.",
+            "This family rotates whole heads; readers of such a checkpoint disagree about the rest.",
+            "Remove the key from config.json if it is a leftover.",
+        )
+    return rotation
 
 
 _ROPE_KEYS = frozenset(

@@ -29,7 +29,7 @@ def spec(config: Config) -> DecoderSpec:
     after = norm if config["model_type"] == "glm4" else None
     attention = Attention(*own, scale=own.dim**-0.5, rope=0, qkv_bias=flag(config, "attention_bias", default=True))
     layer = Layer(attention=attention, mlp=gated_mlp(config), attn_in=norm, attn_out=after, mlp_in=norm, mlp_out=after)
-    rotation = rope({"partial_rotary_factor": ROTATED, **config}, own.dim, max_length)
+    rotation = rope({"partial_rotary_factor": ROTATED, **config}, own.dim, max_length, partial=True)
     return decoder(config, [layer] * depth(config), norm, [rotation], max_length=max_length)
 
 

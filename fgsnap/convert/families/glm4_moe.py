@@ -40,7 +40,7 @@ def spec(config: Config) -> DecoderSpec:
     sparse = Layer(attention=attention, experts=_experts(config), attn_in=norm, mlp_in=norm)
     first = count(config, "first_k_dense_replace", 1)
     layers = [dense if index < first else sparse for index in range(depth(config))]
-    rotation = rope({"partial_rotary_factor": ROTATED, **config}, own.dim, max_length)
+    rotation = rope({"partial_rotary_factor": ROTATED, **config}, own.dim, max_length, partial=True)
     return decoder(config, layers, norm, [rotation], max_length=max_length)
 
 

@@ -49,7 +49,7 @@ def spec(config: Config) -> DecoderSpec:
         "rope_theta": config.get("rotary_emb_base", 10000.0),
         **config,
     }
-    rotation = rope(rotating, own.dim, max_length)
+    rotation = rope(rotating, own.dim, max_length, partial=True)
     return decoder(config, [layer] * depth(config), norm, [rotation], max_length=max_length)
 
 

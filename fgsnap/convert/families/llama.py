@@ -38,12 +38,6 @@ def spec(config: Config) -> DecoderSpec:
     max_length = integer(config, "max_position_embeddings", defaults.max_length)
     own, norm, bias = heads(config, keys=defaults.keys), rms(config), flag(config, "attention_bias")
     rotation = rope(config, own.dim, max_length)
-    if rotation.dims != own.dim and rotation.proportional_head_dim is None:
-        raise UnsupportedModel(
-            f"The config key 'partial_rotary_factor' rotates {rotation.dims} of {own.dim} head dims.",
-            "Llama and Mistral rotate whole heads; readers of such a checkpoint disagree about the rest.",
-            "Remove the key from config.json if it is a leftover.",
-        )
     attention = Attention(
         *own, scale=own.dim**-0.5, rope=0, window=_window(config, defaults), qkv_bias=bias, out_bias=bias
     )

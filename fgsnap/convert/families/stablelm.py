@@ -31,7 +31,7 @@ def spec(config: Config) -> DecoderSpec:
         attn_in=norm,
         mlp_in=None if parallel else norm,
     )
-    rotation = rope({"partial_rotary_factor": ROTATED, **config}, own.dim, max_length)
+    rotation = rope({"partial_rotary_factor": ROTATED, **config}, own.dim, max_length, partial=True)
     return decoder(config, [layer] * depth(config), norm, [rotation], max_length=max_length)
 
 
