@@ -77,6 +77,9 @@ FAMILIES: dict[str, Family] = {
 }
 """By ``model_type``."""
 
+OLDER: dict[str, Family] = {"RefinedWeb": falcon.REFINED_WEB, "RefinedWebModel": falcon.REFINED_WEB}
+"""The same by names that only early checkpoints have, with configs of their own; nobody has to be told of them."""
+
 
 def find(config: Mapping[str, Any]) -> Family:
     """The family of the config's ``model_type``; UnsupportedModel names those there are."""
@@ -85,6 +88,8 @@ def find(config: Mapping[str, Any]) -> Family:
         raise SourceError(
             "config.json has no 'model_type'.", f"It is {show(name)}; it says which kind of model this is."
         )
+    if name in OLDER:
+        return OLDER[name]
     if name not in FAMILIES:
         raise UnsupportedModel(
             f"The model type {show(name)} is not supported.",
