@@ -149,6 +149,8 @@ def test_huge_sizes_take_no_memory(family):
         ("gemma2", {"layer_types": ["chunked_attention"] * 3}, "chunked_attention"),
         ("gpt_oss", {"swiglu_alpha": 1.0}, "swiglu_alpha"),
         ("qwen3_moe", {"shared_expert_intermediate_size": 8}, "shared expert"),
+        ("opt", {"learned_embeddings": False, "scale_embeddings": False}, "learned_embeddings"),
+        ("opt", {"learned_embeddings": True, "scale_embeddings": True}, "scale_embeddings"),
         ("phi3", {"rope_scaling": {"rope_type": "mrope", "factor": 2.0}}, "mrope"),
         ("mixtral", {"num_experts_per_tok": 9}, "9 of 4 experts"),
         ("glm4_moe", {"n_group": 3}, "3 groups"),
@@ -159,6 +161,12 @@ def test_what_no_spec_expresses_is_refused_by_name(family, change, name):
     with pytest.raises(SourceError) as caught:
         families.find(config).spec({**config, **change})
     assert name in caught.value.what
+
+
+def test_galactica_says_more_than_opt_and_means_the_same():
+    config = config_of("opt")
+    galactica = {**config, "learned_embeddings": True, "scale_embeddings": False}
+    assert families.find(config).spec(galactica) == families.find(config).spec(config)
 
 
 # Families whose code in transformers reads partial_rotary_factor.
