@@ -143,6 +143,7 @@ def test_huge_sizes_take_no_memory(family):
     ("family", "change", "name"),
     [
         ("deepseek_v2", {"topk_method": "random"}, "topk_method"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob"),
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func"),
         ("deepseek_v3", {"rope_interleave": False}, "rotation"),
         ("falcon", {"activation": "quick_gelu"}, "quick_gelu"),

@@ -66,6 +66,12 @@ V3_DEFAULTS = Defaults(max_length=4096, first_sparse=3, experts=256, inner=2048,
 def v2_spec(config: Config) -> DecoderSpec:
     """What a DeepSeek-V2 config.json says is computed."""
     only(config, "scoring_func", "softmax")
+    if flag(config, "norm_topk_prob"):
+        raise UnsupportedModel(
+            "The config key 'norm_topk_prob' is true.",
+            "DeepSeek's own code weighs experts by shares of those picked, transformers by shares of all.",
+            "Set it to false in config.json if the model was trained that way; no published DeepSeek-V2 has it true.",
+        )
     limited = only(config, "topk_method", "greedy", "group_limited_greedy") == "group_limited_greedy"
     groups = integer(config, "n_group", 1) if limited else 1
     router = Router(
