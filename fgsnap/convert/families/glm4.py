@@ -53,4 +53,5 @@ def rules(spec: DecoderSpec) -> tuple[Rule, ...]:
     return by_name(spec, OUTER, INNER, how)
 
 
-FAMILY = Family("GLM-4-9B, GLM-4-0414, GLM-Z1", spec, (rules,), refused="ChatGLM checkpoints, whose code is remote.")
+FAMILY = Family("GLM-4-0414 9B and 32B, GLM-Z1", spec, (rules,))
+BEFORE_0414 = FAMILY._replace(models="GLM-4-9B", refused="ChatGLM checkpoints, whose code is remote.")

@@ -84,8 +84,9 @@ def _only_kind(spec: DecoderSpec) -> Layer:
 
 
 FAMILY = Family(
-    "Llama 1, 2, 3, 3.1, 3.2, 3.3, CodeLlama, SmolLM, SmolLM2, TinyLlama; Mistral 7B, Nemo and Small",
+    "Llama 1, 2, 3, 3.1, 3.2, 3.3, CodeLlama, SmolLM, SmolLM2, TinyLlama",
     spec,
     (rules,),
     gguf_rules=gguf_paired_rules,
 )
+MISTRAL = FAMILY._replace(models="Mistral 7B, Nemo, Small and Large")
