@@ -105,6 +105,16 @@ def test_a_damaged_config_inside_one_is_refused_or_planned(family, inner):
     assert mishaps((value, {"model_type": family, "text_config": value}) for value in VALUES) == []
 
 
+@pytest.mark.parametrize(("family", "inner"), [("gemma3", "gemma3_text"), ("llama4", "llama4_text")])
+def test_a_decoder_of_another_type_inside_one_is_refused(family, inner):
+    text = config_of(FIRST[inner])
+    whole = {"model_type": family, "text_config": text}
+    for same in (whole, {**whole, "text_config": {key: value for key, value in text.items() if key != "model_type"}}):
+        assert families.find(whole).spec(same) == families.find(text).spec(text)
+    with pytest.raises(UnsupportedModel, match="gemma3n_text"):
+        families.find(whole).spec({**whole, "text_config": {**text, "model_type": "gemma3n_text"}})
+
+
 @pytest.mark.parametrize("dialect", ["rope_scaling", "rope_parameters"])
 @pytest.mark.parametrize("family", ["llama", "phi3", "deepseek_v3", "gemma3_text", "olmo3"])
 def test_a_damaged_rotation_is_refused_or_planned(family, dialect):

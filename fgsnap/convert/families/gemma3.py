@@ -93,7 +93,7 @@ def rules(spec: DecoderSpec, prefix: str = "model.", head: str = "lm_head") -> t
 
 def text_spec(config: Config) -> DecoderSpec:
     """The decoder of a checkpoint that sees; what its config leaves out is as transformers has it."""
-    return spec({"vocab_size": 262208, "num_attention_heads": 8, **inner_config(config, "text_config")})
+    return spec({"vocab_size": 262208, "num_attention_heads": 8, **inner_config(config, "text_config", "gemma3_text")})
 
 
 def seen(name: str, spec: DecoderSpec, held: Collection[str]) -> bool:

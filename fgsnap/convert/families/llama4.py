@@ -148,7 +148,7 @@ def _turned(name: str, source: str, shape: Shape) -> Rule:
 
 def text_spec(config: Config) -> DecoderSpec:
     """The decoder of a checkpoint that sees."""
-    return spec(inner_config(config, "text_config"))
+    return spec(inner_config(config, "text_config", "llama4_text"))
 
 
 FAMILY = Family("Llama 4 Scout and Maverick, text only checkpoints", spec, (rules,))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
-from fgsnap.convert.families.config import ROPE, Config, activation, count, flag, integer, number, rope
+from fgsnap.convert.families.config import ROPE, Config, activation, count, flag, integer, number, rope, show
 from fgsnap.errors import SourceError, UnsupportedModel
 from fgsnap.spec import DecoderSpec, Embedding, Experts, Head, Layer, Mlp, Norm, Rope, Router, SharedExpert
 
@@ -253,11 +253,17 @@ def sparse_layers(config: Config, experts: int) -> frozenset[int]:
     return frozenset(index for index in range(depth(config)) if (index + 1) % step == 0 and index not in dense)
 
 
-def inner_config(config: Config, key: str) -> Config:
-    """The decoder's own config inside that of a model with more parts."""
+def inner_config(config: Config, key: str, kind: str) -> Config:
+    """The decoder's own config, of a model type, inside that of a model with more parts."""
     inner = config.get(key)
     if not isinstance(inner, dict):
         raise SourceError(f"config.json has no {key!r}.", "It describes the decoder.", "Check that it is whole.")
+    if inner.get("model_type", kind) != kind:
+        raise UnsupportedModel(
+            f"The model type in {key!r} is {show(inner['model_type'])}.",
+            f"A decoder inside a model of type {show(config.get('model_type'))} is of type {kind}.",
+            "Check that config.json belongs to the checkpoint.",
+        )
     return inner
 
 
