@@ -76,7 +76,7 @@ def mishaps(configs):
         try:
             checked(config, seen)
         except SourceError as error:
-            assert 1 <= len(error.lines()) <= 3 and all(len(line) <= 500 for line in error.lines()), change
+            assert len(error.lines()) == 3 and all(len(line) <= 500 for line in error.lines()), change
         except Exception as error:
             found.append((change, repr(error)))
     return found

@@ -36,7 +36,7 @@ from fgsnap.convert.families import (
     stablelm,
     starcoder2,
 )
-from fgsnap.convert.families.config import show
+from fgsnap.convert.families.config import CHECK, show
 from fgsnap.convert.families.family import Family
 from fgsnap.errors import SourceError, UnsupportedModel
 
@@ -86,7 +86,7 @@ def find(config: Mapping[str, Any]) -> Family:
     name = config.get("model_type")
     if not isinstance(name, str):
         raise SourceError(
-            "config.json has no 'model_type'.", f"It is {show(name)}; it says which kind of model this is."
+            "config.json has no 'model_type'.", f"It is {show(name)}; it says which kind of model this is.", CHECK
         )
     if name in OLDER:
         return OLDER[name]

@@ -9,9 +9,21 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from fgsnap.convert.families.config import Config, activation, check_keys, count, flag, integer, number, only, rope
+from fgsnap.convert.families.config import (
+    ASK,
+    CHECK,
+    Config,
+    activation,
+    check_keys,
+    count,
+    flag,
+    integer,
+    number,
+    only,
+    rope,
+)
 from fgsnap.convert.families.family import Family, computed_or_beyond
-from fgsnap.convert.families.naming import EXPERTS, FUSED, HALVES, MLP, NORMS, OUTER, Make, by_name
+from fgsnap.convert.families.naming import EXPERTS, FUSED, HALVES, MLP, NORMS, OUTER, RECONVERT, Make, by_name
 from fgsnap.convert.families.parts import BASE, MOE, checked_experts, decoder, depth, gated_mlp, rms
 from fgsnap.convert.rules import Rule, Shape, rule, take
 from fgsnap.errors import SourceError, UnsupportedModel
@@ -126,6 +138,7 @@ def _refuse_unpublished(config: Config) -> None:
         raise UnsupportedModel(
             "This DeepSeek has biases, another rotation, or layers without experts between those that have them.",
             "No published one does ('attention_bias', 'mlp_bias', 'rope_interleave', 'moe_layer_freq').",
+            ASK,
         )
 
 
@@ -137,6 +150,7 @@ def _attention(config: Config) -> Attention:
         raise SourceError(
             f"Of {dim} dims a head, or of a latent of {rank}, {rotated} cannot be rotated in pairs.",
             "The dims that are not rotated come first, and have to be pairs too.",
+            CHECK,
         )
     return Attention(
         heads=heads,
@@ -190,7 +204,9 @@ def _makers(spec: DecoderSpec) -> dict[str, Make]:
     attention = spec.layer_kinds[0].attention
     latent = attention.latent
     if latent is None:
-        raise UnsupportedModel("This decoder is none of the DeepSeek family.", "Its manifest says it is, and is wrong.")
+        raise UnsupportedModel(
+            "This decoder is none of the DeepSeek family.", "Its manifest says it is, and is wrong.", RECONVERT
+        )
     plain = attention.head_dim - latent.rope_dim
     queries = _paired_tail(attention.heads, plain, latent.rope_dim)
     return {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from fgsnap.convert.families.config import ROPE, Config, activation, check_keys, flag, integer, rope
+from fgsnap.convert.families.config import ASK, ROPE, Config, activation, check_keys, flag, integer, rope
 from fgsnap.convert.families.family import Family
 from fgsnap.convert.families.naming import Make, by_name, heads_of
 from fgsnap.convert.families.parts import checked_heads, decoder, depth, layer_norm
@@ -93,11 +93,13 @@ def _refuse_unread(config: Config) -> None:
         raise UnsupportedModel(
             "The config key 'apply_residual_connection_post_layernorm' is true.",
             "Readers ignore it, or do not know it.",
+            ASK,
         )
     if flag(config, "new_decoder_architecture") and not flag(config, "parallel_attn", default=True):
         raise UnsupportedModel(
             "The config key 'parallel_attn' is false, but 'new_decoder_architecture' is true.",
             "The new architecture has its branches side by side.",
+            ASK,
         )
 
 

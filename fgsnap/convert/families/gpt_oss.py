@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from functools import partial
 
-from fgsnap.convert.families.config import Config, check_keys, integer, number, rope
+from fgsnap.convert.families.config import ASK, Config, check_keys, integer, number, rope
 from fgsnap.convert.families.family import Family
 from fgsnap.convert.families.naming import ATTENTION, NORMS, OUTER, Make, by_name, gguf_rules
 from fgsnap.convert.families.parts import (
@@ -64,7 +64,9 @@ def spec(config: Config) -> DecoderSpec:
     """What a GPT-OSS config.json says is computed."""
     check_keys(config, KNOWN)
     if number(config, "swiglu_alpha", ALPHA) != ALPHA:
-        raise UnsupportedModel(f"The config key 'swiglu_alpha' is {config['swiglu_alpha']}.", f"Supported is {ALPHA}.")
+        raise UnsupportedModel(
+            f"The config key 'swiglu_alpha' is {config['swiglu_alpha']}.", f"Supported is {ALPHA}.", ASK
+        )
     max_length = integer(config, "max_position_embeddings", 131072)
     own = heads(config, keys=8, dim=64)
     norm = Norm(kind="rms", eps=number(config, "rms_norm_eps", 1e-5), float32_weight=True)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from fgsnap.convert.families.config import Config, check_keys, flag, integer, rope
 from fgsnap.convert.families.family import Family
-from fgsnap.convert.families.naming import ATTENTION, MLP, NORMS, OUTER, Make, by_name, gguf_paired_rules
+from fgsnap.convert.families.naming import ATTENTION, MLP, NORMS, OUTER, RECONVERT, Make, by_name, gguf_paired_rules
 from fgsnap.convert.families.parts import BASE, decoder, depth, gated_mlp, heads, rms
 from fgsnap.convert.rules import Rule, rotated_first
 from fgsnap.errors import UnsupportedModel
@@ -79,7 +79,9 @@ def rules(spec: DecoderSpec) -> tuple[Rule, ...]:
 def _only_kind(spec: DecoderSpec) -> Layer:
     """Refuse a spec that no config of this family gives; one read from a manifest may hold anything."""
     if len(spec.layer_kinds) != 1 or len(spec.ropes) != 1:
-        raise UnsupportedModel("This decoder is none of the Llama family.", "Its manifest says it is, and is wrong.")
+        raise UnsupportedModel(
+            "This decoder is none of the Llama family.", "Its manifest says it is, and is wrong.", RECONVERT
+        )
     return spec.layer_kinds[0]
 
 

@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
-from fgsnap.convert.families.config import ROPE, Config, activation, count, flag, integer, number, rope, show
+from fgsnap.convert.families.config import (
+    ASK,
+    CHECK,
+    ROPE,
+    Config,
+    activation,
+    count,
+    flag,
+    integer,
+    number,
+    rope,
+    show,
+)
 from fgsnap.errors import SourceError, UnsupportedModel
 from fgsnap.spec import DecoderSpec, Embedding, Experts, Head, Layer, Mlp, Norm, Rope, Router, SharedExpert
 
@@ -44,7 +56,7 @@ def depth(config: Config, key: str = "num_hidden_layers") -> int:
     """The number of layers."""
     found = integer(config, key)
     if found > MOST_LAYERS:
-        raise SourceError(f"config.json asks for {found} layers.", f"No model has more than {MOST_LAYERS}.")
+        raise SourceError(f"config.json asks for {found} layers.", f"No model has more than {MOST_LAYERS}.", CHECK)
     return found
 
 
@@ -59,11 +71,14 @@ def heads(config: Config, keys: int | None = None, dim: int | None = None) -> He
 def checked_heads(width: int, queries: int, keys: int, dim: int | None = None) -> Heads:
     """Heads that divide as they must; ``dim`` None divides the width."""
     if dim is None and width % queries:
-        raise SourceError(f"hidden_size {width} does not divide into {queries} heads.", "No head_dim is given either.")
+        raise SourceError(
+            f"hidden_size {width} does not divide into {queries} heads.", "No head_dim is given either.", CHECK
+        )
     if queries % keys:
         raise SourceError(
             f"{queries} attention heads cannot share {keys} key-value heads.",
             "num_attention_heads must be a multiple of num_key_value_heads.",
+            CHECK,
         )
     return Heads(queries, keys, width // queries if dim is None else dim)
 
@@ -92,11 +107,13 @@ def checked_experts(total: int, mlp: Mlp, router: Router, shared: SharedExpert |
         raise SourceError(
             f"config.json has {total} experts in {groups} groups, of which {kept} are kept.",
             "Groups have to be equal, and large enough to be ranked.",
+            CHECK,
         )
     if router.top_k > total // groups * kept:
         raise SourceError(
             f"config.json sends a token to {router.top_k} of {total // groups * kept} experts.",
             "There are not that many.",
+            CHECK,
         )
     return Experts(count=total, mlp=mlp, router=router, shared=shared)
 
@@ -112,12 +129,13 @@ def layer_types(
     if given is None:
         return default
     if not isinstance(given, list) or len(given) != len(default):
-        raise SourceError(f"The config key 'layer_types' does not name {len(default)} layers.", "Each has one.")
+        raise SourceError(f"The config key 'layer_types' does not name {len(default)} layers.", "Each has one.", CHECK)
     for kind in given:
         if kind not in known:
             raise UnsupportedModel(
                 f"The config key 'layer_types' names {str(kind)[:40]!r}.",
                 f"Of this family, {' and '.join(known)} are supported.",
+                ASK,
             )
     return given
 
@@ -205,12 +223,14 @@ def _refuse_too_many(layers: Iterable[Layer], ropes: Iterable[Rope]) -> None:
         raise SourceError(
             f"config.json asks for heads with {rotated} rotated dims.",
             f"No model has more than {MOST_ROTATED_DIMS}.",
+            CHECK,
         )
     found = sum(layer.attention.heads + (layer.experts.count if layer.experts else 0) for layer in layers)
     if found > MOST_HEADS_AND_EXPERTS:
         raise SourceError(
             f"config.json asks for {found} attention heads and experts over all layers.",
             f"No model has more than {MOST_HEADS_AND_EXPERTS}.",
+            CHECK,
         )
 
 
@@ -239,9 +259,7 @@ def listed(config: Config, key: str) -> Sequence[int]:
     """A list of integers; absent or null: none."""
     value: Any = [] if config.get(key) is None else config[key]
     if not isinstance(value, list) or any(type(entry) is not int for entry in value):
-        raise SourceError(
-            f"The config key {key!r} is no list of integers.", "", "Check config.json; it may be damaged."
-        )
+        raise SourceError(f"The config key {key!r} is no list of integers.", "It speaks of layers by number.", CHECK)
     return value
 
 
@@ -272,5 +290,7 @@ def rotating_layers(config: Config) -> Sequence[bool]:
     layers, interval = depth(config), integer(config, "no_rope_layer_interval", 4)
     given = listed(config, "no_rope_layers")
     if given and len(given) != layers:
-        raise SourceError(f"The config key 'no_rope_layers' does not have {layers} entries.", "Each layer has one.")
+        raise SourceError(
+            f"The config key 'no_rope_layers' does not have {layers} entries.", "Each layer has one.", CHECK
+        )
     return [bool(entry) for entry in given] or [(index + 1) % interval != 0 for index in range(layers)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fgsnap.convert.families.config import Config, activation, check_keys, count, flag, integer, rope
+from fgsnap.convert.families.config import ASK, Config, activation, check_keys, count, flag, integer, rope
 from fgsnap.convert.families.family import Family
 from fgsnap.convert.families.naming import ATTENTION, EXPERTS, FUSED, HALVES, MLP, NORMS, OUTER, by_name, gguf_rules
 from fgsnap.convert.families.parts import (
@@ -59,6 +59,7 @@ def _refuse_meant(config: Config) -> None:
         raise UnsupportedModel(
             "This Qwen3-MoE has biases, a shared expert, or no norms of queries and keys.",
             "No reader knows such a model ('qkv_bias', 'shared_expert_intermediate_size', 'use_qk_norm').",
+            ASK,
         )
 
 
