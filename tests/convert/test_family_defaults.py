@@ -71,6 +71,12 @@ def test_a_rotation_that_does_not_say_for_which_layers_it_is(family):
         families.find(config).spec(config)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3"])
+@pytest.mark.parametrize("begin", [3, 8])
+def test_windows_without_a_list_of_layers(family, begin):
+    assert same(minimal(family, use_sliding_window=True, sliding_window=11, max_window_layers=begin))
+
+
 @pytest.mark.parametrize("family", ["gemma3_text", "olmo3"])
 @pytest.mark.parametrize("kind", ["full_attention", "sliding_attention"])
 def test_a_rotation_of_one_kind_of_layers(family, kind):
