@@ -54,6 +54,17 @@ def test_the_corpus_covers_every_family():
     assert {row.model_type for row in listed if not row.checkpoints} == {"llama4_text"}
 
 
+def test_the_list_names_what_no_single_field_tells():
+    needs = {row.model_type: row.needs for row in listing()}
+    assert {name for name, text in needs.items() if "layers without rotation" in text} == {
+        "exaone4", "llama4", "llama4_text", "smollm3",
+    }  # fmt: skip
+    assert {name for name, text in needs.items() if "a part of each head" in text} == {
+        "glm", "glm4", "glm4_moe", "gpt_neox", "phi", "phi3", "stablelm",
+    }  # fmt: skip
+    assert "rope.longrope" in needs["phi3"]
+
+
 def test_a_plain_decoder_is_the_first_llama():
     assert features(CHECKPOINTS["huggyllama/llama-7b"].spec()) == PLAIN
 

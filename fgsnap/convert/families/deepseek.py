@@ -248,5 +248,14 @@ def _up(attention: Attention, first: int, last: int) -> Make:
     return make
 
 
-V2 = Family("DeepSeek-V2, V2-Lite, V2.5, Coder-V2", v2_spec, (rules, fused_rules))
-V3 = Family("DeepSeek-V3, V3.1, R1", v3_spec, (rules, fused_rules), unused=computed_or_beyond)
+UNPUBLISHED = "Biases, rope_interleave false, moe_layer_freq other than 1"
+V2 = Family(
+    "DeepSeek-V2, V2-Lite, V2.5, Coder-V2", v2_spec, (rules, fused_rules), refused=f"{UNPUBLISHED}, norm_topk_prob."
+)
+V3 = Family(
+    "DeepSeek-V3, V3.1, R1",
+    v3_spec,
+    (rules, fused_rules),
+    refused=f"{UNPUBLISHED}. The layer that predicts further ahead is left out.",
+    unused=computed_or_beyond,
+)

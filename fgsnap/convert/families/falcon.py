@@ -145,6 +145,7 @@ FAMILY = Family(
     "Falcon-7B, Falcon-40B, Falcon-180B, Falcon2-11B, Falcon-RW-1B, Falcon-RW-7B (RefinedWeb, RefinedWebModel, too)",
     spec,
     (rules, partial(rules, prefix="")),
+    refused="apply_residual_connection_post_layernorm, and sequential branches in the new architecture.",
     tied_head=("lm_head.weight", "transformer.word_embeddings.weight"),
 )
 REFINED_WEB = FAMILY._replace(spec=older_spec)

@@ -64,4 +64,10 @@ def fused_rules(spec: DecoderSpec) -> tuple[Rule, ...]:
     return by_name(spec, OUTER, INNER | FUSED, HALVES)
 
 
-FAMILY = Family("GLM-4.5, GLM-4.5-Air, GLM-4.6", spec, (rules, fused_rules), unused=computed_or_beyond)
+FAMILY = Family(
+    "GLM-4.5, GLM-4.5-Air, GLM-4.6",
+    spec,
+    (rules, fused_rules),
+    refused="The layer that predicts further ahead is left out.",
+    unused=computed_or_beyond,
+)

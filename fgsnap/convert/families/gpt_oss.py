@@ -154,6 +154,7 @@ FAMILY = Family(
     "gpt-oss-20b, gpt-oss-120b",
     spec,
     (rules,),
+    refused="A swiglu_alpha other than 1.702.",
     quantised_rules=(mxfp4_rules,),
     gguf_rules=partial(gguf_rules, names=GGUF),
 )

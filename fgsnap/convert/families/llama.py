@@ -89,6 +89,9 @@ FAMILY = Family(
     "Llama 1, 2, 3, 3.1, 3.2, 3.3, CodeLlama, SmolLM, SmolLM2, TinyLlama",
     spec,
     (rules,),
+    refused="Windows (sliding_window).",
     gguf_rules=gguf_paired_rules,
 )
-MISTRAL = FAMILY._replace(models="Mistral 7B, Nemo, Small and Large")
+MISTRAL = FAMILY._replace(
+    models="Mistral 7B, Nemo, Small and Large", refused="Layers of different kinds of attention (layer_types)."
+)

@@ -82,4 +82,10 @@ def fused_rules(spec: DecoderSpec) -> tuple[Rule, ...]:
     return by_name(spec, OUTER, NORMS | ATTENTION | MLP | EXPERTS | FUSED, HALVES)
 
 
-FAMILY = Family("Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder", spec, (rules, fused_rules), gguf_rules=gguf_rules)
+FAMILY = Family(
+    "Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder",
+    spec,
+    (rules, fused_rules),
+    refused="Shared experts, qkv_bias, and attention without norms.",
+    gguf_rules=gguf_rules,
+)
