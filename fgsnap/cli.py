@@ -307,8 +307,11 @@ def _print_plan(as_json: bool, source: str, **settings: Any) -> None:
         return
     for rank in plan.ranks:
         click.echo(f"{rank.file}  {len(rank.tensors)} tensors  {size(rank.bytes)}")
-    stated = ", assumed: config.json states no dtype" if plan.dtype_from == "assumed" else ""
-    click.echo(f"total      {size(plan.bytes)} in {len(plan.ranks)} rank file(s), {plan.dtype}{stated}")
+    assumed = {
+        "assumed": ", assumed: config.json states no dtype",
+        "unknown": ", assumed: the dtype that config.json states is unknown",
+    }.get(plan.dtype_from, "")
+    click.echo(f"total      {size(plan.bytes)} in {len(plan.ranks)} rank file(s), {plan.dtype}{assumed}")
     click.echo(f"target     {plan.target}")
     click.echo(f"KV cache   {plan.kv_bytes_per_token} bytes a token")
     click.echo(f"peak memory of the conversion about {size(plan.peak_memory)}")

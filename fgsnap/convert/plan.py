@@ -14,7 +14,7 @@ from fgsnap.convert import families
 from fgsnap.convert.files import KEPT
 from fgsnap.convert.opening import open_source
 from fgsnap.convert.pack import checked_target
-from fgsnap.convert.source import Source, stated_dtype
+from fgsnap.convert.source import Source, says_dtype, stated_dtype
 from fgsnap.errors import SourceError, UsageError
 from fgsnap.layout import check_tp, logical_shapes, possible_tp, stored_tensors
 from fgsnap.snapshot import Layout, PlannedTensor, RankLayout, panel_bytes, plan_rank, rank_file
@@ -40,6 +40,9 @@ class PlannedRank(msgspec.Struct, frozen=True):
     tensors: tuple[str, ...]
 
 
+Origin = Literal["asked", "source", "assumed", "unknown"]
+
+
 class Plan(msgspec.Struct, frozen=True):
     """A conversion before it happens.
 
@@ -47,7 +50,8 @@ class Plan(msgspec.Struct, frozen=True):
         ranks: the weight files.
         bytes: their sum; the small text files come on top.
         dtype: the dtype the sizes are for.
-        dtype_from: whether that was asked for, read from the source, or assumed because the source does not say.
+        dtype_from: whether that was asked for, read from the source, or assumed because the source does not say or
+            names one that is not known.
         target: whose layout the matrices get.
         peak_memory: about the most memory of their own, above one idle interpreter, that the converting process and
             the fresh one that computes the canary take at any time; pages of mapped files do not count.
@@ -58,7 +62,7 @@ class Plan(msgspec.Struct, frozen=True):
     ranks: tuple[PlannedRank, ...]
     bytes: int
     dtype: DType
-    dtype_from: Literal["asked", "source", "assumed"]
+    dtype_from: Origin
     target: str
     peak_memory: int
     kv_bytes_per_token: int
@@ -81,7 +85,8 @@ def plan_source(
     chosen = None if ranks is None else checked_ranks(ranks, tp)
     with closing(open_source(name, revision, config_only=True)) as source:
         stated = _stated_dtype(source)
-        origin: Literal["asked", "source", "assumed"] = "asked" if asked else "source" if stated else "assumed"
+        absent: Origin = "unknown" if says_dtype(source.config) else "assumed"
+        origin: Origin = "asked" if asked else "source" if stated else absent
         spec = families.find(source.config).spec(source.config)
         network = source.revision is not None
         workers = workers or default_workers(network)
@@ -93,7 +98,7 @@ def plan(
     spec: DecoderSpec,
     tp: int,
     dtype: DType,
-    dtype_from: Literal["asked", "source", "assumed"] = "asked",
+    dtype_from: Origin = "asked",
     workers: int | None = None,
     target: str = "generic",
     chosen: tuple[int, ...] | None = None,

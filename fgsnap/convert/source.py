@@ -130,9 +130,14 @@ class Source(Protocol):
     def close(self) -> None: ...
 
 
+def says_dtype(config: Mapping[str, Any]) -> Any:
+    """What a config.json says of its weights' dtype, which may be anything."""
+    return config.get("dtype") or config.get("torch_dtype")
+
+
 def stated_dtype(config: Mapping[str, Any]) -> DType | None:
     """The dtype that a config.json says its weights are in; None where it says none that fgsnap stores."""
-    stated = config.get("dtype") or config.get("torch_dtype")
+    stated = says_dtype(config)
     name = stated.removeprefix("torch.") if isinstance(stated, str) else None
     return next((known for known in NUMPY_DTYPES if known == name), None)
 

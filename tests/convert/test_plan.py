@@ -91,7 +91,8 @@ def test_weights_that_ranks_share_are_put_together_for_the_canary():
         ({"torch_dtype": "torch.float16"}, None, "float16", "source"),
         ({"torch_dtype": "float16"}, "float32", "float32", "asked"),
         ({}, None, "float32", "assumed"),
-        ({"torch_dtype": "int4"}, None, "float32", "assumed"),
+        ({"torch_dtype": "int4"}, None, "float32", "unknown"),
+        ({"torch_dtype": ["float16"]}, None, "float32", "unknown"),
     ],
 )
 def test_the_dtype_of_a_plan(tmp_path, stated, asked, dtype, origin):
