@@ -175,7 +175,7 @@ HEADS = {
     "falcon RW": UNGROUPED,
     **{name: {**UNGROUPED, "ffn_dim": 96} for name in ("opt", "opt 350m", "opt, no affine")},
     **dict.fromkeys(("deepseek_v2", "deepseek_v2, greedy", "deepseek_v3"), LATENT),
-    **dict.fromkeys(("qwen", "qwen, stretched", "gpt2", "gpt2, by layer"), UNGROUPED),
+    **dict.fromkeys(("qwen", "qwen, stretched", "gpt2", "gpt2, by layer", "gptj", "gptj, tied"), UNGROUPED),
     **dict.fromkeys(("phi3, longrope", "gpt_neox", "gpt_neox, sequential"), UNGROUPED),
 }
 WAYS = [(1, 1), (1, 2), (4, 4), (1, 8)]
