@@ -35,7 +35,7 @@ HEADLINE = """\
 On {machine[cpus]} cores of an {machine[cpu]}, SmolLM2-135M's first token comes over HTTP {seconds:.2f} s after `exec`,
 {sooner:.0f} times sooner than from transformers; a checkpoint of {gigabytes:.1f} GB converts at {share:.2f} of the
 rate of a plain copy, in {memory:.0f} MiB of memory, or {cast:.0f} MiB where weights are cast, and {canary:.0f} MiB for
-the canary.
+the canary, at one rank.
 [docs/figures.md](docs/figures.md) has all figures, their spread and the commands that measure them."""
 
 STARTUP = """\

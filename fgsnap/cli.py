@@ -234,7 +234,10 @@ def convert(
       fgsnap convert ./checkpoint --tp 8 --dry-run
     """
     if dry_run:
-        _print_plan(as_json, source, tp=tp, ranks=ranks, dtype=dtype, target=target, revision=revision, workers=workers)
+        _print_plan(
+            as_json, source, tp=tp, ranks=ranks, dtype=dtype, target=target, revision=revision, workers=workers,
+            canary=canary,
+        )  # fmt: skip
         return
     if output is None:
         raise UsageError("convert needs -o DIR.", "It names the directory of the new snapshot.", "Add: -o snap/")
@@ -299,6 +302,7 @@ def _tell_canary(stage: str) -> None:
 def _print_plan(as_json: bool, source: str, **settings: Any) -> None:
     import msgspec
 
+    from fgsnap.convert.pack import TARGETS as LAYOUTS
     from fgsnap.convert.plan import plan_source
 
     plan = plan_source(source, **settings)
@@ -309,9 +313,11 @@ def _print_plan(as_json: bool, source: str, **settings: Any) -> None:
         click.echo(f"{rank.file}  {len(rank.tensors)} tensors  {size(rank.bytes)}")
     stated = ", assumed: config.json states no dtype" if plan.dtype_from == "assumed" else ""
     click.echo(f"total      {size(plan.bytes)} in {len(plan.ranks)} rank file(s), {plan.dtype}{stated}")
-    click.echo(f"target     {plan.target}")
+    click.echo(f"target     {plan.target}, layout {LAYOUTS[plan.target]}")
     click.echo(f"KV cache   {plan.kv_bytes_per_token} bytes a token")
-    click.echo(f"peak memory of the conversion about {size(plan.peak_memory)}")
+    click.echo(f"peak memory of the conversion about {size(plan.conversion_memory)}")
+    if plan.canary_memory is not None:
+        click.echo(f"peak memory of the canary, after it, about {size(plan.canary_memory)}")
     click.echo(f"tensor parallel degrees that work: {', '.join(map(str, plan.possible_tp))}")
 
 
