@@ -430,12 +430,14 @@ def _print_summary(opened: Snapshot, tensors: bool) -> None:
     first = manifest.tensors[0]
     kv_bytes = spec.kv_values_per_token() * DTYPE_BYTES[first.dtype]
     dtypes = ", ".join(sorted({entry.dtype for entry in manifest.tensors}))
-    layouts = ", ".join(sorted({entry.layout for entry in manifest.tensors if len(entry.shape) > 1}))
+    layouts = {entry.layout for entry in manifest.tensors if len(entry.shape) > 1}
+    packed = "cpu" if "words32" in layouts else "generic"
     revision = f" at {origin.revision[:12]}" if origin.revision else ""
     rows = {
         "id": opened.id,
         "source": f"{origin.source}{revision}",
-        "weights": f"{size(weights)} in {manifest.tp} rank file(s), {dtypes}, layout {layouts}",
+        "weights": f"{size(weights)} in {manifest.tp} rank file(s), {dtypes}, "
+        f"layout {', '.join(sorted(layouts))} (--target {packed})",
         "decoder": f"{spec.depth} layers, width {spec.width}, {kind.heads} heads, {kind.kv_heads} KV heads, "
         f"vocabulary {spec.vocab_size}",
         "context": f"{spec.max_length} tokens, KV cache {kv_bytes} bytes a token in {first.dtype}",
