@@ -34,6 +34,8 @@ EXTRAS = {
 }  # fmt: skip
 """Packages that a plain installation lacks, and the extra that brings each."""
 
+_NUMBERS = {"integer": "is not a whole number.", "float": "is not a number."}
+
 Command = Callable[..., None]
 
 
@@ -621,6 +623,10 @@ def _answer(path: Path, prompt: str, engine: EngineOptions, settings: dict[str, 
     finally:
         if emitted:  # what goes wrong in the middle has a line of its own, too
             click.echo()
+    if result.finish_reason == "length":
+        most = settings["max_tokens"]
+        limit = f"--max-tokens {most}" if result.completion_tokens >= most else "the end of the context"
+        click.echo(f"Stopped at {limit}.", err=True)
     if not streamed:
         print_json(
             {
@@ -773,12 +779,17 @@ def _interrupted(error: BaseException) -> int | None:
 
 def _usage_lines(error: click.UsageError) -> list[str]:
     command = error.ctx.command_path if error.ctx else "fgsnap"
-    lines = [_sentence(error.format_message()), f"Run '{command} --help' for its options."]
+    lines = [_sentence(_plain_words(error.format_message())), f"Run '{command} --help' for its options."]
     if isinstance(error, click.BadParameter) and error.ctx and error.param and error.param.name:
         source = error.ctx.get_parameter_source(error.param.name)
         if source is click.core.ParameterSource.ENVIRONMENT:
             lines.insert(1, f"It was set by {error.param.envvar} in the environment.")
     return lines
+
+
+def _plain_words(text: str) -> str:
+    """What click says of a value that is no number, without the names of its types."""
+    return re.sub(r"is not a valid (integer|float)( range)?\.", lambda found: _NUMBERS[found[1]], text)
 
 
 def _sentence(text: str) -> str:
