@@ -6,7 +6,8 @@ Three sequences run side by side, in chunks and over KV blocks that do not divid
 difference as a share of the largest logit (promise: 1e-4), and how many of 3 x 64 greedy tokens agree (promise: all).
 bfloat16: root mean square error against transformers in float32 on the same weights, over that of transformers' own
 bfloat16 (promise: 1.5). Ranks are processes of their own, which are started from a fresh one that has no threads. What
-a backend does not compute at a degree is told in the row. The last line is JSON.
+a backend refuses is told in the row. Over 4 and 8 ranks the reference computes the first case of each family alone; the
+others have no rows of it there. The last line is JSON.
 """
 
 from __future__ import annotations

@@ -148,6 +148,8 @@ _CASES = {
     ),
     "gpt2": Case("gpt2", OWN),
     "gpt2, by layer": Case("gpt2", {**OWN, "scale_attn_by_inverse_layer_idx": True}),
+    "gptj": Case("gptj", {**OWN, "rotary_dim": 4}),
+    "gptj, tied": Case("gptj", {**OWN, "rotary_dim": 8, "n_inner": 80, "tie_word_embeddings": True}),
     "gpt_neox": Case("gpt_neox", {"num_key_value_heads": ...}),
     "gpt_neox, sequential": Case(
         "gpt_neox", {"num_key_value_heads": ..., "use_parallel_residual": False, "attention_bias": False}

@@ -53,8 +53,10 @@ class Plan(msgspec.Struct, frozen=True):
         dtype_from: whether that was asked for, read from the source, or assumed because the source does not say or
             names one that is not known.
         target: whose layout the matrices get.
-        peak_memory: about the most memory of their own, above one idle interpreter, that the converting process and
-            the fresh one that computes the canary take at any time; pages of mapped files do not count.
+        conversion_memory: about the most memory of its own, above an idle interpreter, that the converting process
+            takes; pages of mapped files do not count.
+        canary_memory: the same of the fresh process that computes the canary; None when none is recorded.
+        peak_memory: the most of both at any time; while the canary is computed, the converting process only waits.
         kv_bytes_per_token: KV cache bytes one token takes over all layers and ranks, in ``dtype``.
         possible_tp: the tensor parallel degrees that divide the model.
     """
@@ -64,6 +66,8 @@ class Plan(msgspec.Struct, frozen=True):
     dtype: DType
     dtype_from: Origin
     target: str
+    conversion_memory: int
+    canary_memory: int | None
     peak_memory: int
     kv_bytes_per_token: int
     possible_tp: tuple[int, ...]
@@ -78,6 +82,7 @@ def plan_source(
     ranks: Sequence[int] | None = None,
     revision: str | None = None,
     workers: int | None = None,
+    canary: bool = True,
 ) -> Plan:
     """The plan for a checkpoint by path or Hub name; of a Hub repository only config.json is fetched."""
     asked = checked_dtype(dtype)
@@ -91,7 +96,8 @@ def plan_source(
         network = source.revision is not None
         workers = workers or default_workers(network)
         held = stated or "float32"
-        return plan(spec, tp, asked or held, origin, workers, target, chosen, kept_memory(spec, held) if network else 0)
+        kept = kept_memory(spec, held) if network else 0
+        return plan(spec, tp, asked or held, origin, workers, target, chosen, kept, canary)
 
 
 def plan(
@@ -103,10 +109,11 @@ def plan(
     target: str = "generic",
     chosen: tuple[int, ...] | None = None,
     kept: int = 0,
+    canary: bool = True,
 ) -> Plan:
     """The plan for a decoder whose tensors are all stored in ``dtype``; of the ``chosen`` ranks, if there are any.
 
-    ``kept``: bytes that are kept of what comes over a network.
+    ``kept``: bytes that are kept of what comes over a network. ``canary``: one is recorded.
     """
     layouts = rank_layouts(spec, tp, dict.fromkeys(logical_shapes(spec), dtype), checked_target(target))
     ranks = tuple(
@@ -114,16 +121,17 @@ def plan(
         for rank, layout in enumerate(layouts)
         if chosen is None or rank in chosen
     )
+    conversion = peak_memory(layouts, len(ranks), workers or default_workers(), kept)
+    beside = canary_memory(spec, layouts) if canary else None
     return Plan(
         ranks=ranks,
         bytes=sum(rank.bytes for rank in ranks),
         dtype=dtype,
         dtype_from=dtype_from,
         target=target,
-        peak_memory=max(
-            peak_memory(layouts, len(ranks), workers or default_workers(), kept),
-            _AT_REST + canary_memory(spec, layouts),
-        ),
+        conversion_memory=conversion,
+        canary_memory=beside,
+        peak_memory=max(conversion, _AT_REST + (beside or 0)),
         kv_bytes_per_token=spec.kv_values_per_token() * DTYPE_BYTES[dtype],
         possible_tp=tuple(possible_tp(spec)),
     )
@@ -167,11 +175,16 @@ def checked_ranks(ranks: Sequence[int], tp: int) -> tuple[int, ...]:
     if ranks and not wrong and not doubled:
         return tuple(sorted(ranks))
     what = f"rank {wrong[0]}" if wrong else f"rank {doubled[0]} twice" if doubled else "no rank"
-    span = f"0 to {tp - 1}" if tp > 1 else "0"
+    if tp == 1:
+        raise UsageError(
+            f"--ranks names {what}.",
+            "At tensor parallel degree 1 there is rank 0 alone.",
+            "Name the degree that the ranks are of, as in --tp 4, or leave --ranks out.",
+        )
     raise UsageError(
         f"--ranks names {what}.",
-        f"At tensor parallel degree {tp} the ranks are {span}.",
-        "Name some of them, each once: --ranks 0,3",
+        f"At tensor parallel degree {tp} the ranks are 0 to {tp - 1}.",
+        f"Name some of them, each once: --ranks 0,{tp - 1}",
     )
 
 

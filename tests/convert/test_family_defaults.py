@@ -20,13 +20,16 @@ SIZES = {
 }
 OWN_SIZES = {
     "gpt2": {"vocab_size": 1000, "n_embd": 1024, "n_layer": 8, "n_head": 32},
+    "gptj": {"vocab_size": 1000, "n_embd": 1024, "n_layer": 8, "n_head": 8},
     "falcon": {key: value for key, value in SIZES.items() if key != "intermediate_size"},
     "opt": {**{key: value for key, value in SIZES.items() if key != "intermediate_size"}, "ffn_dim": 512},
 }
 INSIDE = {"gemma3": "gemma3_text", "llama4": "llama4_text"}
 REMOTE = {"qwen"}  # its config class lies beside its weights
 KEYED = {"gemma3", "gemma3_text", "olmo3"}  # by kind of layer
-ROTATING = sorted({*FAMILIES} - REMOTE - {"gpt2", "opt", "phi3"})  # Phi-3 knows longrope alone, which has no defaults
+ROTATING = sorted(
+    {*FAMILIES} - REMOTE - {"gpt2", "gptj", "opt", "phi3"}
+)  # Phi-3 knows longrope alone, which has no defaults
 
 
 def minimal(family, **changes):

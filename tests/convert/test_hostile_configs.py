@@ -182,11 +182,11 @@ def test_galactica_says_more_than_opt_and_means_the_same():
 
 # Families whose code in transformers reads partial_rotary_factor.
 PARTIAL = {"glm", "glm4", "glm4_moe", "gpt_neox", "phi", "phi3", "stablelm"}
-UNROTATED = {"gpt2", "opt", "qwen"}  # of these, two have no rotation, and one a key of its own
+OWN_WAY = {"gpt2", "gptj", "opt", "qwen"}  # of these, two have no rotation, and two keys of their own
 
 
 @pytest.mark.parametrize("dialect", ["beside", "rope_scaling", "rope_parameters"])
-@pytest.mark.parametrize("family", sorted({*FIRST} - UNROTATED))
+@pytest.mark.parametrize("family", sorted({*FIRST} - OWN_WAY))
 def test_a_part_of_a_head_rotates_only_where_the_models_code_knows_of_it(family, dialect):
     partial = {"partial_rotary_factor": 0.5}
     change = partial if dialect == "beside" else {dialect: {"rope_type": "default", "rope_theta": 500.0, **partial}}

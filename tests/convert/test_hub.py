@@ -134,6 +134,16 @@ def test_a_small_file_that_is_large_does_not_come(hub: Hub, read: Reader, file: 
     assert file in error["lines"][0] and not hub.downloads()
 
 
+def test_a_model_that_cannot_be_converted_fetches_only_the_config(hub: Hub, tmp_path: Path) -> None:
+    hub.commit("org/new", {**MODEL, "config.json": b'{"model_type": "new"}', "tokenizer.json": b"{}"})
+    settings = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_TELEMETRY": "1"}
+    command = [sys.executable, "-m", "fgsnap", "convert", "org/new", "--download", "--no-canary", "-o", "snap"]
+    environment = {**settings, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "The model type 'new' is not supported." in done.stderr
+    assert hub.downloads() == ["config.json"] and not hub.served
+
+
 def test_offline_reads_the_cache_without_a_request(hub: Hub, read: Reader) -> None:
     sha = hub.commit("org/tiny", MODEL)
     online = read(hub, "org/tiny", download=True)

@@ -176,10 +176,10 @@ def test_the_command_line(tmp_path, model):
     assert done.returncode == 0, done.stderr
     twin = cli("convert", model, "-o", tmp_path / "twin", "--no-canary", "--json", FGSNAP_TARGET="cpu")
     assert json.loads(twin.stdout)["id"] == json.loads(done.stdout)["id"]
-    assert "layout words32" in cli("inspect", tmp_path / "cpu").stdout
+    assert "layout words32 (--target cpu)" in cli("inspect", tmp_path / "cpu").stdout
     listed = cli("inspect", tmp_path / "cpu", "--tensors").stdout.splitlines()
     assert any("words32" in line and "layers.0.qkv.weight" in line for line in listed)
     assert any("words32" not in line and "layers.0.attn_in.weight" in line for line in listed)
-    assert "target     cpu" in cli("convert", model, "--dry-run", "--target", "cpu").stdout
+    assert "target     cpu, layout words32" in cli("convert", model, "--dry-run", "--target", "cpu").stdout
     wrong = cli("convert", model, "-o", tmp_path / "x", "--target", "tpu")
     assert wrong.returncode == 2 and "'generic', 'cpu'" in wrong.stderr and not (tmp_path / "x").exists()

@@ -10,7 +10,7 @@ from fgsnap.convert import families
 from fgsnap.convert.families import llama
 from fgsnap.convert.files import KEPT
 from fgsnap.convert.pipeline import convert
-from fgsnap.convert.plan import SLAB, kept_memory, plan, plan_source
+from fgsnap.convert.plan import SLAB, checked_ranks, kept_memory, plan, plan_source
 from fgsnap.errors import SourceError, UsageError
 from tests.convert.models import CONFIG, folder, weights
 
@@ -100,6 +100,21 @@ def test_the_dtype_of_a_plan(tmp_path, stated, asked, dtype, origin):
     (tmp_path / "config.json").write_text(json.dumps(config))
     planned = plan_source(str(tmp_path), dtype=asked)
     assert (planned.dtype, planned.dtype_from) == (dtype, origin)
+
+
+def test_the_canary_s_memory_is_told_apart_and_only_where_it_is_recorded():
+    spec = llama.spec(LLAMA_8B)
+    recorded, without = (plan(spec, 2, "bfloat16", canary=canary) for canary in (True, False))
+    assert recorded.canary_memory is not None and without.canary_memory is None
+    assert without.peak_memory == recorded.conversion_memory < 256 << 20 < recorded.canary_memory
+    assert recorded.canary_memory <= recorded.peak_memory <= recorded.canary_memory + (64 << 20)
+
+
+@pytest.mark.parametrize(("tp", "hint"), [(1, "--tp"), (2, "--ranks 0,1"), (8, "--ranks 0,7")])
+def test_ranks_that_do_not_exist_are_refused_with_those_that_do(tp, hint):
+    with pytest.raises(UsageError) as caught:
+        checked_ranks([tp], tp)
+    assert f"rank {tp}" in caught.value.what and hint in caught.value.next_step
 
 
 def test_a_dtype_that_does_not_exist(tmp_path):

@@ -60,7 +60,7 @@ def test_the_list_names_what_no_single_field_tells():
         "exaone4", "llama4", "llama4_text", "smollm3",
     }  # fmt: skip
     assert {name for name, text in needs.items() if "a part of each head" in text} == {
-        "glm", "glm4", "glm4_moe", "gpt_neox", "phi", "phi3", "stablelm",
+        "glm", "glm4", "glm4_moe", "gpt_neox", "gptj", "phi", "phi3", "stablelm",
     }  # fmt: skip
     assert "rope.longrope" in needs["phi3"]
 

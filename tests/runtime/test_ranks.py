@@ -176,7 +176,7 @@ HEADS = {
     **{name: {**UNGROUPED, "ffn_dim": 96} for name in ("opt", "opt 350m", "opt, no affine")},
     **dict.fromkeys(("deepseek_v2", "deepseek_v2, greedy", "deepseek_v2, yarn"), LATENT),
     **dict.fromkeys(("deepseek_v3", "deepseek_v3, yarn", "deepseek_v3, plain queries"), LATENT),
-    **dict.fromkeys(("qwen", "qwen, stretched", "gpt2", "gpt2, by layer"), UNGROUPED),
+    **dict.fromkeys(("qwen", "qwen, stretched", "gpt2", "gpt2, by layer", "gptj", "gptj, tied"), UNGROUPED),
     **dict.fromkeys(("phi3, longrope", "phi3, partial longrope", "gpt_neox", "gpt_neox, sequential"), UNGROUPED),
 }
 WAYS = [(1, 1), (1, 2), (4, 4), (1, 8)]
