@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -79,6 +80,7 @@ def main() -> int:
     names = [name for name in CASES if not options.only or name.startswith(tuple(options.only))]
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)  # more only wait for one another in matrices as small as these
+    os.environ["PYTHONSAFEPATH"] = "1"  # the fork server would find the sources here, not the package that is installed
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["torch", "transformers", "fgsnap.runtime.ranks"])
     with processes.Pool(1, maxtasksperchild=1) as fresh:
