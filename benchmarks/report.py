@@ -1,4 +1,5 @@
-"""Write docs/figures.md, docs/families.md, and README.md's sentence on figures, from benchmarks/results/*.json.
+"""Write docs/figures.md, docs/families.md, and README.md's figures and number of model types, from what fgsnap says of
+itself and from benchmarks/results/*.json.
 
     python benchmarks/report.py            write them
     python benchmarks/report.py --check    fail when they are not what the results say
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from typing import Any
 from report_families import families
 from report_peers import peers
 from tables import spread, table
+
+from fgsnap.convert.families import FAMILIES as MODEL_TYPES
 
 ROOT = Path(__file__).parent.parent
 FIGURES = ROOT / "docs" / "figures.md"
@@ -35,7 +39,7 @@ HEADLINE = """\
 On {machine[cpus]} cores of an {machine[cpu]}, SmolLM2-135M's first token comes over HTTP {seconds:.2f} s after `exec`,
 {sooner:.0f} times sooner than from transformers; a checkpoint of {gigabytes:.1f} GB converts at {share:.2f} of the
 rate of a plain copy, in {memory:.0f} MiB of memory, or {cast:.0f} MiB where weights are cast, and {canary:.0f} MiB for
-the canary.
+the canary, at one rank.
 [docs/figures.md](docs/figures.md) has all figures, their spread and the commands that measure them."""
 
 STARTUP = """\
@@ -155,7 +159,7 @@ def main() -> None:
     pages = {
         FIGURES: page(results),
         FAMILIES: families(results.get("families")),
-        README: with_headline(README.read_text(), headline(results)),
+        README: with_types(with_headline(README.read_text(), headline(results))),
     }
     for path, text in pages.items():
         if not options.check:
@@ -183,6 +187,12 @@ def with_headline(readme: str, sentence: str) -> str:
     _, end, after = rest.partition("\n<!-- /figures -->")
     assert begin and end, "README.md has lost the marks around its sentence on figures"
     return before + begin + sentence + end + after
+
+
+def with_types(readme: str) -> str:
+    counted, found = re.subn(r"(?<=\*\*Models\*\*: )\d+(?= model types)", str(len(MODEL_TYPES)), readme)
+    assert found == 1, "README.md has lost its number of model types"
+    return counted
 
 
 def page(results: dict[str, dict[str, Any]]) -> str:

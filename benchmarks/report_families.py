@@ -20,7 +20,8 @@ all of them is planned by the tests and its parameters are counted and compared 
 names them. A config key that would change what is computed, and that fgsnap does not know, is refused by its name.
 [adding-a-family.md](adding-a-family.md) tells how to add one.
 
-The features are those of the decoder spec ([format.md](format.md)); what a plain Llama has, every family may use.
+The features are those of the decoder spec ([format.md](format.md)) that these checkpoints use; what a plain Llama has,
+every family may use, and many a family has options beyond what was published.
 
 """
 

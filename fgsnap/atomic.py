@@ -196,8 +196,8 @@ def host_errors(path: Path, needed: int = 0) -> Iterator[None]:
 def _disk_full(path: Path, needed: int, why: str) -> HostError:
     need = f": it needs {needed} bytes ({needed / (1 << 20):.1f} MiB)" if needed else ""
     return HostError(
-        f"No room to write {path.name}{need}.",
-        f"In {path.parent}: {why}.",
+        f"No room to write {path}{need}.",
+        f"{why}.",
         "Free some space or choose a directory on another disk.",
     )
 

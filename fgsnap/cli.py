@@ -34,6 +34,8 @@ EXTRAS = {
 }  # fmt: skip
 """Packages that a plain installation lacks, and the extra that brings each."""
 
+_NUMBERS = {"integer": "is not a whole number.", "float": "is not a number."}
+
 Command = Callable[..., None]
 
 
@@ -234,7 +236,10 @@ def convert(
       fgsnap convert ./checkpoint --tp 8 --dry-run
     """
     if dry_run:
-        _print_plan(as_json, source, tp=tp, ranks=ranks, dtype=dtype, target=target, revision=revision, workers=workers)
+        _print_plan(
+            as_json, source, tp=tp, ranks=ranks, dtype=dtype, target=target, revision=revision, workers=workers,
+            canary=canary,
+        )  # fmt: skip
         return
     if output is None:
         raise UsageError("convert needs -o DIR.", "It names the directory of the new snapshot.", "Add: -o snap/")
@@ -299,6 +304,7 @@ def _tell_canary(stage: str) -> None:
 def _print_plan(as_json: bool, source: str, **settings: Any) -> None:
     import msgspec
 
+    from fgsnap.convert.pack import TARGETS as LAYOUTS
     from fgsnap.convert.plan import plan_source
 
     plan = plan_source(source, **settings)
@@ -307,11 +313,16 @@ def _print_plan(as_json: bool, source: str, **settings: Any) -> None:
         return
     for rank in plan.ranks:
         click.echo(f"{rank.file}  {len(rank.tensors)} tensors  {size(rank.bytes)}")
-    stated = ", assumed: config.json states no dtype" if plan.dtype_from == "assumed" else ""
-    click.echo(f"total      {size(plan.bytes)} in {len(plan.ranks)} rank file(s), {plan.dtype}{stated}")
-    click.echo(f"target     {plan.target}")
+    assumed = {
+        "assumed": ", assumed: config.json states no dtype",
+        "unknown": ", assumed: the dtype that config.json states is unknown",
+    }.get(plan.dtype_from, "")
+    click.echo(f"total      {size(plan.bytes)} in {len(plan.ranks)} rank file(s), {plan.dtype}{assumed}")
+    click.echo(f"target     {plan.target}, layout {LAYOUTS[plan.target]}")
     click.echo(f"KV cache   {plan.kv_bytes_per_token} bytes a token")
-    click.echo(f"peak memory of the conversion about {size(plan.peak_memory)}")
+    click.echo(f"peak memory of the conversion about {size(plan.conversion_memory)}")
+    if plan.canary_memory is not None:
+        click.echo(f"peak memory of the canary, after it, about {size(plan.canary_memory)}")
     click.echo(f"tensor parallel degrees that work: {', '.join(map(str, plan.possible_tp))}")
 
 
@@ -434,12 +445,14 @@ def _print_summary(opened: Snapshot, tensors: bool) -> None:
     first = manifest.tensors[0]
     kv_bytes = spec.kv_values_per_token() * DTYPE_BYTES[first.dtype]
     dtypes = ", ".join(sorted({entry.dtype for entry in manifest.tensors}))
-    layouts = ", ".join(sorted({entry.layout for entry in manifest.tensors if len(entry.shape) > 1}))
+    layouts = {entry.layout for entry in manifest.tensors if len(entry.shape) > 1}
+    packed = "cpu" if "words32" in layouts else "generic"
     revision = f" at {origin.revision[:12]}" if origin.revision else ""
     rows = {
         "id": opened.id,
         "source": f"{origin.source}{revision}",
-        "weights": f"{size(weights)} in {manifest.tp} rank file(s), {dtypes}, layout {layouts}",
+        "weights": f"{size(weights)} in {manifest.tp} rank file(s), {dtypes}, "
+        f"layout {', '.join(sorted(layouts))} (--target {packed})",
         "decoder": f"{spec.depth} layers, width {spec.width}, {kind.heads} heads, {kind.kv_heads} KV heads, "
         f"vocabulary {spec.vocab_size}",
         "context": f"{spec.max_length} tokens, KV cache {kv_bytes} bytes a token in {first.dtype}",
@@ -466,7 +479,7 @@ def _print_tensors(manifest: Manifest) -> None:
 @json_option
 @progress_option
 def verify(snapshot: Path, as_json: bool, progress: bool | None) -> None:
-    """Hash every byte that a snapshot's manifest covers, and compare."""
+    """Hash every byte that a snapshot's manifest covers, and compare; also ranks, where they hold the same."""
     from fgsnap.snapshot import verify as run_verification
 
     report = run_verification(snapshot, progress=_bar(progress, "verify"))
@@ -623,6 +636,10 @@ def _answer(path: Path, prompt: str, engine: EngineOptions, settings: dict[str, 
     finally:
         if emitted:  # what goes wrong in the middle has a line of its own, too
             click.echo()
+    if result.finish_reason == "length":
+        most = settings["max_tokens"]
+        limit = f"--max-tokens {most}" if result.completion_tokens >= most else "the end of the context"
+        click.echo(f"Stopped at {limit}.", err=True)
     if not streamed:
         print_json(
             {
@@ -775,12 +792,17 @@ def _interrupted(error: BaseException) -> int | None:
 
 def _usage_lines(error: click.UsageError) -> list[str]:
     command = error.ctx.command_path if error.ctx else "fgsnap"
-    lines = [_sentence(error.format_message()), f"Run '{command} --help' for its options."]
+    lines = [_sentence(_plain_words(error.format_message())), f"Run '{command} --help' for its options."]
     if isinstance(error, click.BadParameter) and error.ctx and error.param and error.param.name:
         source = error.ctx.get_parameter_source(error.param.name)
         if source is click.core.ParameterSource.ENVIRONMENT:
             lines.insert(1, f"It was set by {error.param.envvar} in the environment.")
     return lines
+
+
+def _plain_words(text: str) -> str:
+    """What click says of a value that is no number, without the names of its types."""
+    return re.sub(r"is not a valid (integer|float)( range)?\.", lambda found: _NUMBERS[found[1]], text)
 
 
 def _sentence(text: str) -> str:

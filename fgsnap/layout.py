@@ -103,23 +103,27 @@ def head_cut(attention: Attention, tp: int, rank: int) -> Cut:
 
 
 def possible_tp(spec: DecoderSpec, most: int = 64) -> list[int]:
-    """All tensor parallel degrees up to ``most`` at which every layer divides."""
-    return [tp for tp in range(1, most + 1) if all(_divides(kind, tp) for kind in spec.layer_kinds)]
+    """All tensor parallel degrees up to ``most`` at which the vocabulary and every layer divide."""
+    return [tp for tp in range(1, most + 1) if _divides(spec, tp)]
 
 
 def check_tp(spec: DecoderSpec, tp: int) -> None:
     """Raise UsageError, naming the degrees that work, unless the model divides into ``tp`` ranks."""
-    if tp > 0 and all(_divides(kind, tp) for kind in spec.layer_kinds):
+    if tp > 0 and _divides(spec, tp):
         return
-    attention = next(kind.attention for kind in spec.layer_kinds if tp < 1 or not _divides(kind, tp))
+    kind = next((kind for kind in spec.layer_kinds if tp > 0 and not _layer_divides(kind, tp)), spec.layer_kinds[0])
     raise UsageError(
         f"Tensor parallel degree {tp} does not divide this model.",
-        f"It has {attention.heads} attention heads on {attention.kv_heads} KV heads.",
+        f"It has {kind.attention.heads} attention heads on {kind.attention.kv_heads} KV heads.",
         f"Degrees that work: {', '.join(map(str, possible_tp(spec)))}.",
     )
 
 
-def _divides(layer: Layer, tp: int) -> bool:
+def _divides(spec: DecoderSpec, tp: int) -> bool:
+    return _reaches_all(spec.vocab_size, tp) and all(_layer_divides(kind, tp) for kind in spec.layer_kinds)
+
+
+def _layer_divides(layer: Layer, tp: int) -> bool:
     """Key heads are divided or repeated whole; all else is filled up, as long as no rank is left with nothing."""
     attention = layer.attention
     if attention.latent is None and attention.kv_heads % tp and tp % attention.kv_heads:
@@ -127,9 +131,14 @@ def _divides(layer: Layer, tp: int) -> bool:
     experts = layer.experts
     shared = experts and experts.shared and experts.shared.mlp
     inner = [mlp.inner for mlp in (layer.mlp, experts and experts.mlp, shared) if mlp]
-    return head_cut(attention, tp, tp - 1).stop > head_cut(attention, tp, tp - 1).start and all(
-        even_cut(size, tp, tp - 1).stop > even_cut(size, tp, tp - 1).start for size in inner
-    )
+    last = head_cut(attention, tp, tp - 1)
+    return last.stop > last.start and all(_reaches_all(size, tp) for size in inner)
+
+
+def _reaches_all(size: int, tp: int) -> bool:
+    """Whether equal parts of an axis leave something for the last rank."""
+    last = even_cut(size, tp, tp - 1)
+    return last.stop > last.start
 
 
 def padded_vocabulary(vocab_size: int, tp: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -98,10 +98,12 @@ def make_snapshot(
     text: TextSection | None = None,
     canary: Canary | None = None,
     weights: Mapping[str, np.ndarray] | None = None,
+    spoil: Callable[[int, str, np.ndarray], None] | None = None,
 ) -> str:
     """Write a snapshot of random (or the given) logical weights to ``path`` and return its id.
 
-    ``canary`` may carry any id: it is replaced by the snapshot's own.
+    ``canary`` may carry any id: it is replaced by the snapshot's own. ``spoil`` gets each rank, stored tensor's name
+    and values before they are written, and may change them.
     """
     weights = random_weights(spec, dtype, seed) if weights is None else weights
     with SnapshotWriter(path, spec, tp) as writer:
@@ -110,6 +112,8 @@ def make_snapshot(
             with writer.rank(rank, plan) as out:
                 for tensor in plan.tensors:
                     array = stored_array(tensor, weights, dtype)
+                    if spoil is not None:
+                        spoil(rank, tensor.name, array)
                     out.write(
                         tensor.offset, memoryview(words32(array) if tensor.layout == "words32" else array.tobytes())
                     )

@@ -361,8 +361,8 @@ def test_too_little_space_is_told_with_both_sides(tmp_path: Path, monkeypatch: p
     with pytest.raises(HostError) as error, PartialDirectory(tmp_path / "deep" / "s") as new:
         new.check_space(3 * 4096)
         new.check_space(3 * 4096 + 1)
-    assert error.value.what == "No room to write s: it needs 12289 bytes (0.0 MiB)."
-    assert error.value.why == f"In {tmp_path / 'deep'}: 12288 bytes are free."
+    assert error.value.what == f"No room to write {tmp_path / 'deep' / 's'}: it needs 12289 bytes (0.0 MiB)."
+    assert error.value.why == "12288 bytes are free."
     assert names(tmp_path) == set()
 
 
@@ -382,8 +382,8 @@ def test_a_disk_that_fills_up_is_told_with_the_bytes_needed(
     monkeypatch.setattr(os, "write", refusing(code))
     with pytest.raises(HostError) as error, PartialDirectory(tmp_path / "deep" / "s") as new:
         write_file(new.path / "file", b"data")
-    assert error.value.what == "No room to write file: it needs 4 bytes (0.0 MiB)."
-    assert error.value.why == f"In {tmp_path / 'deep' / 's.partial'}: {os.strerror(code)}."
+    assert error.value.what == f"No room to write {new.path / 'file'}: it needs 4 bytes (0.0 MiB)."
+    assert error.value.why == f"{os.strerror(code)}."
     assert len(error.value.lines()) == 3
     assert names(tmp_path) == set()
     assert descriptors() == before
@@ -393,7 +393,7 @@ def test_a_disk_too_full_for_the_name_leaves_nothing(tmp_path: Path, monkeypatch
     monkeypatch.setattr(os, "rename", refusing(errno.ENOSPC))
     with pytest.raises(HostError) as error, PartialDirectory(tmp_path / "deep" / "s") as new:
         new.publish()
-    assert error.value.what == "No room to write s.partial."
+    assert error.value.what == f"No room to write {new.path}."
     assert names(tmp_path) == set()
 
 

@@ -59,6 +59,8 @@ def test_version_is_printed_by_both_spellings_and_as_json():
         (["serve", "--prt", "1"], 2, "--port"),
         (["serve", "x", "--kv-memory", "lots"], 2, "is not a size"),
         (["serve", "x", "--tp", "0"], 2, "--tp"),
+        (["serve", "x", "--tp", "two"], 2, "'two' is not a whole number."),
+        (["run", "x", "hello", "--temperature", "hot"], 2, "'hot' is not a number."),
         (["chat", "nowhere"], 4, "nowhere"),
         (["inspect", "nowhere"], 4, "nowhere"),
         (["verify", "nowhere"], 4, "nowhere"),
@@ -68,6 +70,8 @@ def test_version_is_printed_by_both_spellings_and_as_json():
         (["run", "nowhere", "hello"], 4, "nowhere"),
         (["export", "nowhere", "-o", "out"], 4, "nowhere"),
         (["convert", "./nowhere", "-o", "out"], 4, "nowhere"),
+        (["convert", "nowhere.gguf", "-o", "out"], 4, "'nowhere.gguf' does not exist"),
+        (["convert", "/dev/null", "-o", "out"], 2, "'/dev/null' is not a checkpoint"),
     ],
 )
 def test_an_error_is_three_short_lines_and_its_exit_code(arguments, code, words, tmp_path):

@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -137,9 +138,7 @@ class Folder:
     def _read_headers(self) -> None:
         """Merge the shards' tables; the shards are the truth, the index must agree with them."""
         place: dict[str, str] = {}
-        with ThreadPoolExecutor(HEADERS_AT_ONCE, thread_name_prefix="header") as pool:
-            tables = list(pool.map(self._read_table, self._shards))
-        for file, table in zip(self._shards, tables, strict=True):
+        for file, table in zip(self._shards, self._tables(), strict=True):
             for entry in table:
                 if entry.name in place:
                     raise SourceError(
@@ -152,8 +151,15 @@ class Folder:
         if self._index is not None:
             self._compare(self._index, place)
 
-    def _read_table(self, file: str) -> list[FileTensor]:
-        return (read_state_dict if file.endswith(".bin") else read_header)(self.files, file)
+    def _tables(self) -> list[list[FileTensor]]:
+        """The tensors of every shard.
+
+        PyTorch's are followed one after the other: a hostile description takes what the caps allow, and no multiple.
+        """
+        if self._shards[0].endswith(".bin"):
+            return [read_state_dict(self.files, file) for file in self._shards]
+        with ThreadPoolExecutor(HEADERS_AT_ONCE, thread_name_prefix="header") as pool:
+            return list(pool.map(partial(read_header, self.files), self._shards))
 
     def _compare(self, index: str, place: Mapping[str, str]) -> None:
         for name, file in weight_map_of(read_json(self.path / index), index).items():

@@ -18,7 +18,7 @@ from huggingface_hub.utils import disable_progress_bars
 from fgsnap.convert.folder import INDICES, TEXT_FILES, no_weights, shard_names, weights_file
 from fgsnap.convert.hub_errors import hub_errors
 from fgsnap.convert.ranges import HubFile, HubFiles
-from fgsnap.convert.source import read_json
+from fgsnap.convert.source import read_json, refuse_large_text
 from fgsnap.errors import SourceError
 
 
@@ -42,6 +42,7 @@ def fetch(repository: str, revision: str | None, *, config_only: bool, download:
     if not sys.stderr.isatty():
         disable_progress_bars()
     with hub_errors(repository, revision):
+        _listed(repository, revision)  # which refuses what is too large to come
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=["config.json"]))
         commit = folder.name
         remote = {} if config_only else _fetch_rest(repository, commit, folder, download)
@@ -54,13 +55,24 @@ def fetch(repository: str, revision: str | None, *, config_only: bool, download:
     return Fetched(folder, commit, HubFiles(repository, folder, remote))
 
 
+def _listed(repository: str, revision: str | None) -> dict[str, Any] | None:
+    """The files by name, none of the small ones larger than any that is read. None when offline."""
+    try:
+        files = HfApi().model_info(repository, revision=revision, files_metadata=True).siblings or []
+    except OfflineModeIsEnabled:
+        return None
+    listed = {file.rfilename: file for file in files if "/" not in file.rfilename}
+    for name in (*TEXT_FILES, *INDICES):
+        if name in listed:
+            refuse_large_text(name, listed[name].size or 0)
+    return listed
+
+
 def _fetch_rest(repository: str, commit: str, folder: Path, download: bool) -> dict[str, HubFile]:
     """Fetch all but the weights; returns those to read by ranges. Offline, what the cache holds has to do."""
-    try:
-        files = HfApi().model_info(repository, revision=commit, files_metadata=True).siblings or []
-    except OfflineModeIsEnabled:
+    listed = _listed(repository, commit)
+    if listed is None:
         return {}
-    listed = {file.rfilename: file for file in files if "/" not in file.rfilename}
     wanted = [name for name in TEXT_FILES if name in listed]
     found = weights_file(listed.__contains__)
     if found is None and "config.json" in listed:

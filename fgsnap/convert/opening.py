@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fgsnap.convert.source import LOCAL, Source
+from fgsnap.convert.source import LOCAL, Source, parse_json, read_text
 from fgsnap.errors import NotFound, SourceError, UsageError, missing_extra
 
 if TYPE_CHECKING:
     from fgsnap.convert.files import Files
 
+Check = Callable[[dict[str, Any]], object]
+
 HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-def open_source(name: str, revision: str | None = None, *, config_only: bool = False, download: bool = False) -> Source:
+def open_source(
+    name: str,
+    revision: str | None = None,
+    *,
+    config_only: bool = False,
+    download: bool = False,
+    check: Check | None = None,
+) -> Source:
     """Open a checkpoint by path or Hub name.
 
     Args:
@@ -23,12 +34,15 @@ def open_source(name: str, revision: str | None = None, *, config_only: bool = F
         revision: branch, tag or commit on the Hub.
         config_only: read config.json and no weights (a plan needs no more).
         download: keep a Hub repository's weights in the Hub's cache; else those that are not there are read by ranges.
+        check: called with what config.json says before weights are looked for or fetched; raises what is wrong with it.
     """
     if name.startswith("hf://"):
-        return _open_hub(name.removeprefix("hf://"), revision, config_only, download)
+        return _open_hub(name.removeprefix("hf://"), revision, config_only, download, check)
     if not name or not _exists(Path(name)):
         if HUB_NAME.fullmatch(name.partition("@")[0]) and not name.endswith(".gguf"):
-            return _open_hub(name, revision, config_only, download)
+            return _open_hub(name, revision, config_only, download, check)
+        if name.endswith(".gguf"):
+            raise NotFound(f"The file {name!r} does not exist.", "Nothing of that name is there.", "Check the path.")
         raise NotFound(
             f"There is no checkpoint {name!r}.",
             "It is neither a folder, a .gguf file nor a Hub name (org/name).",
@@ -44,7 +58,13 @@ def open_source(name: str, revision: str | None = None, *, config_only: bool = F
             "Serve it, or turn it back into a checkpoint with 'fgsnap export'.",
         )
     try:
-        return _open_folder(path, LOCAL, None, config_only) if path.is_dir() else _open_file(path)
+        if not path.is_dir():
+            return _open_file(path)
+        if (path / "config.json").is_file():
+            parse_json(read_text(path / "config.json"), str(path / "config.json"))  # its reader does not say which
+        if check is not None:
+            _check_config(path, check)
+        return _open_folder(path, LOCAL, None, config_only)
     except OSError as error:
         raise SourceError(f"The checkpoint {name!r} cannot be read.", f"{error.strerror or error}.") from error
 
@@ -61,7 +81,7 @@ def _open_file(path: Path) -> Source:
     """A GGUF file; nothing else is a whole checkpoint in one file."""
     if not path.is_file() or (path.suffix != ".gguf" and not _starts_with(path, b"GGUF")):
         raise UsageError(
-            f"{path.name} is not a checkpoint.",
+            f"{str(path)!r} is not a checkpoint.",
             "A single file has to be GGUF; any other checkpoint is a folder with its config.json.",
             "Give the folder that holds the file.",
         )
@@ -71,7 +91,7 @@ def _open_file(path: Path) -> Source:
     return Gguf(path)
 
 
-def _open_hub(name: str, revision: str | None, config_only: bool, download: bool) -> Source:
+def _open_hub(name: str, revision: str | None, config_only: bool, download: bool, check: Check | None) -> Source:
     """Fetch what is small into the Hub's own cache, at one commit, and open that folder."""
     repository, _, pinned = name.partition("@")
     if not HUB_NAME.fullmatch(repository):
@@ -83,10 +103,18 @@ def _open_hub(name: str, revision: str | None, config_only: bool, download: bool
     _require("huggingface_hub")
     from fgsnap.convert import hub
 
-    folder, commit, files = hub.fetch(
-        repository, revision or pinned or None, config_only=config_only, download=download
-    )
+    asked, early = revision or pinned or None, config_only or check is not None
+    folder, commit, files = hub.fetch(repository, asked, config_only=early, download=download)
+    if check is not None:
+        _check_config(folder, check)
+    if early and not config_only:
+        folder, commit, files = hub.fetch(repository, commit, config_only=False, download=download)
     return _open_folder(folder, repository, commit, config_only, files)
+
+
+def _check_config(path: Path, check: Check) -> None:
+    with closing(_open_folder(path, LOCAL, None, config_only=True)) as source:
+        check(source.config)
 
 
 def _open_folder(path: Path, label: str, revision: str | None, config_only: bool, files: Files | None = None) -> Source:

@@ -13,18 +13,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Event
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
 import fgsnap
 from fgsnap.atomic import Busy, refuse_taken
+from fgsnap.convert import families
 from fgsnap.convert.cut_tokenizer import cut_tokenizer
 from fgsnap.convert.opening import open_source
 from fgsnap.convert.pack import checked_target
@@ -142,7 +143,7 @@ def convert(
     if canary:
         _require_torch()
     enter = stage or (lambda _: None)
-    with closing(open_source(source_name, revision, download=download)) as source:
+    with closing(open_source(source_name, revision, download=download, check=_check_model)) as source:
         recipe = settle(source, asked or source.default_dtype)
         texts = source.text_files()
         job = _Job(
@@ -166,6 +167,11 @@ def convert(
             notes=(*made.notes, *_notes(texts, source, asked)),
             fetched=traffic.fetched if traffic else None,
         )
+
+
+def _check_model(config: Mapping[str, Any]) -> None:
+    """Refuse, before weights are fetched, a model that no weights could make convertible."""
+    families.find(config).spec(config)
 
 
 def _whole(job: _Job, target: Path, canary: bool, enter: Stage) -> Result:
@@ -226,7 +232,7 @@ def _publish(job: _Job, writer: SnapshotWriter, provenance: Provenance, canary: 
 def _in_parts(job: _Job, target: Path, ranks: tuple[int, ...], canary: bool, enter: Stage) -> Result:
     """Convert those of the ranks that nobody has converted; publish if then none is missing."""
     tp, plan = len(job.layouts), job.plan
-    _refuse_finished(target)
+    _refuse_finished(target, tp)
     refuse_taken(target)
     parts = read_parts(target, tp)
     for part in parts.values():
@@ -247,8 +253,10 @@ def _in_parts(job: _Job, target: Path, ranks: tuple[int, ...], canary: bool, ent
     return msgspec.structs.replace(made, id=identity, path=target, missing=())
 
 
-def _refuse_finished(target: Path) -> None:
+def _refuse_finished(target: Path, tp: int) -> None:
+    """Refuse to add ranks to a whole snapshot, and remove parts that who published it was killed before removing."""
     if (target / COMMIT).exists():
+        remove_parts(target, tp)
         raise UsageError(
             f"{target} is a finished snapshot.", "None of its ranks is missing.", "Choose another -o, or remove it."
         )

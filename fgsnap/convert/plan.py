@@ -14,7 +14,7 @@ from fgsnap.convert import families
 from fgsnap.convert.files import KEPT
 from fgsnap.convert.opening import open_source
 from fgsnap.convert.pack import checked_target
-from fgsnap.convert.source import Source, stated_dtype
+from fgsnap.convert.source import Source, says_dtype, stated_dtype
 from fgsnap.errors import SourceError, UsageError
 from fgsnap.layout import check_tp, logical_shapes, possible_tp, stored_tensors
 from fgsnap.snapshot import Layout, PlannedTensor, RankLayout, panel_bytes, plan_rank, rank_file
@@ -40,6 +40,9 @@ class PlannedRank(msgspec.Struct, frozen=True):
     tensors: tuple[str, ...]
 
 
+Origin = Literal["asked", "source", "assumed", "unknown"]
+
+
 class Plan(msgspec.Struct, frozen=True):
     """A conversion before it happens.
 
@@ -47,10 +50,13 @@ class Plan(msgspec.Struct, frozen=True):
         ranks: the weight files.
         bytes: their sum; the small text files come on top.
         dtype: the dtype the sizes are for.
-        dtype_from: whether that was asked for, read from the source, or assumed because the source does not say.
+        dtype_from: whether that was asked for, read from the source, or assumed because the source does not say or
+            names one that is not known.
         target: whose layout the matrices get.
-        peak_memory: about the most memory of their own, above one idle interpreter, that the converting process and
-            the fresh one that computes the canary take at any time; pages of mapped files do not count.
+        conversion_memory: about the most memory of its own, above an idle interpreter, that the converting process
+            takes; pages of mapped files do not count.
+        canary_memory: the same of the fresh process that computes the canary; None when none is recorded.
+        peak_memory: the most of both at any time; while the canary is computed, the converting process only waits.
         kv_bytes_per_token: KV cache bytes one token takes over all layers and ranks, in ``dtype``.
         possible_tp: the tensor parallel degrees that divide the model.
     """
@@ -58,8 +64,10 @@ class Plan(msgspec.Struct, frozen=True):
     ranks: tuple[PlannedRank, ...]
     bytes: int
     dtype: DType
-    dtype_from: Literal["asked", "source", "assumed"]
+    dtype_from: Origin
     target: str
+    conversion_memory: int
+    canary_memory: int | None
     peak_memory: int
     kv_bytes_per_token: int
     possible_tp: tuple[int, ...]
@@ -74,6 +82,7 @@ def plan_source(
     ranks: Sequence[int] | None = None,
     revision: str | None = None,
     workers: int | None = None,
+    canary: bool = True,
 ) -> Plan:
     """The plan for a checkpoint by path or Hub name; of a Hub repository only config.json is fetched."""
     asked = checked_dtype(dtype)
@@ -81,26 +90,30 @@ def plan_source(
     chosen = None if ranks is None else checked_ranks(ranks, tp)
     with closing(open_source(name, revision, config_only=True)) as source:
         stated = _stated_dtype(source)
-        origin: Literal["asked", "source", "assumed"] = "asked" if asked else "source" if stated else "assumed"
+        absent: Origin = "unknown" if says_dtype(source.config) else "assumed"
+        origin: Origin = "asked" if asked else "source" if stated else absent
         spec = families.find(source.config).spec(source.config)
         network = source.revision is not None
         workers = workers or default_workers(network)
-        return plan(spec, tp, asked or stated or "float32", origin, workers, target, chosen, network)
+        held = stated or "float32"
+        kept = kept_memory(spec, held) if network else 0
+        return plan(spec, tp, asked or held, origin, workers, target, chosen, kept, canary)
 
 
 def plan(
     spec: DecoderSpec,
     tp: int,
     dtype: DType,
-    dtype_from: Literal["asked", "source", "assumed"] = "asked",
+    dtype_from: Origin = "asked",
     workers: int | None = None,
     target: str = "generic",
     chosen: tuple[int, ...] | None = None,
-    network: bool = False,
+    kept: int = 0,
+    canary: bool = True,
 ) -> Plan:
     """The plan for a decoder whose tensors are all stored in ``dtype``; of the ``chosen`` ranks, if there are any.
 
-    ``network``: the weights may come over one.
+    ``kept``: bytes that are kept of what comes over a network. ``canary``: one is recorded.
     """
     layouts = rank_layouts(spec, tp, dict.fromkeys(logical_shapes(spec), dtype), checked_target(target))
     ranks = tuple(
@@ -108,16 +121,17 @@ def plan(
         for rank, layout in enumerate(layouts)
         if chosen is None or rank in chosen
     )
+    conversion = peak_memory(layouts, len(ranks), workers or default_workers(), kept)
+    beside = canary_memory(spec, layouts) if canary else None
     return Plan(
         ranks=ranks,
         bytes=sum(rank.bytes for rank in ranks),
         dtype=dtype,
         dtype_from=dtype_from,
         target=target,
-        peak_memory=max(
-            peak_memory(layouts, len(ranks), workers or default_workers(), network),
-            _AT_REST + canary_memory(spec, layouts),
-        ),
+        conversion_memory=conversion,
+        canary_memory=beside,
+        peak_memory=max(conversion, _AT_REST + (beside or 0)),
         kv_bytes_per_token=spec.kv_values_per_token() * DTYPE_BYTES[dtype],
         possible_tp=tuple(possible_tp(spec)),
     )
@@ -161,11 +175,16 @@ def checked_ranks(ranks: Sequence[int], tp: int) -> tuple[int, ...]:
     if ranks and not wrong and not doubled:
         return tuple(sorted(ranks))
     what = f"rank {wrong[0]}" if wrong else f"rank {doubled[0]} twice" if doubled else "no rank"
-    span = f"0 to {tp - 1}" if tp > 1 else "0"
+    if tp == 1:
+        raise UsageError(
+            f"--ranks names {what}.",
+            "At tensor parallel degree 1 there is rank 0 alone.",
+            "Name the degree that the ranks are of, as in --tp 4, or leave --ranks out.",
+        )
     raise UsageError(
         f"--ranks names {what}.",
-        f"At tensor parallel degree {tp} the ranks are {span}.",
-        "Name some of them, each once: --ranks 0,3",
+        f"At tensor parallel degree {tp} the ranks are 0 to {tp - 1}.",
+        f"Name some of them, each once: --ranks 0,{tp - 1}",
     )
 
 
@@ -192,7 +211,18 @@ def default_workers(network: bool = False) -> int:
     return 8 if network else min(len(os.sched_getaffinity(0)), 4)
 
 
-def peak_memory(layouts: list[RankLayout], files: int, workers: int, network: bool = False) -> int:
+def kept_memory(spec: DecoderSpec, dtype: DType) -> int:
+    """The most bytes that are kept of weights of ``dtype`` that come over a network.
+
+    Of a stack of experts a whole one is fetched. Only the weights tell whether a checkpoint stacks them, and with gates
+    and ups in one tensor; a plan reads no weights, so it is for one that does.
+    """
+    experts = [kind.experts.mlp for kind in spec.layer_kinds if kind.experts is not None]
+    longest = max(((1 + mlp.gated) * mlp.inner * spec.width * DTYPE_BYTES[dtype] for mlp in experts), default=0)
+    return max(KEPT, 2 * longest)
+
+
+def peak_memory(layouts: list[RankLayout], files: int, workers: int, kept: int = 0) -> int:
     """About the most anonymous bytes of a conversion that writes this many rank files at a time.
 
     Slabs that wait for the disk or a digest, one a file that ends within a huge page, the slabs being made with what a
@@ -201,7 +231,7 @@ def peak_memory(layouts: list[RankLayout], files: int, workers: int, network: bo
     slab = max(SLAB, max(_panel(tensor) for layout in layouts for tensor in layout.tensors))
     tensors = sum(len(layout.tensors) for layout in layouts)
     held = -(-BEHIND // slab) + 2  # with the one that is being written and the one that is asked for next
-    return (held + files + 5 * workers) * slab + tensors * 8192 + (16 << 20) + (KEPT if network else 0)
+    return (held + files + 5 * workers) * slab + tensors * 8192 + (16 << 20) + kept
 
 
 def _panel(tensor: PlannedTensor) -> int:

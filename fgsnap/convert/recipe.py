@@ -118,10 +118,11 @@ def _dropped(
     source: Source, family: Family, spec: DecoderSpec, rules: tuple[Rule, ...]
 ) -> tuple[str, ...]:  # fmt: skip
     """The source's tensors that no rule takes, each for a known reason; any other is refused."""
-    left = sorted(({*source.tensors} | {*source.others}) - {*sources(rules)})
+    held = {*source.tensors} | {*source.others}
+    left = sorted(held - {*sources(rules)})
     output, _ = family.tied_head
     embedding = next(rule.takes[0].source for rule in rules if rule.tensor == "embed.weight")
-    unknown = [name for name in left if not family.unused(name, spec) and not (name == output and spec.head.tied)]
+    unknown = [name for name in left if not family.unused(name, spec, held) and not (name == output and spec.head.tied)]
     if unknown:
         shown = ", ".join(map(repr, unknown[:3])) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
         raise SourceError(

@@ -130,9 +130,14 @@ class Source(Protocol):
     def close(self) -> None: ...
 
 
+def says_dtype(config: Mapping[str, Any]) -> Any:
+    """What a config.json says of its weights' dtype, which may be anything."""
+    return config.get("dtype") or config.get("torch_dtype")
+
+
 def stated_dtype(config: Mapping[str, Any]) -> DType | None:
     """The dtype that a config.json says its weights are in; None where it says none that fgsnap stores."""
-    stated = config.get("dtype") or config.get("torch_dtype")
+    stated = says_dtype(config)
     name = stated.removeprefix("torch.") if isinstance(stated, str) else None
     return next((known for known in NUMPY_DTYPES if known == name), None)
 
@@ -153,10 +158,18 @@ def parse_json(raw: bytes, label: str) -> Any:
 def read_text(path: Path) -> bytes:
     """The bytes of one small text file."""
     with path.open("rb") as file:
-        size = regular_size(file.fileno(), path.name)
-        if size > MAX_TEXT_BYTES:
-            raise SourceError(f"{path.name} has {size} bytes.", f"The limit for text files is {MAX_TEXT_BYTES}.")
+        refuse_large_text(path.name, regular_size(file.fileno(), path.name))
         return file.read()
+
+
+def refuse_large_text(name: str, size: int) -> None:
+    """Raise SourceError for a text file that is larger than any real one."""
+    if size > MAX_TEXT_BYTES:
+        raise SourceError(
+            f"{name} has {size} bytes.",
+            f"The limit for text files is {MAX_TEXT_BYTES}, which is far above what real ones have.",
+            "Check that the file is what its name says; do not use this checkpoint before you know who made it.",
+        )
 
 
 def map_file(path: Path) -> mmap.mmap:
@@ -240,5 +253,9 @@ def regular_size(descriptor: int, name: str) -> int:
     """The size of an open file, refused when it is no regular one."""
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
-        raise SourceError(f"{name} is not a regular file.", "Devices, pipes and folders are not read.")
+        raise SourceError(
+            f"{name} is not a regular file.",
+            "Devices, pipes and folders are not read.",
+            "Put the file itself in its place.",
+        )
     return status.st_size

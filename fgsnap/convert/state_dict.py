@@ -25,8 +25,12 @@ from fgsnap.convert.files import Files
 from fgsnap.convert.source import AGAIN, MAX_RANK, FileTensor, brief, show
 from fgsnap.errors import SourceError
 
-MAX_BYTES = 4 << 20
-"""Most bytes of data.pkl, and of the archive's table of contents: some 20,000 tensors in one file."""
+# Real files have some hundred tensors; the caps keep a hostile one from taking memory or seconds until it is refused.
+MAX_TENSORS = 5_000
+MAX_BYTES = 1 << 20
+"""Most bytes of data.pkl, and of the archive's table of contents; a tensor takes some 150 to 200 of them."""
+MAX_STEPS = 64 * MAX_TENSORS
+"""Most opcodes of data.pkl; a tensor of four axes takes 48."""
 PLACED_AT_ONCE = 8  # each is a round trip where the file is on the Hub
 STORAGES = {
     "torch.FloatStorage": "F32",
@@ -69,6 +73,8 @@ def read_state_dict(files: Files, name: str) -> list[FileTensor]:
     for tensor, value in described.items():
         if not isinstance(value, _Tensor):
             raise _more_than_tensors(name, show(tensor), value)
+    if len(described) > MAX_TENSORS:
+        raise _too_much(name, f"describes {len(described)} tensors", MAX_TENSORS)
     with ThreadPoolExecutor(PLACED_AT_ONCE, thread_name_prefix="place") as pool:
         return list(pool.map(partial(_placed, archive), described.keys(), described.values()))
 
@@ -252,7 +258,9 @@ class _Follower:
     def follow(self, pickle: bytes) -> Any:
         """What the pickle describes."""
         try:
-            for opcode, argument, _ in pickletools.genops(pickle):
+            for number, (opcode, argument, _) in enumerate(pickletools.genops(pickle)):
+                if number == MAX_STEPS:
+                    raise _too_much(self._name, f"has more than {MAX_STEPS} opcodes", MAX_STEPS)
                 self._step(opcode.name, argument)
             [value] = self._stack
         except UNSOUND as error:
@@ -376,6 +384,14 @@ def _more_than_tensors(file: str, what: str, value: Any) -> SourceError:
         f"{file} is not a state dict of tensors.",
         f"{what} is of type {type(value).__name__.strip('_')}.",
         "Save the model's own state dict, its tensors under their names, without anything around it.",
+    )
+
+
+def _too_much(file: str, what: str, limit: int) -> SourceError:
+    return SourceError(
+        f"The data.pkl of {file} {what}.",
+        f"The limit is {limit}, which is far above what models have in one file.",
+        "If the file is sound, save the model in more shards, or as safetensors.",
     )
 
 

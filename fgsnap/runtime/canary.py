@@ -22,7 +22,7 @@ from fgsnap.kernels.choose import choose
 from fgsnap.kernels.ops import Batch, Ops, Sampling
 from fgsnap.layout import Shape
 from fgsnap.runtime.decoder import Decoder
-from fgsnap.runtime.weights import Weights, load_by_layer
+from fgsnap.runtime.weights import Weights, load, load_by_layer
 from fgsnap.snapshot import Layout, Snapshot, open_snapshot, packed_bytes
 from fgsnap.spec import DecoderSpec, DType, features, rope_frequencies
 
@@ -95,12 +95,14 @@ class _Counting:
 def bind(snapshot: Snapshot) -> int:
     """Bind every tensor by name, dtype, shape and bytes, as a server would, and compute nothing; returns their number.
 
+    Of every rank at the snapshot's own degree, where all of them are mapped and take no memory.
+
     Raises:
         SnapshotRefused: a tensor is missing, superfluous, or not what the spec says.
     """
-    ops = _Counting()
-    for _ in load_by_layer(snapshot, cast(Ops, ops)).layers:
-        pass
+    ops, tp = _Counting(), snapshot.manifest.tp
+    for rank in range(tp):
+        load(snapshot, cast(Ops, ops), tp, rank)
     return ops.tensors
 
 

@@ -241,7 +241,7 @@ def check_canary(decoder: Decoder, snapshot: Snapshot) -> str:
         return "no canary recorded, logits finite"
     if not match.checked:
         return "canary finite, too close to call at every position"
-    return f"canary ok at {match.checked} positions"
+    return f"canary ok at {match.checked} of {len(expected.tokens)} positions"
 
 
 def _fail(pipe: Pipe, error: FgsnapError) -> int:

@@ -11,6 +11,7 @@ hostile snapshot raises SnapshotRefused.
     checks      whether a manifest is one that its own spec implies
     reading     open_snapshot, Snapshot
     gathering   the same weights at another degree, or by logical tensors
+    agreement   whether ranks hold the same where they should
     verifying   every byte of every covered file
 """
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from itertools import groupby
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from msgspec import UNSET, UnsetType
 
 from fgsnap.layout import Shape, logical_shapes, slabs
 from fgsnap.progress import Progress, counted
+from fgsnap.snapshot.agreement import refuse_disagreement
 from fgsnap.snapshot.format import CHUNK, DIGEST_BYTES, FileEntry, Manifest, TextSection
 from fgsnap.snapshot.gathering import read_logical
 from fgsnap.snapshot.packing import PANEL_ROWS
@@ -184,7 +185,8 @@ def compare(a: Side, b: Side, measure: Measure | None = None, progress: Progress
         progress: told (bytes read so far, bytes in all) of both sides' tensors.
 
     Raises:
-        SnapshotRefused: a small file of a snapshot does not have its digest.
+        SnapshotRefused: a small file of a snapshot does not have its digest, or its ranks hold a tensor that is read
+            not all alike.
     """
     one, two = a.snapshot, b.snapshot
     found = Difference(
@@ -298,6 +300,8 @@ def _tensors(a: Side, b: Side, measure: Measure | None, progress: Progress | Non
     open_ones = [
         TensorRow(name, a.tensors.get(name, UNSET), b.tensors.get(name, UNSET)) for name in names if name not in alike
     ]
+    for side in (a, b):
+        _refuse_disagreement(side, {row.name for row in open_ones if _bytes_to_read(row, measure)})
     advance = counted(progress, sum(_bytes_to_read(row, measure) for row in open_ones))
     different = []
     for row in open_ones:
@@ -305,6 +309,14 @@ def _tensors(a: Side, b: Side, measure: Measure | None, progress: Progress | Non
             different.append(found)
         advance(_bytes_to_read(row, measure))
     return Tensors(len(names), len(alike), tuple(different))
+
+
+def _refuse_disagreement(side: Side, names: Set[str]) -> None:
+    """Of what several ranks hold one copy is read below, and no padding: it must stand for what each rank serves."""
+    if side.snapshot is not None:
+        entries = side.snapshot.manifest.tensors
+        stored = {entry.name for entry in entries if any(segment.tensor in names for segment in entry.segments)}
+        refuse_disagreement(side.snapshot, stored)
 
 
 def _bytes_to_read(row: TensorRow, measure: Measure | None) -> int:

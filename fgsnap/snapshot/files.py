@@ -118,6 +118,9 @@ def unfinished(path: Path) -> SnapshotRefused | None:
     what = f"{target} is not a finished snapshot"
     found = [match for match in map(_PART_NAME.fullmatch, listed(parts)) if match]
     there, degrees = sorted(int(match[1]) for match in found), {int(match[2]) for match in found}
+    if not found:
+        why = f"No rank in {parts.name} is finished; what is there is still being written, or of processes that ended."
+        return SnapshotRefused(f"{what}.", why, "Run the conversions again, unless they still run.")
     if len(degrees) != 1:
         why = f"{parts.name} holds parts of {len(degrees)} tensor parallel degrees."
         return SnapshotRefused(f"{what}.", why, "Convert its ranks with 'fgsnap convert --ranks'.")

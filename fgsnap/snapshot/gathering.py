@@ -17,7 +17,6 @@ import itertools
 import math
 import mmap
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -34,9 +33,6 @@ MAPPED_FROM = 2 << 20
 
 AT_ONCE, PARTS_AT_ONCE = 4 << 20, 1024
 """Bytes that one step reads, and to how many places (IOV_MAX of Linux)."""
-
-AHEAD = 32 << 20
-"""Bytes that a thread has the disk read before it copies the first of them."""
 
 MOST_THREADS, SHARE_FROM = 8, 32 << 20
 """Threads that copy at once, each no fewer bytes than these."""
@@ -87,13 +83,8 @@ class _Job(NamedTuple):
         return math.prod(self.box.extent) * DTYPE_BYTES[self.box.entry.dtype]
 
 
-class _Step(NamedTuple):
-    """``copy`` reads what is needed of a file's bytes ``start:stop``, and tells how many bytes it has copied."""
-
-    file: str
-    start: int
-    stop: int
-    copy: Callable[[], int]
+Step = Callable[[], int]
+"""Reads a part of what is needed to its place, and tells how many bytes it has copied."""
 
 
 def opened_at(snapshot: Snapshot, tp: int, rank: int) -> dict[str, TensorBytes]:
@@ -105,7 +96,7 @@ def opened_at(snapshot: Snapshot, tp: int, rank: int) -> dict[str, TensorBytes]:
     """
     manifest = snapshot.manifest
     if manifest.tp != tp:
-        return gathered(snapshot, stored_tensors(manifest.spec, tp, rank), rank * manifest.tp // tp)
+        return gathered(snapshot, stored_tensors(manifest.spec, tp, rank), rank * manifest.tp // tp, tp)
     own = rank_file(rank, tp)
     return {
         entry.name: TensorBytes(entry.dtype, entry.shape, snapshot.tensor(entry), entry.layout)
@@ -114,13 +105,16 @@ def opened_at(snapshot: Snapshot, tp: int, rank: int) -> dict[str, TensorBytes]:
     }
 
 
-def gathered(snapshot: Snapshot, tensors: Iterable[StoredTensor], near: int = 0) -> dict[str, TensorBytes]:
+def gathered(
+    snapshot: Snapshot, tensors: Iterable[StoredTensor], near: int = 0, ranks: int = 1
+) -> dict[str, TensorBytes]:
     """Stored tensors of any degree by name, in one piece of memory but for those that stay mapped.
 
     Args:
         snapshot: what has their values.
         tensors: which; their padding is zeros.
         near: of slices that several ranks hold, that of the first rank from this one on is taken.
+        ranks: how many do this on this host at a time, and share its processors.
 
     Raises:
         SnapshotRefused: a rank file was cut short, or written to.
@@ -137,7 +131,7 @@ def gathered(snapshot: Snapshot, tensors: Iterable[StoredTensor], near: int = 0)
         data = memory[start : start + plan.bytes]
         jobs += [_Job(box, data, plan.shape, plan.layout) for box in plan.boxes]
         views[plan.name] = data.toreadonly()
-    _copy(snapshot, jobs)
+    _copy(snapshot, jobs, ranks)
     return {plan.name: TensorBytes(plan.dtype, plan.shape, views[plan.name], plan.layout) for plan in plans}
 
 
@@ -145,6 +139,16 @@ def read_logical(snapshot: Snapshot, name: str, start: Shape, extent: Shape, tar
     """Fill ``target`` with the box of ``extent`` at ``start`` of a logical tensor, row-major, from the ranks' parts."""
     boxes = _boxes(snapshot.slices(), name, start, (0,) * len(extent), extent)
     _copy(snapshot, [_Job(box, target.cast("B"), extent, "row") for box in boxes])
+
+
+def read_stored(snapshot: Snapshot, entry: TensorEntry, start: Shape, extent: Shape) -> bytearray:
+    """The box of ``extent`` at ``start`` of one rank's tensor: as it lies where it is whole panels, else row-major."""
+    box = _Box(entry, start, (0,) * len(extent), extent)
+    stays = fits(entry.layout, extent, entry.dtype) and _in_units(box, extent)
+    layout = entry.layout if stays else "row"
+    data = bytearray(packed_bytes(layout, extent, entry.dtype))
+    _copy(snapshot, [_Job(box, memoryview(data), extent, layout)])
+    return data
 
 
 def _boxes(slices: Slices, name: str, start: Shape, place: Shape, extent: Shape) -> Iterator[_Box]:
@@ -214,9 +218,9 @@ def _memory(size: int) -> memoryview:
     return memoryview(memory)
 
 
-def _copy(snapshot: Snapshot, jobs: Sequence[_Job]) -> None:
+def _copy(snapshot: Snapshot, jobs: Sequence[_Job], ranks: int = 1) -> None:
     """Do the jobs, and count what they copy."""
-    shares = list(_shares(jobs))
+    shares = list(_shares(jobs, max(1, min(MOST_THREADS, len(os.sched_getaffinity(0)) // ranks))))
     if len(shares) > 1:
         from concurrent.futures import ThreadPoolExecutor  # brings logging, which opening can do without
 
@@ -227,44 +231,35 @@ def _copy(snapshot: Snapshot, jobs: Sequence[_Job]) -> None:
     snapshot.check_unchanged()
 
 
-def _shares(jobs: Sequence[_Job]) -> Iterator[Sequence[_Job]]:
-    """The jobs in a row for each thread, of about as many bytes.
+def _shares(jobs: Sequence[_Job], most: int) -> Iterator[Sequence[_Job]]:
+    """The jobs in a row for each of at most ``most`` threads, of about as many bytes.
 
     Threads that fill the same huge page would each make it zeros first.
     """
     stops = list(itertools.accumulate(job.bytes for job in jobs))
     total = stops[-1] if jobs else 0
-    threads = max(1, min(len(os.sched_getaffinity(0)), MOST_THREADS, total // SHARE_FROM))
+    threads = max(1, min(most, total // SHARE_FROM))
     ends = [bisect.bisect_left(stops, total * share // threads) + 1 for share in range(1, threads)]
     for begin, end in itertools.pairwise((0, *ends, len(jobs))):
         yield jobs[begin:end]
 
 
 def _in_order(snapshot: Snapshot, jobs: Sequence[_Job]) -> int:
-    """The jobs step by step; while one step copies, the disk reads what the next ones need."""
-    waiting: deque[_Step] = deque()
-    ahead = copied = 0
-    for step in itertools.chain.from_iterable(_steps(snapshot, job) for job in jobs):
-        snapshot.read_ahead(step.file, step.start, step.stop)
-        waiting.append(step)
-        ahead += step.stop - step.start
-        while ahead > AHEAD:
-            first = waiting.popleft()
-            ahead -= first.stop - first.start
-            copied += first.copy()
-    return copied + sum(step.copy() for step in waiting)
+    """The jobs step by step.
+
+    What a step reads comes from disk while it waits. Asking for more beforehand (posix_fadvise) is slower: the system
+    takes small pages for that, and large ones for its own reading ahead.
+    """
+    return sum(step() for job in jobs for step in _steps(snapshot, job))
 
 
-def _steps(snapshot: Snapshot, job: _Job) -> Iterator[_Step]:
-    entry = job.box.entry
-    if entry.layout != job.layout:
+def _steps(snapshot: Snapshot, job: _Job) -> Iterator[Step]:
+    if job.box.entry.layout != job.layout:
         yield from _panels(snapshot, job)
         return
     for runs in _runs(job.box, job.shape, job.layout):
         for few in _cut(runs):
-            start = entry.offset + few.source
-            stop = start + (few.number - 1) * few.source_step + few.size
-            yield _Step(entry.file, start, stop, partial(_read, snapshot, entry, few, job.data))
+            yield partial(_read, snapshot, job.box.entry, few, job.data)
 
 
 def _runs(box: _Box, shape: Shape, layout: Layout) -> Iterator[Runs]:
@@ -306,7 +301,7 @@ def _read(snapshot: Snapshot, entry: TensorEntry, runs: Runs, data: memoryview) 
     return runs.size * runs.number
 
 
-def _panels(snapshot: Snapshot, job: _Job) -> Iterator[_Step]:
+def _panels(snapshot: Snapshot, job: _Job) -> Iterator[Step]:
     """The steps from words32 to row-major: one a panel."""
     box, entry, high = job.box, job.box.entry, PANEL_ROWS["words32"]
     item = DTYPE_BYTES[entry.dtype]
@@ -322,8 +317,7 @@ def _panels(snapshot: Snapshot, job: _Job) -> Iterator[_Step]:
             place = job.data[(above + rows.start) * pitch + box.target[-1] * item :]
             own = range(rows.start - top, rows.stop - top)
             at = start + top // high * panel
-            unpack = partial(_unpack, snapshot, entry.file, at, panel, own, columns, place, pitch)
-            yield _Step(entry.file, at, at + panel, unpack)
+            yield partial(_unpack, snapshot, entry.file, at, panel, own, columns, place, pitch)
 
 
 def _flat(start: Shape, index: Shape, shape: Shape) -> int:

@@ -179,10 +179,18 @@ def remove_parts(target: Path, tp: int) -> None:
     """Remove all parts of a snapshot that is published. What cannot be removed stays; nothing needs it."""
     parts = parts_directory(target)
     away = parts.with_name(parts.name + ".done")
+    _remove_ranks(away, tp)  # which a process that was killed has left
     with contextlib.suppress(OSError):
         parts.rename(away)  # at once, so that nobody meets half of a part
-        for rank in range(tp):
-            name = part_directory(target, rank, tp).name
-            shutil.rmtree(away / name, ignore_errors=True)
-            shutil.rmtree(away / f"{name}.partial", ignore_errors=True)  # of a process that was killed
-        away.rmdir()
+    for directory in (away, parts):
+        _remove_ranks(directory, tp)
+
+
+def _remove_ranks(directory: Path, tp: int) -> None:
+    """Remove the ranks that lie in a directory, and the directory, unless somebody else has something there."""
+    for rank in range(tp):
+        name = rank_file(rank, tp).removesuffix(".safetensors")
+        shutil.rmtree(directory / name, ignore_errors=True)
+        shutil.rmtree(directory / f"{name}.partial", ignore_errors=True)  # of a process that was killed
+    with contextlib.suppress(OSError):
+        directory.rmdir()

@@ -1,4 +1,4 @@
-"""Verifying: every byte of every covered file is digested again."""
+"""Verifying: every byte of every covered file is digested again, and ranks are compared where they hold the same."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from blake3 import blake3
 
 from fgsnap.errors import SnapshotRefused
 from fgsnap.progress import Progress, counted
+from fgsnap.snapshot.agreement import refuse_disagreement
 from fgsnap.snapshot.files import changed, check_size, listed, opened, refused
 from fgsnap.snapshot.format import CHUNK, DIGEST_BYTES, FileEntry, Manifest, TensorEntry, chunks_file, chunks_size
 from fgsnap.snapshot.reading import chunk_digests, open_snapshot
@@ -27,7 +28,9 @@ class Report(NamedTuple):
 
 
 def verify(path: Path | str, progress: Progress | None = None) -> Report:
-    """Compare every covered byte with the digests; SnapshotRefused names the file, and a rank file's chunk and tensors.
+    """Compare every covered byte with the digests, and slices that several ranks hold with each other.
+
+    SnapshotRefused names the file, and a rank file's chunk and tensors, or the tensor in which ranks differ.
 
     Args:
         path: the snapshot directory.
@@ -45,6 +48,7 @@ def verify(path: Path | str, progress: Progress | None = None) -> Report:
                 advance(entry.bytes)
             else:
                 verify_rank(path, name, entry, manifest.tensors, advance)
+        refuse_disagreement(snapshot)
         return Report(snapshot.id, len(manifest.files), total, snapshot.canary is not None)
 
 

@@ -179,6 +179,7 @@ def test_a_deepseek_v3(tmp_path: Path) -> None:
     assert any("kv_a_proj" in name and name.endswith("_scale_inv") for name in packed)
     packed["model.layers.3.mlp.up_proj.weight"] = torch.zeros(4, 4).to(torch.float8_e4m3fn)  # of the layer beyond
     packed["model.layers.3.mlp.up_proj.weight_scale_inv"] = torch.ones(1, 1)
+    packed |= {f"model.layers.3.{norm}.weight": torch.ones(4) for norm in ("enorm", "hnorm")}
     settings = {**FP8, "weight_block_size": [16, 16]}
     folder(tmp_path / "fp8", {**config, "quantization_config": settings}, packed)
     folder(tmp_path / "plain", config, plain)

@@ -17,6 +17,22 @@ MIXTRAL = {
     "model_type": "mixtral", "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "max_position_embeddings": 64,
 }  # fmt: skip
+DEEPSEEK = {
+    "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4,
+    "v_head_dim": 4, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1,
+    "topk_group": 1, "first_k_dense_replace": 1, "max_position_embeddings": 64,
+}  # fmt: skip
+WITH_MORE_LAYERS = {
+    "deepseek_v2": {**DEEPSEEK, "model_type": "deepseek_v2"},
+    "deepseek_v3": {**DEEPSEEK, "model_type": "deepseek_v3"},
+    "glm4_moe": {
+        "model_type": "glm4_moe", "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24,
+        "moe_intermediate_size": 8, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 8, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1, "max_position_embeddings": 64,
+    },
+}  # fmt: skip
 GEMMA3 = {
     "model_type": "gemma3_text", "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 6,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
@@ -74,6 +90,28 @@ def test_a_config_that_lies_about_its_tensors(tmp_path, lie, words):
     with pytest.raises(SourceError) as caught:
         settled(tmp_path, {**MIXTRAL, **lie}, weights(MIXTRAL))
     assert words in caught.value.what
+
+
+@pytest.mark.parametrize("layers", [2, 3, 5])
+@pytest.mark.parametrize("family", WITH_MORE_LAYERS)
+def test_a_config_that_lies_about_its_layers(tmp_path, family, layers):
+    """Families whose checkpoints may hold more layers than are computed."""
+    config = WITH_MORE_LAYERS[family]
+    with pytest.raises(SourceError, match=rf"model\.layers\.{min(layers, 4)}\."):
+        settled(tmp_path, {**config, "num_hidden_layers": layers}, weights(config))
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+def test_the_layer_that_predicts_further_ahead_is_left_out(tmp_path, family):
+    config = WITH_MORE_LAYERS[family]
+    further = {
+        f"model.layers.4.{name}.weight": torch.ones(16)
+        for name in ("enorm", "hnorm", "eh_proj", "shared_head.norm", "input_layernorm")
+    }
+    assert set(settled(tmp_path / "whole", config, weights(config) | further).dropped) == {*further}
+    del further["model.layers.4.enorm.weight"]
+    with pytest.raises(SourceError, match="does not imply"):
+        settled(tmp_path / "without", config, weights(config) | further)
 
 
 @pytest.mark.parametrize("tp", [0, 3, 8, 10**12])

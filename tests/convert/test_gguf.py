@@ -202,12 +202,12 @@ def test_smollm_tokenizer_agrees_with_plain_bpe(tokenizer: Tokenizer, plain_bpe,
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
+# What a character that is new in Unicode is, a letter or none, depends on how old a library's tables are.
+ASSIGNED = st.characters(codec="utf-8", exclude_categories=("Cn", "Cs"))
+
+
 @settings(max_examples=150, deadline=None)
-@given(
-    text=st.text(
-        alphabet=st.one_of(st.characters(codec="utf-8"), st.sampled_from(" \n\t'0123456789abcdeé日")), max_size=40
-    )
-)
+@given(text=st.text(alphabet=st.one_of(ASSIGNED, st.sampled_from(" \n\t'0123456789abcdeé日")), max_size=40))
 def test_smollm_tokenizer_agrees_on_any_text(tokenizer: Tokenizer, plain_bpe, text: str) -> None:
     assert tokenizer.encode(text).ids == plain_bpe(text)
 

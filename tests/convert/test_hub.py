@@ -19,6 +19,7 @@ import torch
 from blake3 import blake3
 
 from fgsnap.convert.opening import open_source
+from fgsnap.convert.source import MAX_TEXT_BYTES
 from fgsnap.errors import UsageError
 from tests.convert.checkpoints import CONFIG, float_file
 from tests.convert.hub_server import Hub, serving
@@ -122,6 +123,25 @@ def test_a_plan_fetches_only_the_config(hub: Hub, read: Reader) -> None:
     assert found["config"] == CONFIG
     assert found["tensors"] == {}
     assert hub.downloads() == ["config.json"]
+
+
+@pytest.mark.parametrize("plan", [False, True])
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
+def test_a_small_file_that_is_large_does_not_come(hub: Hub, read: Reader, file: str, plan: bool) -> None:
+    hub.commit("org/large", {**MODEL, file: b"x" * (MAX_TEXT_BYTES + 1)})
+    error = read(hub, "org/large", plan=plan)
+    assert (error["error"], error["code"], len(error["lines"])) == ("SourceError", 1, 3)
+    assert file in error["lines"][0] and not hub.downloads()
+
+
+def test_a_model_that_cannot_be_converted_fetches_only_the_config(hub: Hub, tmp_path: Path) -> None:
+    hub.commit("org/new", {**MODEL, "config.json": b'{"model_type": "new"}', "tokenizer.json": b"{}"})
+    settings = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_TELEMETRY": "1"}
+    command = [sys.executable, "-m", "fgsnap", "convert", "org/new", "--download", "--no-canary", "-o", "snap"]
+    environment = {**settings, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "The model type 'new' is not supported." in done.stderr
+    assert hub.downloads() == ["config.json"] and not hub.served
 
 
 def test_offline_reads_the_cache_without_a_request(hub: Hub, read: Reader) -> None:

@@ -274,6 +274,6 @@ def test_gguf_rules_permute_queries_and_keys_with_their_biases():
 
 def test_names_of_what_is_computed_anyway():
     unused = llama.FAMILY.unused
-    assert unused("model.layers.11.self_attn.rotary_emb.inv_freq", spec())
-    assert unused("rope_freqs.weight", spec())
-    assert not unused("model.layers.11.self_attn.q_proj.bias", spec())
+    assert unused("model.layers.11.self_attn.rotary_emb.inv_freq", spec(), ())
+    assert unused("rope_freqs.weight", spec(), ())
+    assert not unused("model.layers.11.self_attn.q_proj.bias", spec(), ())

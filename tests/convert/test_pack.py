@@ -135,8 +135,11 @@ def test_a_target_that_does_not_exist(tmp_path, model):
 
 
 def test_memory_does_not_grow_with_packed_tensors(tmp_path):
-    """64 MiB of weights in one tensor pass through slabs of 4 MiB, and through read_logical by panels."""
-    config = {**CONFIG, "vocab_size": 700_000, "tie_word_embeddings": True}
+    """96 MiB of weights in one tensor pass through slabs of 4 MiB, and through read_logical by panels.
+
+    On a busy machine the digests lag behind by the 32 MiB that they may.
+    """
+    config = {**CONFIG, "vocab_size": 1_000_000, "tie_word_embeddings": True}
     source = folder(tmp_path / "m", config, weights(config))
     program = (
         "import sys\n"
@@ -153,11 +156,11 @@ def test_memory_does_not_grow_with_packed_tensors(tmp_path):
         [sys.executable, "-c", program, str(source), str(tmp_path / "snap")],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert int(done.stdout) < 48
+    assert int(done.stdout) < 64
     with open_snapshot(tmp_path / "snap") as snapshot:
         got = bytearray(1000 * 48 * 2)
-        read_logical(snapshot, "embed.weight", (699_000, 0), (1000, 48), memoryview(got))
-    tail = weights(config)["model.embed_tokens.weight"][699_000:]
+        read_logical(snapshot, "embed.weight", (999_000, 0), (1000, 48), memoryview(got))
+    tail = weights(config)["model.embed_tokens.weight"][999_000:]
     assert bytes(got) == tail.contiguous().view(torch.int16).numpy().tobytes()
 
 
@@ -173,10 +176,10 @@ def test_the_command_line(tmp_path, model):
     assert done.returncode == 0, done.stderr
     twin = cli("convert", model, "-o", tmp_path / "twin", "--no-canary", "--json", FGSNAP_TARGET="cpu")
     assert json.loads(twin.stdout)["id"] == json.loads(done.stdout)["id"]
-    assert "layout words32" in cli("inspect", tmp_path / "cpu").stdout
+    assert "layout words32 (--target cpu)" in cli("inspect", tmp_path / "cpu").stdout
     listed = cli("inspect", tmp_path / "cpu", "--tensors").stdout.splitlines()
     assert any("words32" in line and "layers.0.qkv.weight" in line for line in listed)
     assert any("words32" not in line and "layers.0.attn_in.weight" in line for line in listed)
-    assert "target     cpu" in cli("convert", model, "--dry-run", "--target", "cpu").stdout
+    assert "target     cpu, layout words32" in cli("convert", model, "--dry-run", "--target", "cpu").stdout
     wrong = cli("convert", model, "-o", tmp_path / "x", "--target", "tpu")
     assert wrong.returncode == 2 and "'generic', 'cpu'" in wrong.stderr and not (tmp_path / "x").exists()

@@ -128,6 +128,26 @@ def test_a_finished_snapshot_lacks_no_rank(tmp_path: Path, model: Path) -> None:
     assert digests(tmp_path / "snap") == before and names(tmp_path) == {"snap"}
 
 
+def test_parts_that_were_left_beside_a_finished_snapshot_go(tmp_path: Path, model: Path) -> None:
+    """Whoever published was killed while it removed them, or before."""
+    part(model, tmp_path / "snap", 0, 1)
+    for left in ("left", "snap.parts.done"):
+        shutil.copytree(tmp_path / "snap.parts", tmp_path / left)
+    part(model, tmp_path / "snap", 2, 3)
+    assert names(tmp_path) == {"left", "snap"}
+    (tmp_path / "left").rename(tmp_path / "snap.parts")
+    with pytest.raises(UsageError, match="finished snapshot"):
+        part(model, tmp_path / "snap", 0)
+    assert names(tmp_path) == {"snap"}
+
+
+def test_parts_of_which_none_is_finished(tmp_path: Path) -> None:
+    (tmp_path / "snap.parts" / "rank-00001-of-00004.partial").mkdir(parents=True)
+    with pytest.raises(SnapshotRefused, match="not a finished snapshot") as caught:
+        open_snapshot(tmp_path / "snap")
+    assert caught.value.why.startswith("No rank in snap.parts is finished") and caught.value.next_step
+
+
 def changed_weights(path: Path) -> Path:
     tensors = weights(CONFIG)
     tensors["model.norm.weight"] = torch.ones(48).bfloat16() * 3

@@ -6,9 +6,11 @@ import json
 
 import pytest
 
+from fgsnap.convert import families
 from fgsnap.convert.families import llama
+from fgsnap.convert.files import KEPT
 from fgsnap.convert.pipeline import convert
-from fgsnap.convert.plan import SLAB, plan, plan_source
+from fgsnap.convert.plan import SLAB, checked_ranks, kept_memory, plan, plan_source
 from fgsnap.errors import SourceError, UsageError
 from tests.convert.models import CONFIG, folder, weights
 
@@ -67,6 +69,13 @@ def test_more_workers_take_more_memory():
     assert many > one + (1 << 30)
 
 
+def test_experts_that_may_come_in_one_stack_are_kept():
+    """Two of Mixtral's, gates above ups; of other models no more than KEPT is kept."""
+    mixtral = {**LLAMA_8B, "model_type": "mixtral", "num_local_experts": 8}
+    assert kept_memory(families.find(mixtral).spec(mixtral), "bfloat16") == 2 * (2 * 14336 * 4096 * 2)
+    assert kept_memory(llama.spec(LLAMA_8B), "float32") == KEPT
+
+
 def test_weights_that_ranks_share_are_put_together_for_the_canary():
     """Embedding, head and two layers of Llama-3-8B."""
     shared = 2 * (2 * 128256 * 4096 + 2 * (4096 * (4096 * 2 + 1024 * 2 + 14336 * 3)))
@@ -82,7 +91,8 @@ def test_weights_that_ranks_share_are_put_together_for_the_canary():
         ({"torch_dtype": "torch.float16"}, None, "float16", "source"),
         ({"torch_dtype": "float16"}, "float32", "float32", "asked"),
         ({}, None, "float32", "assumed"),
-        ({"torch_dtype": "int4"}, None, "float32", "assumed"),
+        ({"torch_dtype": "int4"}, None, "float32", "unknown"),
+        ({"torch_dtype": ["float16"]}, None, "float32", "unknown"),
     ],
 )
 def test_the_dtype_of_a_plan(tmp_path, stated, asked, dtype, origin):
@@ -90,6 +100,21 @@ def test_the_dtype_of_a_plan(tmp_path, stated, asked, dtype, origin):
     (tmp_path / "config.json").write_text(json.dumps(config))
     planned = plan_source(str(tmp_path), dtype=asked)
     assert (planned.dtype, planned.dtype_from) == (dtype, origin)
+
+
+def test_the_canary_s_memory_is_told_apart_and_only_where_it_is_recorded():
+    spec = llama.spec(LLAMA_8B)
+    recorded, without = (plan(spec, 2, "bfloat16", canary=canary) for canary in (True, False))
+    assert recorded.canary_memory is not None and without.canary_memory is None
+    assert without.peak_memory == recorded.conversion_memory < 256 << 20 < recorded.canary_memory
+    assert recorded.canary_memory <= recorded.peak_memory <= recorded.canary_memory + (64 << 20)
+
+
+@pytest.mark.parametrize(("tp", "hint"), [(1, "--tp"), (2, "--ranks 0,1"), (8, "--ranks 0,7")])
+def test_ranks_that_do_not_exist_are_refused_with_those_that_do(tp, hint):
+    with pytest.raises(UsageError) as caught:
+        checked_ranks([tp], tp)
+    assert f"rank {tp}" in caught.value.what and hint in caught.value.next_step
 
 
 def test_a_dtype_that_does_not_exist(tmp_path):

@@ -11,10 +11,11 @@ import pytest
 
 import fgsnap
 from benchmarks.manifests import DEPLOYMENTS, MANIFESTS, manifests
-from fgsnap.convert.families import FAMILIES
+from fgsnap.convert.families import FAMILIES, find
 from fgsnap.convert.families.published import PLAIN, listing, parameter_count, published
 from fgsnap.convert.plan import plan
 from fgsnap.convert.rules import sources
+from fgsnap.errors import SourceError
 from fgsnap.layout import logical_shapes, possible_tp
 from fgsnap.spec import features
 
@@ -53,8 +54,55 @@ def test_the_corpus_covers_every_family():
     assert {row.model_type for row in listed if not row.checkpoints} == {"llama4_text"}
 
 
+def test_the_list_names_what_no_single_field_tells():
+    needs = {row.model_type: row.needs for row in listing()}
+    assert {name for name, text in needs.items() if "layers without rotation" in text} == {
+        "exaone4", "llama4", "llama4_text", "smollm3",
+    }  # fmt: skip
+    assert {name for name, text in needs.items() if "a part of each head" in text} == {
+        "glm", "glm4", "glm4_moe", "gpt_neox", "gptj", "phi", "phi3", "stablelm",
+    }  # fmt: skip
+    assert "rope.longrope" in needs["phi3"]
+
+
 def test_a_plain_decoder_is_the_first_llama():
     assert features(CHECKPOINTS["huggyllama/llama-7b"].spec()) == PLAIN
+
+
+FIRST_FALCON = {
+    "alibi": False, "apply_residual_connection_post_layernorm": False, "attention_dropout": 0.0, "bias": False,
+    "bos_token_id": 11, "eos_token_id": 11, "hidden_dropout": 0.0, "hidden_size": 4544, "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-05, "model_type": "RefinedWebModel", "multi_query": True, "n_head": 71, "n_layer": 32,
+    "parallel_attn": True, "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 65024,
+}  # fmt: skip
+FIRST_FALCONS = {
+    "tiiuae/falcon-7b": FIRST_FALCON,
+    "tiiuae/falcon-40b": {
+        **{key: value for key, value in FIRST_FALCON.items() if key != "multi_query"},
+        "model_type": "RefinedWeb", "hidden_size": 8192, "n_head": 128, "n_head_kv": 8, "n_layer": 60,
+    },
+    "tiiuae/falcon-rw-1b": {
+        **FIRST_FALCON, "alibi": True, "bias": True, "hidden_size": 2048, "multi_query": False, "n_head": 32,
+        "n_layer": 24, "parallel_attn": False, "vocab_size": 50304,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("repo", FIRST_FALCONS)
+def test_falcon_as_it_was_first_published_is_what_it_is_now(repo):
+    config = FIRST_FALCONS[repo]
+    assert find(config).spec(config) == CHECKPOINTS[repo].spec()
+    missing = [{name: value for name, value in config.items() if name != key} for key in ("n_head", "n_layer")]
+    for damaged in (*missing, {**config, "num_hidden_layers": 2}, {**config, "n_head": -1}):
+        with pytest.raises(SourceError, match=r"n_head|n_layer|num_hidden_layers"):
+            find(config).spec(damaged)
+
+
+def test_a_first_falcon_is_not_guessed_to_have_groups():
+    config = FIRST_FALCONS["tiiuae/falcon-40b"]
+    for refused in ({**config, "n_head_kv": None}, {**config, "model_type": "RefinedWebModel"}):
+        with pytest.raises(SourceError, match="n_head_kv"):
+            find(refused).spec(refused)
 
 
 def test_the_kept_plans_are_what_is_planned():

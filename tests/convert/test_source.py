@@ -177,8 +177,15 @@ def anonymous_bytes() -> int:
     "name", ["", "none", "./none", "/none/such", "a/b/c", "none.gguf", "a/b.gguf", "x\0y", "n" * 5000]
 )
 def test_what_is_not_there_is_not_found(name: str) -> None:
-    with pytest.raises(NotFound, match="There is no checkpoint"):
+    gguf = name.endswith(".gguf")
+    with pytest.raises(NotFound, match=f"{name}' does not exist" if gguf else "There is no checkpoint"):
         open_source(name)
+
+
+def test_a_config_that_is_not_json_is_named_with_its_folder(tmp_path: Path) -> None:
+    (folder(tmp_path / "model") / "config.json").write_text("{")
+    with pytest.raises(SourceError, match=r"model/config\.json is not JSON"):
+        open_source(str(tmp_path / "model"))
 
 
 def test_a_revision_needs_the_hub(tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ import io
 import json
 import os
 import pickle
+import pickletools
 import shutil
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from fgsnap.convert.files import LocalFiles
 from fgsnap.convert.opening import open_source
 from fgsnap.convert.pipeline import convert
 from fgsnap.convert.source import FileTensor, Source
-from fgsnap.convert.state_dict import MAX_BYTES, read_state_dict
+from fgsnap.convert.state_dict import MAX_BYTES, MAX_STEPS, MAX_TENSORS, read_state_dict
 from fgsnap.errors import SourceError, UsageError
 from tests.convert.models import CONFIG, DTYPES, folder, weights
 
@@ -333,6 +334,47 @@ def test_a_description_without_end_is_not_read(tmp_path: Path) -> None:
     refused(archive(tmp_path / BIN, b"N" * (MAX_BYTES + 1)), "above the limit")
 
 
+@pytest.mark.parametrize("program", [b"}", b"(N", b"]}a", b"N\x85"])
+def test_a_description_of_too_many_steps_is_left_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: bytes
+) -> None:
+    steps = 0
+
+    def counted(pickle: bytes) -> Iterator[Any]:
+        nonlocal steps
+        for step in genops(pickle):
+            steps += 1
+            yield step
+
+    genops = pickletools.genops
+    monkeypatch.setattr(pickletools, "genops", counted)
+    endless = program * (MAX_STEPS // len(program) + 1)
+    refused(archive(tmp_path / BIN, b"\x80\x02" + endless + b"."), f"more than {MAX_STEPS} opcodes")
+    assert steps == MAX_STEPS + 1
+
+
+def test_the_first_hostile_shard_is_the_only_one_that_is_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    followed = []
+
+    def counted(pickle: bytes) -> Iterator[Any]:
+        followed.append(pickle)
+        return genops(pickle)
+
+    genops = pickletools.genops
+    monkeypatch.setattr(pickletools, "genops", counted)
+    model = folder(tmp_path / "model", CONFIG, weights(CONFIG))
+    (model / "model.safetensors").unlink()
+    places = {str(number): f"{number}.bin" for number in range(16)}
+    for file in places.values():
+        archive(model / file, b"\x80\x02" + b"}" * MAX_STEPS + b".")
+    (model / INDEX).write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(SourceError, match=r"data\.pkl of 0\.bin has more than"):
+        open_source(str(model))
+    assert len(followed) == 1
+
+
 # Descriptions that lie about a storage of six float32.
 
 
@@ -377,6 +419,12 @@ def test_a_file_made_by_hand_is_read(tmp_path: Path) -> None:
     raw = (tmp_path / BIN).read_bytes()[found[0].offset :][:24]
     assert struct.unpack("<6f", raw) == (0, 1, 2, 3, 4, 5)
     assert torch.equal(torch.load(tmp_path / BIN, weights_only=True)["a"], torch.arange(6.0).reshape(2, 3))
+
+
+def test_more_tensors_than_any_model_has_in_a_file(tmp_path: Path) -> None:
+    names = b"".join(text(str(number)) + b"h\0" for number in range(MAX_TENSORS))
+    program = described().removesuffix(b"s.") + b"q\0s(" + names + b"u."
+    refused(archive(tmp_path / BIN, program), f"describes {MAX_TENSORS + 1} tensors")
 
 
 def test_axes_of_one_index_or_none_may_state_any_stride(tmp_path: Path) -> None:

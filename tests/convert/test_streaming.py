@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from fgsnap.convert.families import falcon, llama
+from fgsnap.convert.families import falcon, llama, llama4
+from fgsnap.convert.files import KEPT
 from fgsnap.convert.pipeline import convert
-from fgsnap.convert.plan import rank_layouts
+from fgsnap.convert.plan import kept_memory, peak_memory, rank_layouts
 from fgsnap.convert.ranges import Kept
 from fgsnap.convert.rules import sources
 from fgsnap.layout import logical_shapes
@@ -242,6 +243,40 @@ def test_memory_does_not_grow_with_what_is_streamed(hub: Hub, command: Command, 
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert int(done.stdout) < 40
+
+
+def test_memory_for_stacked_experts_is_what_the_plan_says(hub: Hub, command: Command, tmp_path: Path) -> None:
+    """Gates and ups of an expert are 32 MiB in one row of the source; little else is kept, and one thread reads."""
+    import torch
+
+    config = {
+        "model_type": "llama4_text", "vocab_size": 50, "hidden_size": 1024, "intermediate_size": 8192,
+        "intermediate_size_mlp": 64, "num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 8,
+        "num_local_experts": 2, "interleave_moe_layer_step": 1, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    spec = llama4.spec(config)
+    tensors = {name: torch.zeros(shape).bfloat16() for name, shape in sources(llama4.rules(spec)).items()}
+    hub.commit("org/experts", files_of(folder(tmp_path / "experts", config, tensors)))
+    program = (
+        "import sys\nfrom fgsnap.convert import plan, ranges\nfrom fgsnap.convert.pipeline import convert\n"
+        "plan.KEPT = ranges.KEPT = 8 << 20\n"
+        "def anonymous():\n"
+        "    lines = open('/proc/self/status').read().splitlines()\n"
+        "    return max(int(line.split()[1]) for line in lines if line.startswith('RssAnon')) >> 10\n"
+        "seen = [anonymous()]\n"
+        "look = lambda *_: seen.append(anonymous())\n"
+        "convert('org/experts', sys.argv[1], canary=False, workers=1, progress=look)\n"
+        "print(max(seen) - seen[0])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "snap")],
+        env={**os.environ, "HF_HOME": str(command.home), "HF_ENDPOINT": hub.url, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    layouts = rank_layouts(spec, 1, dict.fromkeys(logical_shapes(spec), "bfloat16"))
+    kept = kept_memory(spec, "bfloat16")
+    assert kept == max(KEPT, 64 << 20)
+    assert kept >> 20 < int(done.stdout) <= peak_memory(layouts, 1, 1, kept) >> 20
 
 
 def test_the_token_stays_with_the_hub(hub: Hub, command: Command, tmp_path: Path, model: Path) -> None:

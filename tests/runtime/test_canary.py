@@ -140,7 +140,7 @@ sys.exit(code)
 @pytest.mark.parametrize("tp", [1, 2])
 def test_binding_alone_needs_no_backend(tmp_path, tp):
     with opened(tmp_path / "a", tp=tp) as snapshot:
-        count = len({entry.name for entry in snapshot.manifest.tensors})
+        count = len(snapshot.manifest.tensors)
     command = [sys.executable, "-c", NO_BACKEND, str(tmp_path / "a")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

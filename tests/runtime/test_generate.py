@@ -8,6 +8,7 @@ import signal
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from fgsnap.cli import run_cli
 from fgsnap.errors import FgsnapError, NotFound, RequestError, SnapshotRefused, UsageError
 from fgsnap.kernels.ops import Batch, Sampling
 from fgsnap.runtime.decoder import load_decoder
@@ -213,6 +214,15 @@ def test_the_context_ends_an_answer(snapshot):
     assert result.prompt_tokens + result.completion_tokens <= 32
     with pytest.raises(RequestError, match="context"):
         answer(snapshot, "Hi" * 40, engine=on_reference(max_model_len=32), raw=True)
+
+
+@pytest.mark.parametrize(
+    ("most", "note"), [("2", "Stopped at --max-tokens 2."), ("500", "Stopped at the end of the context.")]
+)
+def test_the_command_says_what_cut_an_answer_short(snapshot, capsys, most, note):
+    command = ["run", str(snapshot), "Hi", "--raw", "--backend", "reference", "--device", "cpu"]
+    assert run_cli([*command, "--max-model-len", "32", "--max-tokens", most]) == 0
+    assert capsys.readouterr().err.splitlines() == [note]
 
 
 def test_a_snapshot_that_is_not_there(tmp_path):

@@ -172,11 +172,12 @@ HEADS = {
     "falcon 7B": {"num_attention_heads": 15, "hidden_size": 60},
     "falcon 40B": {"num_attention_heads": 14, "hidden_size": 56},
     "falcon2 11B": {"num_attention_heads": 14, "hidden_size": 56},
-    "falcon RW": UNGROUPED,
+    **dict.fromkeys(("falcon RW", "falcon, sequential"), UNGROUPED),
     **{name: {**UNGROUPED, "ffn_dim": 96} for name in ("opt", "opt 350m", "opt, no affine")},
-    **dict.fromkeys(("deepseek_v2", "deepseek_v2, greedy", "deepseek_v3"), LATENT),
-    **dict.fromkeys(("qwen", "qwen, stretched", "gpt2", "gpt2, by layer"), UNGROUPED),
-    **dict.fromkeys(("phi3, longrope", "gpt_neox", "gpt_neox, sequential"), UNGROUPED),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v2, greedy", "deepseek_v2, yarn"), LATENT),
+    **dict.fromkeys(("deepseek_v3", "deepseek_v3, yarn", "deepseek_v3, plain queries"), LATENT),
+    **dict.fromkeys(("qwen", "qwen, stretched", "gpt2", "gpt2, by layer", "gptj", "gptj, tied"), UNGROUPED),
+    **dict.fromkeys(("phi3, longrope", "phi3, partial longrope", "gpt_neox", "gpt_neox, sequential"), UNGROUPED),
 }
 WAYS = [(1, 1), (1, 2), (4, 4), (1, 8)]
 """The degree of the snapshot, and that at which it is opened."""

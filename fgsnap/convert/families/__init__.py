@@ -19,6 +19,7 @@ from fgsnap.convert.families import (
     gpt2,
     gpt_neox,
     gpt_oss,
+    gptj,
     granite,
     llama,
     llama4,
@@ -36,7 +37,7 @@ from fgsnap.convert.families import (
     stablelm,
     starcoder2,
 )
-from fgsnap.convert.families.config import show
+from fgsnap.convert.families.config import CHECK, show
 from fgsnap.convert.families.family import Family
 from fgsnap.errors import SourceError, UnsupportedModel
 
@@ -48,18 +49,19 @@ FAMILIES: dict[str, Family] = {
     "gemma2": gemma2.FAMILY,
     "gemma3": gemma3.WITH_VISION,
     "gemma3_text": gemma3.FAMILY,
-    "glm": glm4.FAMILY,
+    "glm": glm4.BEFORE_0414,
     "glm4": glm4.FAMILY,
     "glm4_moe": glm4_moe.FAMILY,
     "gpt2": gpt2.FAMILY,
     "gpt_neox": gpt_neox.FAMILY,
     "gpt_oss": gpt_oss.FAMILY,
+    "gptj": gptj.FAMILY,
     "granite": granite.FAMILY,
     "granitemoe": granite.WITH_EXPERTS,
     "llama": llama.FAMILY,
     "llama4": llama4.WITH_VISION,
     "llama4_text": llama4.FAMILY,
-    "mistral": llama.FAMILY,
+    "mistral": llama.MISTRAL,
     "mixtral": mixtral.FAMILY,
     "olmo2": olmo2.FAMILY,
     "olmo3": olmo2.WINDOWED,
@@ -77,14 +79,19 @@ FAMILIES: dict[str, Family] = {
 }
 """By ``model_type``."""
 
+OLDER: dict[str, Family] = {"RefinedWeb": falcon.REFINED_WEB, "RefinedWebModel": falcon.REFINED_WEB}
+"""The same by names that only early checkpoints have, with configs of their own; nobody has to be told of them."""
+
 
 def find(config: Mapping[str, Any]) -> Family:
     """The family of the config's ``model_type``; UnsupportedModel names those there are."""
     name = config.get("model_type")
     if not isinstance(name, str):
         raise SourceError(
-            "config.json has no 'model_type'.", f"It is {show(name)}; it says which kind of model this is."
+            "config.json has no 'model_type'.", f"It is {show(name)}; it says which kind of model this is.", CHECK
         )
+    if name in OLDER:
+        return OLDER[name]
     if name not in FAMILIES:
         raise UnsupportedModel(
             f"The model type {show(name)} is not supported.",

@@ -16,6 +16,8 @@ from fgsnap.spec import Activation, DynamicNtk, Linear, Llama3, LongRope, Rope, 
 
 Config = Mapping[str, Any]
 
+CHECK = "Check config.json; it may be damaged."
+ASK = "Ask for it with the model's config.json, or upgrade fgsnap."
 REWRITE = "If you are sure the key does not matter, remove it from config.json and convert again."
 
 # Keys that say nothing about what a decoder computes: names, training, defaults of generation, how weights were stored.
@@ -103,7 +105,7 @@ def integer(config: Config, key: str, default: int | None = None) -> int:
     value = config.get(key)
     if value is None:
         if default is None:
-            raise SourceError(f"config.json lacks {key!r}.", "The model's size cannot be known without it.")
+            raise SourceError(f"config.json lacks {key!r}.", "The model's size cannot be known without it.", CHECK)
         return default
     if type(value) is not int or not 1 <= value <= LARGEST:
         raise _wrong(key, value, f"an integer from 1 to {LARGEST}")
@@ -137,7 +139,7 @@ def only(config: Config, key: str, *known: str) -> str | None:
     """A choice by name that has to be one of ``known``; absent or null means None."""
     value = config.get(key)
     if value is not None and value not in known:
-        raise UnsupportedModel(f"The config key {key!r} is {show(value)}.", f"Supported: {', '.join(known)}.")
+        raise UnsupportedModel(f"The config key {key!r} is {show(value)}.", f"Supported: {', '.join(known)}.", ASK)
     return value
 
 
@@ -149,15 +151,24 @@ def activation(config: Config, key: str, default: str) -> Activation:
         raise UnsupportedModel(
             f"The activation {show(name)} (config key {key!r}) is not supported.",
             f"Supported are {', '.join(ACTIVATIONS)}.",
+            ASK,
         )
     return ACTIVATIONS[name]
 
 
-def rope(config: Config, head_dim: int, max_length: int) -> Rope:
+def rope(config: Config, head_dim: int, max_length: int, *, theta: float = 10000.0, partial: bool = False) -> Rope:
     """The rotation, from either dialect: ``rope_theta`` with ``rope_scaling``, or ``rope_parameters``.
 
     transformers reads the same values; where both dialects are present they must say the same.
+
+    Args:
+        config: the decoder's.
+        head_dim: of the heads that rotate.
+        max_length: the longest context.
+        theta: the base where the config gives none.
+        partial: whether the model's code rotates a part of each head where ``partial_rotary_factor`` says so.
     """
+    config = {**config, "rope_theta": number(config, "rope_theta", theta)}
     told = []
     for dialect in ("rope_scaling", "rope_parameters"):
         parameters = config.get(dialect)
@@ -171,7 +182,14 @@ def rope(config: Config, head_dim: int, max_length: int) -> Rope:
             "'rope_scaling' and 'rope_parameters' disagree, and readers differ in which one they use.",
             "Remove the one that is not meant.",
         )
-    return told[0] if told else _rope(config, {}, "rope_scaling", head_dim, max_length)
+    rotation = told[0] if told else _rope(config, {}, "rope_scaling", head_dim, max_length)
+    if not partial and rotation.dims != head_dim and rotation.proportional_head_dim is None:
+        raise UnsupportedModel(
+            f"The config key 'partial_rotary_factor' rotates {rotation.dims} of {head_dim} head dims.",
+            "This family rotates whole heads; readers of such a checkpoint disagree about the rest.",
+            "Remove the key from config.json if it is a leftover.",
+        )
+    return rotation
 
 
 _ROPE_KEYS = frozenset(
@@ -192,7 +210,7 @@ def _rope(config: Config, parameters: Config, dialect: str, head_dim: int, max_l
                 REWRITE,
             )
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    theta = number(parameters, "rope_theta", number(config, "rope_theta", 10000.0))
+    theta = number(parameters, "rope_theta", number(config, "rope_theta"))
     share = number(parameters, "partial_rotary_factor", number(config, "partial_rotary_factor", 1.0))
     if head_dim % 2 or share > 1:
         raise SourceError(
@@ -204,7 +222,7 @@ def _rope(config: Config, parameters: Config, dialect: str, head_dim: int, max_l
         return _proportional(theta, int(share * head_dim // 2) * 2, head_dim, parameters)
     dims = int(head_dim * share)
     if dims % 2 or not dims:
-        raise SourceError(f"{dims} rotated dims cannot be paired.", f"They are the share {share} of {head_dim}.")
+        raise SourceError(f"{dims} rotated dims cannot be paired.", f"They are the share {share} of {head_dim}.", CHECK)
     original = _original_length(config, parameters, max_length)
     if kind == "default":
         return Rope(theta=theta, dims=dims)
@@ -221,6 +239,7 @@ def _rope(config: Config, parameters: Config, dialect: str, head_dim: int, max_l
     raise UnsupportedModel(
         f"The rope type {show(kind)} (config key {dialect!r}) is not supported.",
         "Supported are default, linear, dynamic, llama3, yarn, longrope and proportional.",
+        ASK,
     )
 
 
@@ -232,7 +251,7 @@ def _original_length(config: Config, parameters: Config, max_length: int) -> int
 
 def _proportional(theta: float, dims: int, head_dim: int, parameters: Config) -> Rope:
     if not dims:
-        raise SourceError("No dimension of the heads is rotated.", "partial_rotary_factor is too small.")
+        raise SourceError("No dimension of the heads is rotated.", "partial_rotary_factor is too small.", CHECK)
     factor = number(parameters, "factor", 1.0)
     linear = None if factor == 1 else Linear(factor)
     return Rope(theta=theta, dims=dims, linear=linear, proportional_head_dim=head_dim)
@@ -242,20 +261,22 @@ def _dynamic(parameters: Config, dims: int, max_length: int) -> DynamicNtk:
     factor = number(parameters, "factor")
     if factor < 1 or dims <= 2:
         raise SourceError("Dynamic rope scaling needs a factor of at least 1 and more than 2 rotated dims.",
-                          f"They are {factor} and {dims}.")  # fmt: skip
+                          f"They are {factor} and {dims}.", CHECK)  # fmt: skip
     return DynamicNtk(factor=factor, original_length=max_length)
 
 
 def _llama3(parameters: Config, original: int) -> Llama3:
     low, high = number(parameters, "low_freq_factor"), number(parameters, "high_freq_factor")
     if low > high:  # Llama 4 Scout has them equal
-        raise SourceError("llama3 rope scaling needs low_freq_factor <= high_freq_factor.", f"They are {low}, {high}.")
+        raise SourceError(
+            "llama3 rope scaling needs low_freq_factor <= high_freq_factor.", f"They are {low}, {high}.", CHECK
+        )
     return Llama3(number(parameters, "factor"), low, high, original)
 
 
 def _yarn(parameters: Config, theta: float, original: int, max_length: int) -> Yarn:
     if theta <= 1:
-        raise SourceError("YaRN needs a rope_theta above 1.", f"It is {theta}.")
+        raise SourceError("YaRN needs a rope_theta above 1.", f"It is {theta}.", CHECK)
     factor = number(parameters, "factor", max_length / original)
     return Yarn(
         factor=factor,
@@ -298,14 +319,12 @@ def _divisors(parameters: Config, key: Literal["short_factor", "long_factor"], c
     values = parameters.get(key)
     if not isinstance(values, list) or len(values) != count:
         found = f"{len(values)} entries" if isinstance(values, list) else show(values)
-        raise SourceError(f"{key!r} of the rope scaling must list {count} numbers.", f"It has {found}.")
+        raise SourceError(f"{key!r} of the rope scaling must list {count} numbers.", f"It has {found}.", CHECK)
     return tuple(number({key: value}, key) for value in values)
 
 
 def _wrong(key: str, value: Any, wanted: str) -> SourceError:
-    return SourceError(
-        f"The config key {key!r} is {show(value)}.", f"It must be {wanted}.", "Check config.json; it may be damaged."
-    )
+    return SourceError(f"The config key {key!r} is {show(value)}.", f"It must be {wanted}.", CHECK)
 
 
 def show(value: Any) -> str:

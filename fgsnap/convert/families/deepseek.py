@@ -1,16 +1,29 @@
 """DeepSeek V2, V3 and R1: keys and values of all heads in one latent, experts in groups beside shared ones.
 
 V2 scores experts by a softmax and ranks groups by their best one; V3 by sigmoids, with a bias that picks but does not
-weigh, and ranks groups by their two best. The layer after the last one, which predicts two tokens ahead, is left out.
+weigh, and ranks groups by their two best. V3's layer after the last one, which predicts two tokens ahead, is left out.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
-from fgsnap.convert.families.config import Config, activation, check_keys, count, flag, integer, number, only, rope
+from fgsnap.convert.families.config import (
+    ASK,
+    CHECK,
+    Config,
+    activation,
+    check_keys,
+    count,
+    flag,
+    integer,
+    number,
+    only,
+    rope,
+)
 from fgsnap.convert.families.family import Family, computed_or_beyond
-from fgsnap.convert.families.naming import EXPERTS, FUSED, HALVES, MLP, NORMS, OUTER, Make, by_name
+from fgsnap.convert.families.naming import EXPERTS, FUSED, HALVES, MLP, NORMS, OUTER, RECONVERT, Make, by_name
 from fgsnap.convert.families.parts import BASE, MOE, checked_experts, decoder, depth, gated_mlp, rms
 from fgsnap.convert.rules import Rule, Shape, rule, take
 from fgsnap.errors import SourceError, UnsupportedModel
@@ -48,9 +61,29 @@ SHARED = {
 INNER = NORMS | ATTENTION | MLP | EXPERTS | SHARED
 
 
+class Defaults(NamedTuple):
+    """What transformers assumes where a config says nothing."""
+
+    max_length: int
+    first_sparse: int
+    experts: int
+    inner: int
+    shared: int
+
+
+V2_DEFAULTS = Defaults(max_length=2048, first_sparse=0, experts=64, inner=1407, shared=2)
+V3_DEFAULTS = Defaults(max_length=4096, first_sparse=3, experts=256, inner=2048, shared=1)
+
+
 def v2_spec(config: Config) -> DecoderSpec:
     """What a DeepSeek-V2 config.json says is computed."""
     only(config, "scoring_func", "softmax")
+    if flag(config, "norm_topk_prob"):
+        raise UnsupportedModel(
+            "The config key 'norm_topk_prob' is true.",
+            "DeepSeek's own code weighs experts by shares of those picked, transformers by shares of all.",
+            "Set it to false in config.json if the model was trained that way; no published DeepSeek-V2 has it true.",
+        )
     limited = only(config, "topk_method", "greedy", "group_limited_greedy") == "group_limited_greedy"
     groups = integer(config, "n_group", 1) if limited else 1
     router = Router(
@@ -60,38 +93,38 @@ def v2_spec(config: Config) -> DecoderSpec:
         kept_groups=1 if groups == 1 else integer(config, "topk_group"),
         scale=number(config, "routed_scaling_factor", 1.0),
     )
-    return _spec(config, router, first_sparse=0)
+    return _spec(config, router, V2_DEFAULTS)
 
 
 def v3_spec(config: Config) -> DecoderSpec:
     """What a DeepSeek-V3 config.json says is computed."""
     only(config, "topk_method", "noaux_tc")
     only(config, "scoring_func", "sigmoid")
-    return _spec(config, biased_router(config), first_sparse=3)
+    return _spec(config, biased_router(config, groups=8, kept_groups=4, scale=2.5), V3_DEFAULTS)
 
 
-def biased_router(config: Config) -> Router:
-    """V3's router, which others took over."""
+def biased_router(config: Config, groups: int = 1, kept_groups: int = 1, scale: float = 1.0) -> Router:
+    """V3's router, which others took over with other defaults."""
     return Router(
         "sigmoid",
         integer(config, "num_experts_per_tok", 8),
         selection_bias=True,
-        groups=integer(config, "n_group", 1),
-        kept_groups=integer(config, "topk_group", 1),
+        groups=integer(config, "n_group", groups),
+        kept_groups=integer(config, "topk_group", kept_groups),
         group_rank="top2_sum",
         renormalize=flag(config, "norm_topk_prob", default=True),
-        scale=number(config, "routed_scaling_factor", 1.0),
+        scale=number(config, "routed_scaling_factor", scale),
     )
 
 
-def _spec(config: Config, router: Router, first_sparse: int) -> DecoderSpec:
+def _spec(config: Config, router: Router, defaults: Defaults) -> DecoderSpec:
     check_keys(config, KNOWN)
     _refuse_unpublished(config)
-    max_length, norm = integer(config, "max_position_embeddings", 4096), rms(config)
+    max_length, norm = integer(config, "max_position_embeddings", defaults.max_length), rms(config)
     attention = _attention(config)
     dense = Layer(attention=attention, mlp=gated_mlp(config), attn_in=norm, mlp_in=norm)
-    sparse = Layer(attention=attention, experts=_experts(config, router), attn_in=norm, mlp_in=norm)
-    first = count(config, "first_k_dense_replace", first_sparse)
+    sparse = Layer(attention=attention, experts=_experts(config, router, defaults), attn_in=norm, mlp_in=norm)
+    first = count(config, "first_k_dense_replace", defaults.first_sparse)
     layers = [dense if index < first else sparse for index in range(depth(config))]
     rotation = rope(config, integer(config, "qk_rope_head_dim", 64), max_length)
     return decoder(config, layers, norm, [rotation], max_length=max_length)
@@ -105,6 +138,7 @@ def _refuse_unpublished(config: Config) -> None:
         raise UnsupportedModel(
             "This DeepSeek has biases, another rotation, or layers without experts between those that have them.",
             "No published one does ('attention_bias', 'mlp_bias', 'rope_interleave', 'moe_layer_freq').",
+            ASK,
         )
 
 
@@ -116,6 +150,7 @@ def _attention(config: Config) -> Attention:
         raise SourceError(
             f"Of {dim} dims a head, or of a latent of {rank}, {rotated} cannot be rotated in pairs.",
             "The dims that are not rotated come first, and have to be pairs too.",
+            CHECK,
         )
     return Attention(
         heads=heads,
@@ -143,11 +178,12 @@ def _stretch(config: Config) -> float:
     return 0.1 * number(parameters, "mscale_all_dim") * math.log(factor) + 1.0 if scaled else 1.0
 
 
-def _experts(config: Config, router: Router) -> Experts:
-    inner, act = integer(config, "moe_intermediate_size", 1407), activation(config, "hidden_act", "silu")
-    shared = count(config, "n_shared_experts", 0)
+def _experts(config: Config, router: Router, defaults: Defaults) -> Experts:
+    inner, act = integer(config, "moe_intermediate_size", defaults.inner), activation(config, "hidden_act", "silu")
+    none = config.get("n_shared_experts", defaults.shared) is None  # as DeepSeek's own code has it
+    shared = 0 if none else count(config, "n_shared_experts", defaults.shared)
     return checked_experts(
-        integer(config, "n_routed_experts", 64),
+        integer(config, "n_routed_experts", defaults.experts),
         Mlp(inner=inner, activation=act),
         router,
         shared=SharedExpert(Mlp(inner=inner * shared, activation=act)) if shared else None,
@@ -168,7 +204,9 @@ def _makers(spec: DecoderSpec) -> dict[str, Make]:
     attention = spec.layer_kinds[0].attention
     latent = attention.latent
     if latent is None:
-        raise UnsupportedModel("This decoder is none of the DeepSeek family.", "Its manifest says it is, and is wrong.")
+        raise UnsupportedModel(
+            "This decoder is none of the DeepSeek family.", "Its manifest says it is, and is wrong.", RECONVERT
+        )
     plain = attention.head_dim - latent.rope_dim
     queries = _paired_tail(attention.heads, plain, latent.rope_dim)
     return {
@@ -210,5 +248,14 @@ def _up(attention: Attention, first: int, last: int) -> Make:
     return make
 
 
-V2 = Family("DeepSeek-V2, V2-Lite, V2.5, Coder-V2", v2_spec, (rules, fused_rules), unused=computed_or_beyond)
-V3 = Family("DeepSeek-V3, V3.1, R1", v3_spec, (rules, fused_rules), unused=computed_or_beyond)
+UNPUBLISHED = "Biases, rope_interleave false, moe_layer_freq other than 1"
+V2 = Family(
+    "DeepSeek-V2, V2-Lite, V2.5, Coder-V2", v2_spec, (rules, fused_rules), refused=f"{UNPUBLISHED}, norm_topk_prob."
+)
+V3 = Family(
+    "DeepSeek-V3, V3.1, R1",
+    v3_spec,
+    (rules, fused_rules),
+    refused=f"{UNPUBLISHED}. The layer that predicts further ahead is left out.",
+    unused=computed_or_beyond,
+)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from fgsnap.convert.families.config import ROPE, Config, activation, check_keys, flag, integer, rope
+from fgsnap.convert.families.config import ASK, ROPE, Config, activation, check_keys, flag, integer, rope
 from fgsnap.convert.families.family import Family
 from fgsnap.convert.families.naming import Make, by_name, heads_of
 from fgsnap.convert.families.parts import checked_heads, decoder, depth, layer_norm
@@ -25,6 +25,30 @@ KNOWN = ROPE | frozenset(
     apply_residual_connection_post_layernorm
     """.split()
 )
+OLDER = frozenset(
+    """
+    vocab_size hidden_size n_embed n_layer n_head n_head_kv layer_norm_epsilon tie_word_embeddings
+    alibi multi_query parallel_attn bias apply_residual_connection_post_layernorm
+    """.split()
+)
+"""Keys of the code that the first checkpoints brought along."""
+
+
+def older_spec(config: Config) -> DecoderSpec:
+    """What a config.json says from before transformers knew Falcon: RefinedWeb is 40B, RefinedWebModel 7B and RW."""
+    grouped = config["model_type"] == "RefinedWeb"
+    check_keys(config, OLDER if grouped else OLDER - {"n_head_kv"})
+    given = {key: value for key, value in config.items() if value is not None and not key.startswith("n_")}
+    renamed = {
+        "multi_query": False,
+        "parallel_attn": grouped,
+        **given,
+        "n_embed": config.get("n_embed"),
+        "num_hidden_layers": depth(config, "n_layer"),
+        "num_attention_heads": integer(config, "n_head"),
+        "new_decoder_architecture": grouped,
+    }
+    return spec({**renamed, "num_kv_heads": integer(config, "n_head_kv")} if grouped else renamed)
 
 
 def spec(config: Config) -> DecoderSpec:
@@ -69,11 +93,13 @@ def _refuse_unread(config: Config) -> None:
         raise UnsupportedModel(
             "The config key 'apply_residual_connection_post_layernorm' is true.",
             "Readers ignore it, or do not know it.",
+            ASK,
         )
     if flag(config, "new_decoder_architecture") and not flag(config, "parallel_attn", default=True):
         raise UnsupportedModel(
             "The config key 'parallel_attn' is false, but 'new_decoder_architecture' is true.",
             "The new architecture has its branches side by side.",
+            ASK,
         )
 
 
@@ -116,8 +142,10 @@ def _norm_names(layer: Layer) -> dict[str, str]:
 
 
 FAMILY = Family(
-    "Falcon-7B, Falcon-40B, Falcon-180B, Falcon2-11B, Falcon-RW-1B, Falcon-RW-7B",
+    "Falcon-7B, Falcon-40B, Falcon-180B, Falcon2-11B, Falcon-RW-1B, Falcon-RW-7B (RefinedWeb, RefinedWebModel, too)",
     spec,
     (rules, partial(rules, prefix="")),
+    refused="apply_residual_connection_post_layernorm, and sequential branches in the new architecture.",
     tied_head=("lm_head.weight", "transformer.word_embeddings.weight"),
 )
+REFINED_WEB = FAMILY._replace(spec=older_spec)

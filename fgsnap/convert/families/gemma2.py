@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from fgsnap.convert.families.config import Config, activation, check_keys, flag, integer, number, rope
+from fgsnap.convert.families.config import ASK, Config, activation, check_keys, flag, integer, number, rope
 from fgsnap.convert.families.family import Family
 from fgsnap.convert.families.naming import ATTENTION, MLP, OUTER, by_name, gguf_rules
 from fgsnap.convert.families.parts import BASE, Kind, decoder, depth, heads, layer_types, window_of
@@ -63,7 +63,9 @@ def spec(config: Config) -> DecoderSpec:
 def refuse_both_ways(config: Config) -> None:
     """Attention that sees what comes later."""
     if flag(config, "use_bidirectional_attention"):
-        raise UnsupportedModel("The config key 'use_bidirectional_attention' is true.", "fgsnap serves decoders only.")
+        raise UnsupportedModel(
+            "The config key 'use_bidirectional_attention' is true.", "fgsnap serves decoders only.", ASK
+        )
 
 
 def gemma_norm(config: Config) -> Norm:

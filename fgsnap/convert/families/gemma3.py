@@ -5,6 +5,7 @@ for the layers with a window. Checkpoints that see hold the decoder beside a vis
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from functools import partial
 
 from fgsnap.convert.families.config import Config, check_keys, flag, integer, number
@@ -19,6 +20,7 @@ from fgsnap.convert.families.parts import (
     heads,
     inner_config,
     layer_types,
+    refuse_unkeyed,
     rope_of,
     window_of,
 )
@@ -39,6 +41,7 @@ def spec(config: Config) -> DecoderSpec:
     """What a Gemma 3 config.json says is computed."""
     check_keys(config, KNOWN)
     refuse_both_ways(config)
+    refuse_unkeyed(config)
     max_length, width = integer(config, "max_position_embeddings", 131072), integer(config, "hidden_size")
     own, norm, bias = heads(config, keys=4, dim=256), gemma_norm(config), flag(config, "attention_bias")
 
@@ -90,12 +93,12 @@ def rules(spec: DecoderSpec, prefix: str = "model.", head: str = "lm_head") -> t
 
 def text_spec(config: Config) -> DecoderSpec:
     """The decoder of a checkpoint that sees; what its config leaves out is as transformers has it."""
-    return spec({"vocab_size": 262208, "num_attention_heads": 8, **inner_config(config, "text_config")})
+    return spec({"vocab_size": 262208, "num_attention_heads": 8, **inner_config(config, "text_config", "gemma3_text")})
 
 
-def seen(name: str, spec: DecoderSpec) -> bool:
+def seen(name: str, spec: DecoderSpec, held: Collection[str]) -> bool:
     """Whether a tensor belongs to the vision tower, or says nothing new."""
-    return "vision_tower." in name or "multi_modal_projector." in name or computed(name, spec)
+    return "vision_tower." in name or "multi_modal_projector." in name or computed(name, spec, held)
 
 
 FAMILY = Family(

@@ -24,12 +24,12 @@ INNER = ATTENTION | {
 def spec(config: Config) -> DecoderSpec:
     """What the config.json of a GLM-4 says is computed."""
     check_keys(config, BASE)
-    max_length = integer(config, "max_position_embeddings", 32768)
+    max_length = integer(config, "max_position_embeddings", 131072)
     own, norm = heads(config, keys=2, dim=128), rms(config, 1.5625e-07)
     after = norm if config["model_type"] == "glm4" else None
-    attention = Attention(*own, scale=own.dim**-0.5, rope=0, qkv_bias=flag(config, "attention_bias"))
+    attention = Attention(*own, scale=own.dim**-0.5, rope=0, qkv_bias=flag(config, "attention_bias", default=True))
     layer = Layer(attention=attention, mlp=gated_mlp(config), attn_in=norm, attn_out=after, mlp_in=norm, mlp_out=after)
-    rotation = rope({"partial_rotary_factor": ROTATED, **config}, own.dim, max_length)
+    rotation = rope({"partial_rotary_factor": ROTATED, **config}, own.dim, max_length, partial=True)
     return decoder(config, [layer] * depth(config), norm, [rotation], max_length=max_length)
 
 
@@ -53,4 +53,5 @@ def rules(spec: DecoderSpec) -> tuple[Rule, ...]:
     return by_name(spec, OUTER, INNER, how)
 
 
-FAMILY = Family("GLM-4-9B, GLM-4-0414, GLM-Z1", spec, (rules,), refused="ChatGLM checkpoints, whose code is remote.")
+FAMILY = Family("GLM-4-0414 9B and 32B, GLM-Z1", spec, (rules,))
+BEFORE_0414 = FAMILY._replace(models="GLM-4-9B", refused="ChatGLM checkpoints, whose code is remote.")

@@ -40,7 +40,7 @@ def spec(config: Config) -> DecoderSpec:
     sparse = Layer(attention=attention, experts=_experts(config), attn_in=norm, mlp_in=norm)
     first = count(config, "first_k_dense_replace", 1)
     layers = [dense if index < first else sparse for index in range(depth(config))]
-    rotation = rope({"partial_rotary_factor": ROTATED, **config}, own.dim, max_length)
+    rotation = rope({"partial_rotary_factor": ROTATED, **config}, own.dim, max_length, partial=True)
     return decoder(config, layers, norm, [rotation], max_length=max_length)
 
 
@@ -64,4 +64,10 @@ def fused_rules(spec: DecoderSpec) -> tuple[Rule, ...]:
     return by_name(spec, OUTER, INNER | FUSED, HALVES)
 
 
-FAMILY = Family("GLM-4.5, GLM-4.5-Air, GLM-4.6", spec, (rules, fused_rules), unused=computed_or_beyond)
+FAMILY = Family(
+    "GLM-4.5, GLM-4.5-Air, GLM-4.6",
+    spec,
+    (rules, fused_rules),
+    refused="The layer that predicts further ahead is left out.",
+    unused=computed_or_beyond,
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from functools import partial
 
 from fgsnap.convert.families.config import Config, activation, check_keys, flag, integer
@@ -83,7 +84,7 @@ def _third(name: str, source: str, shape: Shape, at: int) -> Rule:
 _MASKS = re.compile(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias")
 
 
-def unused(name: str, spec: DecoderSpec) -> bool:
+def unused(name: str, spec: DecoderSpec, held: Collection[str]) -> bool:
     """The causal mask, which old checkpoints hold."""
     return _MASKS.fullmatch(name) is not None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from functools import partial
 
 from fgsnap.convert.families.config import Config, activation, check_keys, flag, integer, rope
@@ -48,7 +49,7 @@ def spec(config: Config) -> DecoderSpec:
         "rope_theta": config.get("rotary_emb_base", 10000.0),
         **config,
     }
-    rotation = rope(rotating, own.dim, max_length)
+    rotation = rope(rotating, own.dim, max_length, partial=True)
     return decoder(config, [layer] * depth(config), norm, [rotation], max_length=max_length)
 
 
@@ -63,9 +64,9 @@ def rules(spec: DecoderSpec) -> tuple[Rule, ...]:
 _MASKS = re.compile(r"gpt_neox\.layers\.\d+\.attention\.(masked_)?bias")
 
 
-def unused(name: str, spec: DecoderSpec) -> bool:
+def unused(name: str, spec: DecoderSpec, held: Collection[str]) -> bool:
     """The causal mask and the frequencies, which old checkpoints hold."""
-    return _MASKS.fullmatch(name) is not None or computed(name, spec)
+    return _MASKS.fullmatch(name) is not None or computed(name, spec, held)
 
 
 FAMILY = Family(

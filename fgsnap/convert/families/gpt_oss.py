@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from functools import partial
 
-from fgsnap.convert.families.config import Config, check_keys, integer, number, rope
+from fgsnap.convert.families.config import ASK, Config, check_keys, integer, number, rope
 from fgsnap.convert.families.family import Family
 from fgsnap.convert.families.naming import ATTENTION, NORMS, OUTER, Make, by_name, gguf_rules
 from fgsnap.convert.families.parts import (
@@ -25,7 +25,7 @@ from fgsnap.convert.families.parts import (
 )
 from fgsnap.convert.rules import Rule, Shape, rule, take
 from fgsnap.errors import UnsupportedModel
-from fgsnap.spec import Attention, DecoderSpec, Layer, Mlp, Norm, Router
+from fgsnap.spec import Attention, DecoderSpec, Layer, Mlp, Norm, Rope, Router
 
 KNOWN = (
     BASE
@@ -37,6 +37,14 @@ KNOWN = (
     )
 )
 ALPHA = 1.702  # of the activation; its kernel has no other
+YARN = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
 PLAIN = {
     "router": "mlp.router",
     "sinks.weight": "self_attn.sinks",
@@ -56,7 +64,9 @@ def spec(config: Config) -> DecoderSpec:
     """What a GPT-OSS config.json says is computed."""
     check_keys(config, KNOWN)
     if number(config, "swiglu_alpha", ALPHA) != ALPHA:
-        raise UnsupportedModel(f"The config key 'swiglu_alpha' is {config['swiglu_alpha']}.", f"Supported is {ALPHA}.")
+        raise UnsupportedModel(
+            f"The config key 'swiglu_alpha' is {config['swiglu_alpha']}.", f"Supported is {ALPHA}.", ASK
+        )
     max_length = integer(config, "max_position_embeddings", 131072)
     own = heads(config, keys=8, dim=64)
     norm = Norm(kind="rms", eps=number(config, "rms_norm_eps", 1e-5), float32_weight=True)
@@ -84,7 +94,13 @@ def spec(config: Config) -> DecoderSpec:
 
     kinds: list[Kind] = ["full_attention" if index % 2 else "sliding_attention" for index in range(depth(config))]
     layers = map(layer, layer_types(config, kinds))
-    return decoder(config, layers, norm, [rope(config, own.dim, max_length)], max_length=max_length)
+    return decoder(config, layers, norm, [_rotation(config, own.dim, max_length)], max_length=max_length)
+
+
+def _rotation(config: Config, dim: int, max_length: int) -> Rope:
+    """Stretched by YaRN, where the config says nothing of how."""
+    silent = not config.get("rope_scaling") and config.get("rope_parameters") is None
+    return rope({**config, "rope_parameters": YARN} if silent else config, dim, max_length, theta=150_000.0)
 
 
 def rules(spec: DecoderSpec) -> tuple[Rule, ...]:
@@ -138,6 +154,7 @@ FAMILY = Family(
     "gpt-oss-20b, gpt-oss-120b",
     spec,
     (rules,),
+    refused="A swiglu_alpha other than 1.702.",
     quantised_rules=(mxfp4_rules,),
     gguf_rules=partial(gguf_rules, names=GGUF),
 )

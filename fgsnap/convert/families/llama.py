@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from fgsnap.convert.families.config import Config, check_keys, flag, integer, rope
 from fgsnap.convert.families.family import Family
-from fgsnap.convert.families.naming import ATTENTION, MLP, NORMS, OUTER, Make, by_name, gguf_paired_rules
+from fgsnap.convert.families.naming import ATTENTION, MLP, NORMS, OUTER, RECONVERT, Make, by_name, gguf_paired_rules
 from fgsnap.convert.families.parts import BASE, decoder, depth, gated_mlp, heads, rms
 from fgsnap.convert.rules import Rule, rotated_first
 from fgsnap.errors import UnsupportedModel
@@ -38,12 +38,6 @@ def spec(config: Config) -> DecoderSpec:
     max_length = integer(config, "max_position_embeddings", defaults.max_length)
     own, norm, bias = heads(config, keys=defaults.keys), rms(config), flag(config, "attention_bias")
     rotation = rope(config, own.dim, max_length)
-    if rotation.dims != own.dim and rotation.proportional_head_dim is None:
-        raise UnsupportedModel(
-            f"The config key 'partial_rotary_factor' rotates {rotation.dims} of {own.dim} head dims.",
-            "Llama and Mistral rotate whole heads; readers of such a checkpoint disagree about the rest.",
-            "Remove the key from config.json if it is a leftover.",
-        )
     attention = Attention(
         *own, scale=own.dim**-0.5, rope=0, window=_window(config, defaults), qkv_bias=bias, out_bias=bias
     )
@@ -85,13 +79,19 @@ def rules(spec: DecoderSpec) -> tuple[Rule, ...]:
 def _only_kind(spec: DecoderSpec) -> Layer:
     """Refuse a spec that no config of this family gives; one read from a manifest may hold anything."""
     if len(spec.layer_kinds) != 1 or len(spec.ropes) != 1:
-        raise UnsupportedModel("This decoder is none of the Llama family.", "Its manifest says it is, and is wrong.")
+        raise UnsupportedModel(
+            "This decoder is none of the Llama family.", "Its manifest says it is, and is wrong.", RECONVERT
+        )
     return spec.layer_kinds[0]
 
 
 FAMILY = Family(
-    "Llama 1, 2, 3, 3.1, 3.2, 3.3, CodeLlama, SmolLM, SmolLM2, TinyLlama; Mistral 7B, Nemo and Small",
+    "Llama 1, 2, 3, 3.1, 3.2, 3.3, CodeLlama, SmolLM, SmolLM2, TinyLlama",
     spec,
     (rules,),
+    refused="Windows (sliding_window).",
     gguf_rules=gguf_paired_rules,
+)
+MISTRAL = FAMILY._replace(
+    models="Mistral 7B, Nemo, Small and Large", refused="Layers of different kinds of attention (layer_types)."
 )

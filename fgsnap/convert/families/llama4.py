@@ -93,7 +93,7 @@ def spec(config: Config) -> DecoderSpec:
         return Layer(attention=attention, mlp=mlp, attn_in=norm, mlp_in=norm)
 
     every = map(layer, range(layers), rotating, layer_types(config, kinds, ("full_attention", "chunked_attention")))
-    return decoder(config, every, norm, [rope(config, own.dim, max_length)], max_length=max_length)
+    return decoder(config, every, norm, [rope(config, own.dim, max_length, theta=500_000.0)], max_length=max_length)
 
 
 def _qk_norm(config: Config) -> QkNorm | None:
@@ -148,7 +148,7 @@ def _turned(name: str, source: str, shape: Shape) -> Rule:
 
 def text_spec(config: Config) -> DecoderSpec:
     """The decoder of a checkpoint that sees."""
-    return spec(inner_config(config, "text_config"))
+    return spec(inner_config(config, "text_config", "llama4_text"))
 
 
 FAMILY = Family("Llama 4 Scout and Maverick, text only checkpoints", spec, (rules,))
@@ -157,6 +157,6 @@ WITH_VISION = Family(
     text_spec,
     (partial(rules, prefix="language_model.model.", head="language_model.lm_head"),),
     refused="Images: the vision tower is left out.",
-    unused=lambda name, spec: name.startswith("vision_model.") or seen(name, spec),
+    unused=lambda name, spec, held: name.startswith("vision_model.") or seen(name, spec, held),
     tied_head=("language_model.lm_head.weight", "language_model.model.embed_tokens.weight"),
 )

@@ -30,7 +30,7 @@ def spec(config: Config) -> DecoderSpec:
     )
     attention = Attention(*own, scale=own.dim**-0.5, rope=0, window=optional_window(config))
     layers = [Layer(attention=attention, experts=experts, attn_in=norm, mlp_in=norm)] * depth(config)
-    return decoder(config, layers, norm, [rope(config, own.dim, max_length)], max_length=max_length)
+    return decoder(config, layers, norm, [rope(config, own.dim, max_length, theta=1_000_000.0)], max_length=max_length)
 
 
 def rules(spec: DecoderSpec) -> tuple[Rule, ...]:

@@ -41,6 +41,7 @@ FUSED = {
     "experts.down.weight": "mlp.experts.down_proj",
 }
 """Experts as transformers 5 holds them: one stack of gates above ups, one of downs."""
+RECONVERT = "Convert the checkpoint again."
 LAYERS = "model.layers.{layer}."
 
 
@@ -71,7 +72,9 @@ def by_name(
             source = f"{names[part]}.{kind}"
         else:
             raise UnsupportedModel(
-                f"This family has no tensor for {name}.", "The manifest names a family that its decoder is none of."
+                f"This family has no tensor for {name}.",
+                "The manifest names a family that its decoder is none of.",
+                RECONVERT,
             )
         rules.append(makers.get(part, each_expert if "{expert}" in source else whole)(name, prefix + source, shape))
     return tuple(rules)

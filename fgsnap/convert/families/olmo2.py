@@ -18,6 +18,7 @@ from fgsnap.convert.families.parts import (
     gated_mlp,
     heads,
     layer_types,
+    refuse_unkeyed,
     rms,
     rope_of,
     window_of,
@@ -31,17 +32,18 @@ INNER = ATTENTION | MLP | {"attn_out": "post_attention_layernorm", "mlp_out": "p
 def spec(config: Config) -> DecoderSpec:
     """What an OLMo 2 config.json says is computed."""
     check_keys(config, BASE)
-    return _decoder(config, ["full_attention"] * depth(config))
+    return _decoder(config, ["full_attention"] * depth(config), theta=10_000.0)
 
 
 def windowed_spec(config: Config) -> DecoderSpec:
     """What an OLMo 3 config.json says is computed."""
     check_keys(config, BASE | {"sliding_window", "layer_types"})
+    refuse_unkeyed(config)
     kinds: list[Kind] = ["sliding_attention" if (index + 1) % 4 else "full_attention" for index in range(depth(config))]
-    return _decoder(config, layer_types(config, kinds))
+    return _decoder(config, layer_types(config, kinds), theta=500_000.0)
 
 
-def _decoder(config: Config, kinds: Sequence[Kind]) -> DecoderSpec:
+def _decoder(config: Config, kinds: Sequence[Kind], theta: float) -> DecoderSpec:
     max_length = integer(config, "max_position_embeddings", 2048)
     own, norm, bias = heads(config), rms(config, 1e-5), flag(config, "attention_bias")
     present = sorted({*kinds})
@@ -61,7 +63,7 @@ def _decoder(config: Config, kinds: Sequence[Kind]) -> DecoderSpec:
     def scaled(kind: Kind) -> Config:
         return {**config, "rope_scaling": config.get("rope_scaling") if kind == "full_attention" else None}
 
-    ropes = [rope_of(scaled(kind), kind, own.dim, max_length) for kind in present]
+    ropes = [rope_of(scaled(kind), kind, own.dim, max_length, theta=theta) for kind in present]
     return decoder(config, map(layer, kinds), norm, ropes, max_length=max_length)
 
 

@@ -6,18 +6,19 @@ from __future__ import annotations
 
 from functools import partial
 
-from fgsnap.convert.families.config import Config, activation, check_keys, flag, integer
+from fgsnap.convert.families.config import REWRITE, Config, activation, check_keys, flag, integer
 from fgsnap.convert.families.family import Family
 from fgsnap.convert.families.naming import by_name
 from fgsnap.convert.families.parts import checked_heads, decoder, depth
 from fgsnap.convert.rules import Rule
+from fgsnap.errors import UnsupportedModel
 from fgsnap.spec import Attention, DecoderSpec, Embedding, Layer, Mlp, Norm
 
 KNOWN = frozenset(
     """
     vocab_size hidden_size num_hidden_layers ffn_dim max_position_embeddings do_layer_norm_before
     _remove_final_layer_norm word_embed_proj_dim num_attention_heads activation_function enable_bias
-    layer_norm_elementwise_affine tie_word_embeddings layerdrop init_std
+    layer_norm_elementwise_affine tie_word_embeddings layerdrop init_std learned_embeddings scale_embeddings
     """.split()
 )
 BEFORE_FIRST = 2  # rows of the position table that no token has
@@ -34,6 +35,7 @@ INNER = {
 def spec(config: Config) -> DecoderSpec:
     """What an OPT config.json says is computed."""
     check_keys(config, KNOWN)
+    _refuse_unread(config)
     max_length, width = integer(config, "max_position_embeddings", 2048), integer(config, "hidden_size")
     bias = flag(config, "enable_bias", default=True)
     affine = flag(config, "layer_norm_elementwise_affine", default=True)
@@ -64,6 +66,17 @@ def spec(config: Config) -> DecoderSpec:
         ),
         tied=True,
     )
+
+
+def _refuse_unread(config: Config) -> None:
+    """Galactica's keys, which no reader reads, where they say something else than what is computed."""
+    for key, computed in (("learned_embeddings", True), ("scale_embeddings", False)):
+        if flag(config, key, computed) is not computed:
+            raise UnsupportedModel(
+                f"The config key {key!r} is {config[key]}.",
+                "Positions of OPT are learned and its embeddings not scaled, whatever the key says.",
+                REWRITE,
+            )
 
 
 def rules(spec: DecoderSpec, prefix: str = "model.decoder.") -> tuple[Rule, ...]:

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
-from fgsnap.convert.families.config import ROPE, Config, activation, count, flag, integer, number, rope
+from fgsnap.convert.families.config import (
+    ASK,
+    CHECK,
+    ROPE,
+    Config,
+    activation,
+    count,
+    flag,
+    integer,
+    number,
+    rope,
+    show,
+)
 from fgsnap.errors import SourceError, UnsupportedModel
 from fgsnap.spec import DecoderSpec, Embedding, Experts, Head, Layer, Mlp, Norm, Rope, Router, SharedExpert
 
@@ -44,7 +56,7 @@ def depth(config: Config, key: str = "num_hidden_layers") -> int:
     """The number of layers."""
     found = integer(config, key)
     if found > MOST_LAYERS:
-        raise SourceError(f"config.json asks for {found} layers.", f"No model has more than {MOST_LAYERS}.")
+        raise SourceError(f"config.json asks for {found} layers.", f"No model has more than {MOST_LAYERS}.", CHECK)
     return found
 
 
@@ -59,11 +71,14 @@ def heads(config: Config, keys: int | None = None, dim: int | None = None) -> He
 def checked_heads(width: int, queries: int, keys: int, dim: int | None = None) -> Heads:
     """Heads that divide as they must; ``dim`` None divides the width."""
     if dim is None and width % queries:
-        raise SourceError(f"hidden_size {width} does not divide into {queries} heads.", "No head_dim is given either.")
+        raise SourceError(
+            f"hidden_size {width} does not divide into {queries} heads.", "No head_dim is given either.", CHECK
+        )
     if queries % keys:
         raise SourceError(
             f"{queries} attention heads cannot share {keys} key-value heads.",
             "num_attention_heads must be a multiple of num_key_value_heads.",
+            CHECK,
         )
     return Heads(queries, keys, width // queries if dim is None else dim)
 
@@ -92,11 +107,13 @@ def checked_experts(total: int, mlp: Mlp, router: Router, shared: SharedExpert |
         raise SourceError(
             f"config.json has {total} experts in {groups} groups, of which {kept} are kept.",
             "Groups have to be equal, and large enough to be ranked.",
+            CHECK,
         )
     if router.top_k > total // groups * kept:
         raise SourceError(
             f"config.json sends a token to {router.top_k} of {total // groups * kept} experts.",
             "There are not that many.",
+            CHECK,
         )
     return Experts(count=total, mlp=mlp, router=router, shared=shared)
 
@@ -112,12 +129,13 @@ def layer_types(
     if given is None:
         return default
     if not isinstance(given, list) or len(given) != len(default):
-        raise SourceError(f"The config key 'layer_types' does not name {len(default)} layers.", "Each has one.")
+        raise SourceError(f"The config key 'layer_types' does not name {len(default)} layers.", "Each has one.", CHECK)
     for kind in given:
         if kind not in known:
             raise UnsupportedModel(
                 f"The config key 'layer_types' names {str(kind)[:40]!r}.",
                 f"Of this family, {' and '.join(known)} are supported.",
+                ASK,
             )
     return given
 
@@ -134,12 +152,29 @@ def optional_window(config: Config) -> int | None:
     return None if config.get("sliding_window") is None else integer(config, "sliding_window")
 
 
-def rope_of(config: Config, kind: Kind, head_dim: int, max_length: int) -> Rope:
-    """The rotation of layers of one kind, where ``rope_parameters`` is keyed by kind; else the one there is."""
+def rope_of(config: Config, kind: Kind, head_dim: int, max_length: int, *, theta: float = 10000.0) -> Rope:
+    """The rotation of layers of one kind, where ``rope_parameters`` is keyed by kind; else the one there is.
+
+    A kind that is left out rotates plainly.
+    """
+    if _keyed(config.get("rope_parameters")):
+        config = {**config, "rope_parameters": config["rope_parameters"].get(kind), "rope_scaling": None}
+    return rope(config, head_dim, max_length, theta=theta)
+
+
+def refuse_unkeyed(config: Config) -> None:
+    """Refuse ``rope_parameters`` that do not say for which layers they are, in a family whose layers differ in it."""
     parameters = config.get("rope_parameters")
-    if isinstance(parameters, dict) and kind in parameters:
-        config = {**config, "rope_parameters": parameters[kind], "rope_scaling": None}
-    return rope(config, head_dim, max_length)
+    if parameters and not _keyed(parameters):
+        raise UnsupportedModel(
+            "The config key 'rope_parameters' does not say for which layers it is.",
+            "Those with a window rotate in a way of their own, and readers disagree about what is meant.",
+            "Key it by 'full_attention' and 'sliding_attention', or put the values into 'rope_scaling'.",
+        )
+
+
+def _keyed(parameters: Any) -> bool:
+    return isinstance(parameters, dict) and any(kind in parameters for kind in get_args(Kind))
 
 
 def decoder(
@@ -188,12 +223,14 @@ def _refuse_too_many(layers: Iterable[Layer], ropes: Iterable[Rope]) -> None:
         raise SourceError(
             f"config.json asks for heads with {rotated} rotated dims.",
             f"No model has more than {MOST_ROTATED_DIMS}.",
+            CHECK,
         )
     found = sum(layer.attention.heads + (layer.experts.count if layer.experts else 0) for layer in layers)
     if found > MOST_HEADS_AND_EXPERTS:
         raise SourceError(
             f"config.json asks for {found} attention heads and experts over all layers.",
             f"No model has more than {MOST_HEADS_AND_EXPERTS}.",
+            CHECK,
         )
 
 
@@ -222,9 +259,7 @@ def listed(config: Config, key: str) -> Sequence[int]:
     """A list of integers; absent or null: none."""
     value: Any = [] if config.get(key) is None else config[key]
     if not isinstance(value, list) or any(type(entry) is not int for entry in value):
-        raise SourceError(
-            f"The config key {key!r} is no list of integers.", "", "Check config.json; it may be damaged."
-        )
+        raise SourceError(f"The config key {key!r} is no list of integers.", "It speaks of layers by number.", CHECK)
     return value
 
 
@@ -236,11 +271,17 @@ def sparse_layers(config: Config, experts: int) -> frozenset[int]:
     return frozenset(index for index in range(depth(config)) if (index + 1) % step == 0 and index not in dense)
 
 
-def inner_config(config: Config, key: str) -> Config:
-    """The decoder's own config inside that of a model with more parts."""
+def inner_config(config: Config, key: str, kind: str) -> Config:
+    """The decoder's own config, of a model type, inside that of a model with more parts."""
     inner = config.get(key)
     if not isinstance(inner, dict):
         raise SourceError(f"config.json has no {key!r}.", "It describes the decoder.", "Check that it is whole.")
+    if inner.get("model_type", kind) != kind:
+        raise UnsupportedModel(
+            f"The model type in {key!r} is {show(inner['model_type'])}.",
+            f"A decoder inside a model of type {show(config.get('model_type'))} is of type {kind}.",
+            "Check that config.json belongs to the checkpoint.",
+        )
     return inner
 
 
@@ -249,5 +290,7 @@ def rotating_layers(config: Config) -> Sequence[bool]:
     layers, interval = depth(config), integer(config, "no_rope_layer_interval", 4)
     given = listed(config, "no_rope_layers")
     if given and len(given) != layers:
-        raise SourceError(f"The config key 'no_rope_layers' does not have {layers} entries.", "Each layer has one.")
+        raise SourceError(
+            f"The config key 'no_rope_layers' does not have {layers} entries.", "Each layer has one.", CHECK
+        )
     return [bool(entry) for entry in given] or [(index + 1) % interval != 0 for index in range(layers)]

@@ -46,7 +46,7 @@ def spec(config: Config) -> DecoderSpec:
         bias=True,
         down_bias=True,
     )
-    rotation = rope({"partial_rotary_factor": ROTATED, **config}, own.dim, max_length)
+    rotation = rope({"partial_rotary_factor": ROTATED, **config}, own.dim, max_length, partial=True)
     layer = Layer(attention=attention, mlp=mlp, attn_in=norm, residual="parallel")
     head = Head(tied=flag(config, "tie_word_embeddings"), bias=True)
     return decoder(config, [layer] * depth(config), norm, [rotation], max_length=max_length, head=head)

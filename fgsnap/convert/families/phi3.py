@@ -32,7 +32,7 @@ def spec(config: Config) -> DecoderSpec:
     own, norm = heads(config), rms(config, 1e-5)
     attention = Attention(*own, scale=own.dim**-0.5, rope=0, window=optional_window(config))
     layer = Layer(attention=attention, mlp=gated_mlp(config), attn_in=norm, mlp_in=norm)
-    rotation = rope(_long(config), own.dim, max_length)
+    rotation = rope(_long(config), own.dim, max_length, partial=True)
     return decoder(config, [layer] * depth(config), norm, [rotation], max_length=max_length)
 
 

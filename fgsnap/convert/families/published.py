@@ -23,8 +23,10 @@ WORDS = {
     "mlp.gated": "mlp without gate",
     "norm.weight": "norm without weight",
     "yarn.truncate": "yarn without truncate",
+    "attention.unrotated": "layers without rotation",
+    "rope.partial": "rotation of a part of each head",
 }
-"""Features whose name stands for a field that is switched off."""
+"""Features whose name stands for a field that is switched off, or for how two fields relate."""
 
 
 class Published(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -75,7 +77,7 @@ def _listed(model_type: str, known: tuple[Published, ...]) -> Listed:
     family = FAMILIES[model_type]
     own = [checkpoint for checkpoint in known if checkpoint.model_type == model_type]
     specs = [checkpoint.spec() for checkpoint in own] or _inside(model_type, known)
-    used = frozenset[str]().union(*map(features, specs))
+    used = frozenset[str]().union(*map(used_by, specs))
     names = tuple(checkpoint.repo for checkpoint in own)
     return Listed(model_type, family.models, names, tuple(sorted(used)), family.refused)
 
@@ -84,6 +86,15 @@ def _inside(model_type: str, known: tuple[Published, ...]) -> list[DecoderSpec]:
     """The decoders of that type inside models with more parts, which is where some are published only."""
     parts = [checkpoint.config.get("text_config", {}) for checkpoint in known]
     return [FAMILIES[model_type].spec(part) for part in parts if part.get("model_type") == model_type]
+
+
+def used_by(spec: DecoderSpec) -> frozenset[str]:
+    """Its features, with what of the rotations no single field tells."""
+    found, layers = features(spec), [kind.attention for kind in spec.layer_kinds]
+    if spec.ropes and any(layer.rope is None for layer in layers):
+        found |= {"attention.unrotated"}
+    whole = {layer.latent.rope_dim if layer.latent else layer.head_dim for layer in layers}
+    return found | {"rope.partial" for rope in spec.ropes if rope.dims not in whole and not rope.proportional_head_dim}
 
 
 def parameter_count(spec: DecoderSpec) -> int:

@@ -6,7 +6,7 @@ logarithm of their position, both as the published code does it.
 
 from __future__ import annotations
 
-from fgsnap.convert.families.config import Config, check_keys, flag, integer, number
+from fgsnap.convert.families.config import ASK, Config, check_keys, flag, integer, number
 from fgsnap.convert.families.family import Family
 from fgsnap.convert.families.naming import Make, by_name, rows_of
 from fgsnap.convert.families.parts import decoder, depth
@@ -44,6 +44,7 @@ def spec(config: Config) -> DecoderSpec:
     if dim % 2 or dim <= 2 or inner % 2:
         raise SourceError(
             f"{dim} head dims or {inner} MLP dims cannot be halved.",
+            "Both have to be even, and a head wider than 2.",
             "Check kv_channels and intermediate_size in config.json.",
         )
     trained = integer(config, "seq_length", 2048)
@@ -67,9 +68,12 @@ def _refuse_unknown_code(config: Config) -> None:
         raise UnsupportedModel(
             "The config keys 'rotary_pct' and 'no_bias' of this Qwen are not those of the published models.",
             "fgsnap does not run its code, so what they change is unknown.",
+            ASK,
         )
     if not flag(config, "scale_attn_weights", default=True):
-        raise UnsupportedModel("The config key 'scale_attn_weights' is false.", "fgsnap does not know such a Qwen.")
+        raise UnsupportedModel(
+            "The config key 'scale_attn_weights' is false.", "fgsnap does not know such a Qwen.", ASK
+        )
 
 
 def rules(spec: DecoderSpec) -> tuple[Rule, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fgsnap.convert.families.config import Config, activation, check_keys, count, flag, integer, rope
+from fgsnap.convert.families.config import ASK, Config, activation, check_keys, count, flag, integer, rope
 from fgsnap.convert.families.family import Family
 from fgsnap.convert.families.naming import ATTENTION, EXPERTS, FUSED, HALVES, MLP, NORMS, OUTER, by_name, gguf_rules
 from fgsnap.convert.families.parts import (
@@ -59,6 +59,7 @@ def _refuse_meant(config: Config) -> None:
         raise UnsupportedModel(
             "This Qwen3-MoE has biases, a shared expert, or no norms of queries and keys.",
             "No reader knows such a model ('qkv_bias', 'shared_expert_intermediate_size', 'use_qk_norm').",
+            ASK,
         )
 
 
@@ -81,4 +82,10 @@ def fused_rules(spec: DecoderSpec) -> tuple[Rule, ...]:
     return by_name(spec, OUTER, NORMS | ATTENTION | MLP | EXPERTS | FUSED, HALVES)
 
 
-FAMILY = Family("Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder", spec, (rules, fused_rules), gguf_rules=gguf_rules)
+FAMILY = Family(
+    "Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder",
+    spec,
+    (rules, fused_rules),
+    refused="Shared experts, qkv_bias, and attention without norms.",
+    gguf_rules=gguf_rules,
+)

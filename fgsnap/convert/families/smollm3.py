@@ -46,7 +46,8 @@ def spec(config: Config) -> DecoderSpec:
         return Layer(attention=attention, mlp=mlp, attn_in=norm, mlp_in=norm)
 
     layers = map(layer, rotating, refuse_unused(config, used, layer_types(config, kinds)))
-    return decoder(config, layers, norm, [rope(config, own.dim, max_length)], max_length=max_length, tied=True)
+    rotation = rope(config, own.dim, max_length, theta=2_000_000.0)
+    return decoder(config, layers, norm, [rotation], max_length=max_length, tied=True)
 
 
 def rules(spec: DecoderSpec) -> tuple[Rule, ...]:

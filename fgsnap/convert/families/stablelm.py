@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fgsnap.convert.families.config import Config, check_keys, flag, integer, rope
+from fgsnap.convert.families.config import ASK, Config, check_keys, flag, integer, rope
 from fgsnap.convert.families.family import Family
 from fgsnap.convert.families.naming import ATTENTION, MLP, NORMS, OUTER, by_name
 from fgsnap.convert.families.parts import BASE, decoder, depth, gated_mlp, heads, layer_norm
@@ -19,7 +19,7 @@ def spec(config: Config) -> DecoderSpec:
     check_keys(config, KNOWN)
     if flag(config, "qk_layernorm"):
         raise UnsupportedModel(
-            "The config key 'qk_layernorm' is true.", "StableLM then has a norm of its own for each head."
+            "The config key 'qk_layernorm' is true.", "StableLM then has a norm of its own for each head.", ASK
         )
     max_length = integer(config, "max_position_embeddings", 4096)
     own, norm = heads(config, keys=32), layer_norm(config, "layer_norm_eps")
@@ -31,7 +31,7 @@ def spec(config: Config) -> DecoderSpec:
         attn_in=norm,
         mlp_in=None if parallel else norm,
     )
-    rotation = rope({"partial_rotary_factor": ROTATED, **config}, own.dim, max_length)
+    rotation = rope({"partial_rotary_factor": ROTATED, **config}, own.dim, max_length, partial=True)
     return decoder(config, [layer] * depth(config), norm, [rotation], max_length=max_length)
 
 

@@ -41,4 +41,4 @@ def rules(spec: DecoderSpec) -> tuple[Rule, ...]:
     return by_name(spec, OUTER, INNER)
 
 
-FAMILY = Family("StarCoder2 3B, 7B and 15B", spec, (rules,))
+FAMILY = Family("StarCoder2 3B, 7B and 15B", spec, (rules,), refused="Other norms and MLPs (norm_type, mlp_type).")
