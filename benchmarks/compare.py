@@ -159,3 +159,12 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 def mean_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Root of the mean squared difference."""
     return float((found - expected).square().mean().sqrt())
+
+
+def typical_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The median over tokens of the root of each one's mean squared difference.
+
+    Where experts are picked, a rounding can pick another one for a token whose two best are nearly level, and that one
+    token outweighs all others in their mean.
+    """
+    return float((found - expected).square().mean(-1).sqrt().median())

@@ -4,10 +4,10 @@
 
 Three sequences run side by side, in chunks and over KV blocks that do not divide them. float32: the largest logit
 difference as a share of the largest logit (promise: 1e-4), and how many of 3 x 64 greedy tokens agree (promise: all).
-bfloat16: root mean square error against transformers in float32 on the same weights, over that of transformers' own
-bfloat16 (promise: 1.5). Ranks are processes of their own, which are started from a fresh one that has no threads. What
-a backend refuses is told in the row. Over 4 and 8 ranks the reference computes the first case of each family alone; the
-others have no rows of it there. The last line is JSON.
+bfloat16: the root mean square error of a token's logits against transformers in float32 on the same weights, the median
+of all tokens, over that of transformers' own bfloat16 (promise: 1.5). Ranks are processes of their own, which are
+started from a fresh one that has no threads. What a backend refuses is told in the row. Over 4 and 8 ranks the
+reference computes the first case of each family alone; the others have no rows of it there. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import qwen1
 import torch
 import transformers
 from common import finish
-from compare import Fgsnap, Transformers, mean_error, random_sequences, relative_error, tiny_checkpoint
+from compare import Fgsnap, Transformers, random_sequences, relative_error, tiny_checkpoint, typical_error
 from family_cases import CASES, VOCABULARY, Case
 
 from fgsnap.convert.pipeline import convert
@@ -163,8 +163,8 @@ def row(name: str, job: Job, ours: Ours, their: Theirs) -> dict[str, Any]:
         print(f"{name:24} TP {job.tp} {job.backend:9} {job.dtype:8}  {ours.refused}", flush=True)
         return {**about, "refused": ours.refused, "kept": False}
     logits = torch.tensor(ours.logits, dtype=torch.float64)
-    error, rounding = relative_error(logits, their.exact), mean_error(their.rounded, their.exact)
-    ratio = mean_error(logits, their.exact) / rounding
+    error, rounding = relative_error(logits, their.exact), typical_error(their.rounded, their.exact)
+    ratio = typical_error(logits, their.exact) / rounding
     pairs = [pair for both in zip(ours.answers, their.answers, strict=True) for pair in zip(*both, strict=True)]
     equal = sum(a == b for a, b in pairs)
     exactly = error <= PROMISED_LOGITS and equal == len(pairs)
@@ -178,7 +178,7 @@ def row(name: str, job: Job, ours: Ours, their: Theirs) -> dict[str, Any]:
         **about,
         "max_relative_logit_error": float(f"{error:.3g}"),
         "transformers_bfloat16_max_relative_logit_error": float(f"{relative_error(their.rounded, their.exact):.3g}"),
-        "rms_error_ratio_to_transformers_bfloat16": float(f"{ratio:.3g}"),
+        "median_error_ratio_to_transformers_bfloat16": float(f"{ratio:.3g}"),
         "greedy_tokens": len(pairs),
         "greedy_tokens_equal": equal,
         "kept": kept,

@@ -132,6 +132,7 @@ def test_any_degree_opens_at_any_other_as_conversion_would_have_stored_it(
         patch.setattr(gathering, "MAPPED_FROM", data.draw(st.sampled_from((1, 1 << 21)), "mapped from"))
         patch.setattr(gathering, "AT_ONCE", data.draw(st.sampled_from((8, 100, 1 << 22)), "at once"))
         patch.setattr(gathering, "PARTS_AT_ONCE", data.draw(st.sampled_from((3, 1024)), "parts at once"))
+        patch.setattr(gathering, "AHEAD", data.draw(st.sampled_from((0, 1000, 1 << 25)), "ahead"))
         patch.setattr(gathering, "SHARE_FROM", data.draw(st.sampled_from((1, 1000, 1 << 25)), "share from"))
         for rank in range(to):
             before, expected = snapshot.copied, stored_tensors(spec, to, rank)

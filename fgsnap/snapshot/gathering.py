@@ -17,6 +17,7 @@ import itertools
 import math
 import mmap
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -33,6 +34,9 @@ MAPPED_FROM = 2 << 20
 
 AT_ONCE, PARTS_AT_ONCE = 4 << 20, 1024
 """Bytes that one step reads, and to how many places (IOV_MAX of Linux)."""
+
+AHEAD = 32 << 20
+"""Bytes that a thread has the disk read before it copies the first of them."""
 
 MOST_THREADS, SHARE_FROM = 8, 32 << 20
 """Threads that copy at once, each no fewer bytes than these."""
@@ -83,8 +87,13 @@ class _Job(NamedTuple):
         return math.prod(self.box.extent) * DTYPE_BYTES[self.box.entry.dtype]
 
 
-Step = Callable[[], int]
-"""Reads a part of what is needed to its place, and tells how many bytes it has copied."""
+class _Step(NamedTuple):
+    """``copy`` reads what is needed of a file's bytes ``start:stop``, and tells how many bytes it has copied."""
+
+    file: str
+    start: int
+    stop: int
+    copy: Callable[[], int]
 
 
 def opened_at(snapshot: Snapshot, tp: int, rank: int) -> dict[str, TensorBytes]:
@@ -245,21 +254,30 @@ def _shares(jobs: Sequence[_Job], most: int) -> Iterator[Sequence[_Job]]:
 
 
 def _in_order(snapshot: Snapshot, jobs: Sequence[_Job]) -> int:
-    """The jobs step by step.
+    """The jobs step by step; while one step copies, the disk reads what the next ones need."""
+    waiting: deque[_Step] = deque()
+    ahead = copied = 0
+    for step in itertools.chain.from_iterable(_steps(snapshot, job) for job in jobs):
+        snapshot.read_ahead(step.file, step.start, step.stop)
+        waiting.append(step)
+        ahead += step.stop - step.start
+        while ahead > AHEAD:
+            first = waiting.popleft()
+            ahead -= first.stop - first.start
+            copied += first.copy()
+    return copied + sum(step.copy() for step in waiting)
 
-    What a step reads comes from disk while it waits. Asking for more beforehand (posix_fadvise) is slower: the system
-    takes small pages for that, and large ones for its own reading ahead.
-    """
-    return sum(step() for job in jobs for step in _steps(snapshot, job))
 
-
-def _steps(snapshot: Snapshot, job: _Job) -> Iterator[Step]:
-    if job.box.entry.layout != job.layout:
+def _steps(snapshot: Snapshot, job: _Job) -> Iterator[_Step]:
+    entry = job.box.entry
+    if entry.layout != job.layout:
         yield from _panels(snapshot, job)
         return
     for runs in _runs(job.box, job.shape, job.layout):
         for few in _cut(runs):
-            yield partial(_read, snapshot, job.box.entry, few, job.data)
+            start = entry.offset + few.source
+            stop = start + (few.number - 1) * few.source_step + few.size
+            yield _Step(entry.file, start, stop, partial(_read, snapshot, entry, few, job.data))
 
 
 def _runs(box: _Box, shape: Shape, layout: Layout) -> Iterator[Runs]:
@@ -301,7 +319,7 @@ def _read(snapshot: Snapshot, entry: TensorEntry, runs: Runs, data: memoryview) 
     return runs.size * runs.number
 
 
-def _panels(snapshot: Snapshot, job: _Job) -> Iterator[Step]:
+def _panels(snapshot: Snapshot, job: _Job) -> Iterator[_Step]:
     """The steps from words32 to row-major: one a panel."""
     box, entry, high = job.box, job.box.entry, PANEL_ROWS["words32"]
     item = DTYPE_BYTES[entry.dtype]
@@ -317,7 +335,8 @@ def _panels(snapshot: Snapshot, job: _Job) -> Iterator[Step]:
             place = job.data[(above + rows.start) * pitch + box.target[-1] * item :]
             own = range(rows.start - top, rows.stop - top)
             at = start + top // high * panel
-            yield partial(_unpack, snapshot, entry.file, at, panel, own, columns, place, pitch)
+            unpack = partial(_unpack, snapshot, entry.file, at, panel, own, columns, place, pitch)
+            yield _Step(entry.file, at, at + panel, unpack)
 
 
 def _flat(start: Shape, index: Shape, shape: Shape) -> int:
