@@ -133,12 +133,14 @@ class Scheduler:
         return self._mixed(slices)
 
     def advance(self, work: Work) -> tuple[int, int]:
-        """Record that the prompts' slices are cached; how many of these tokens were new, and how many were not."""
+        """Record that the prompts' slices are cached; how many were new tokens of prompts, and how many not new."""
         new = again = 0
         for sequence, length in work.slices:
             first, sequence.cached = sequence.cached, sequence.cached + length
             known = max(0, min(sequence.forwarded - first, length))
-            new, again = new + length - known, again + known
+            # Who was preempted forwards its last token here too, which is not one of its prompt.
+            new += max(0, min(sequence.cached, sequence.prompt_length) - first - known)
+            again += known
             sequence.forwarded = max(sequence.forwarded, sequence.cached)
             self._note(sequence, first)
         for sequence in work.through:
@@ -284,6 +286,9 @@ class Scheduler:
             known, full = len(sequence.digests), len(sequence.tokens) // self._pool.block_size
             parent = sequence.digests[-1] if known else sequence.root
             sequence.digests += self._pool.digests(parent, sequence.tokens, known, full)
+        self._line_up(sequence)
+
+    def _line_up(self, sequence: Sequence) -> None:
         heappush(self._queue, (sequence.order, sequence))
         if self._queue[0][1] is sequence:
             self._full = False
@@ -310,7 +315,7 @@ class Scheduler:
         del self._computing[digest]
         for sequence in self._parked.pop(digest, ()):
             if sequence.state == "waiting":
-                heappush(self._queue, (sequence.order, sequence))
+                self._line_up(sequence)
 
     # blocks
 
