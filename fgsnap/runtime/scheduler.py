@@ -6,14 +6,21 @@ rest, cut wherever the budget ends.
 
 Nobody waits for ever:
 
-- Who waits is admitted in a fixed order: priority, then tenants in turns by tokens (start-time fair queueing: Goyal et
-  al., SIGCOMM 1996), then first come, first served. The first in line is never overtaken for want of blocks.
-- With ``reserve``, who is admitted has all the blocks it can ever need, so it always runs on. With ``optimistic`` it
-  has those of its prompt, and when none is left for a next token, the sequence that costs least to compute again gives
-  up its own; never the first of all in the order above, which therefore finishes, and then another one is the first.
-- The oldest prompt gets at least half of what generating leaves of each step, and it leaves at least one token: so a
-  prompt of p tokens, with q tokens of older prompts before it, is through after at most
-  2 (p + q) / (budget - most sequences + 1) steps from its admission, whatever else arrives.
+- Who waits is started in a fixed order: priority, then tenants in turns by tokens (start-time fair queueing: Goyal et
+  al., SIGCOMM 1996), then first come, first served. The first in line is never overtaken for want of blocks or places;
+  only who waits for a prefix that a running prompt computes lets others pass until it is there.
+- With ``reserve``, who is started has all the blocks it can ever need, so it always runs on. With ``optimistic`` it has
+  those of its prompt, and when none is left for a next token, the sequence that costs least to compute again gives up
+  its own; never the first of all in the order above, which therefore finishes, and then another one is the first.
+
+How long it takes, in steps. Let the share h be half, rounded up, of budget - most sequences + 1 tokens: every step
+brings each sequence that generates its token, and the oldest prompt h tokens at least, or what it has left. A prompt
+with n tokens to compute that may get m costs at most ceil(n / h) + m - 1 steps, and one that generates m.
+
+- From its start, a sequence has ended after its cost and the ceil(n / h) of the prompts that started before it.
+- From its submission, it has ended after its cost, that of all that ran then, and that of all started before it: for
+  every step brings that one forward which started first of those that run.
+- Preempted, it is as if it were submitted then, with all the tokens it has; it never costs more than at first.
 """
 
 from __future__ import annotations
@@ -98,6 +105,8 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; the caller has checked that it fits the whole pool."""
         request = sequence.request
+        if not self.waiting:
+            self._turns.clear()  # all of them have had their turns
         start = max(self._turn, self._turns.get(request.tenant, 0))
         self._turns[request.tenant] = start + sequence.longest
         if len(self._turns) > MANY_TENANTS:
