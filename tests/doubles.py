@@ -6,6 +6,7 @@ shared or freed block changes the answer. ByteText is a tokenizer whose tokens a
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import zlib
@@ -64,8 +65,18 @@ class StubModel:
             tokens.append(token)
         if tokens[-1] == self.nan_after:
             return [math.nan] * self.vocab_size
-        draw = random.Random(zlib.crc32(array("q", tokens).tobytes()))
-        return [draw.uniform(-4, 4) for _ in range(self.vocab_size)]
+        return said_next(tokens, self.vocab_size)
+
+
+def said_next(tokens: Sequence[int], vocab_size: int) -> list[float]:
+    """The logits that a StubModel has after these tokens."""
+    return _random_logits(zlib.crc32(array("q", tokens).tobytes()), vocab_size)
+
+
+@functools.lru_cache(1 << 14)
+def _random_logits(seed: int, vocab_size: int) -> list[float]:
+    draw = random.Random(seed)
+    return [draw.uniform(-4, 4) for _ in range(vocab_size)]
 
 
 def check_batch(batch: Batch, block_size: int) -> None:

@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Collection
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import Any, Protocol
 
 from fgsnap.errors import RequestError
@@ -74,7 +74,7 @@ class Engine:
         self._max_waiting = max_waiting
         self._clock = clock
         self._live: dict[str, Sequence] = {}
-        self._deadlines: list[tuple[float, str, Sequence]] = []  # a heap; who ended before is passed over
+        self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap; who ended before is passed over
         self._prompt_tokens = 0
         self._generated_tokens = 0
         self._recomputed_tokens = 0
@@ -89,8 +89,7 @@ class Engine:
         self._live[request.id] = sequence
         self._scheduler.add(sequence)
         if request.timeout is not None:
-            sequence.deadline = self._clock() + request.timeout
-            heappush(self._deadlines, (sequence.deadline, request.id, sequence))
+            self._end_by(sequence, self._clock() + request.timeout)
 
     def abort(self, request: str) -> None:
         """Drop a request, free its blocks and say no more about it. One that already ended is no error."""
@@ -138,7 +137,7 @@ class Engine:
         silent = [row for row in roster.append(tokens[:decodes]) if self._stops(roster.sequences[row], tokens[row])]
         stopped = [roster.sequences[row] for row in silent]
         for sequence in roster.due():
-            if sequence.tokens[-1] not in sequence.enders:
+            if not self._stops(sequence, sequence.tokens[-1]):
                 ends.append(self._end(sequence, Output(sequence.id, finish="length")))
         for row, sequence in enumerate(work.through, decodes):
             requests.append(sequence.id)
@@ -170,6 +169,13 @@ class Engine:
         del self._live[sequence.id]
         self._scheduler.remove(sequence, spoiled=spoiled)
         return output
+
+    def _end_by(self, sequence: Sequence, deadline: float) -> None:
+        sequence.deadline = deadline
+        heappush(self._deadlines, (deadline, sequence.order[2], sequence))
+        if len(self._deadlines) > 2 * len(self._live) + FEW_DEADLINES:
+            self._deadlines = [entry for entry in self._deadlines if entry[2].state != "gone"]
+            heapify(self._deadlines)
 
     def _expire(self) -> list[Output]:
         """End everything whose time is over."""
@@ -237,7 +243,8 @@ def _without(
     """The step without the rows whose token nobody gets."""
     if not silent:
         return Step(requests, tokens, {row: Token(*one) for row, one in logprobs.items()}, ends)
-    left = [row for row in range(len(tokens)) if row not in {*silent}]
+    gone = {*silent}
+    left = [row for row in range(len(tokens)) if row not in gone]
     return Step(
         [requests[row] for row in left],
         [tokens[row] for row in left],
@@ -247,6 +254,9 @@ def _without(
 
 
 NO_SAMPLES = Samples([], {})
+
+FEW_DEADLINES = 64
+"""So many deadlines of requests that have ended may be kept whatever is live."""
 
 MOST_BIASES = 1024
 """Entries of one logit_bias."""

@@ -40,7 +40,7 @@ class Roster:
         self._lengths: list[int] = []
         self._block_size = block_size
         self._growing: list[dict[Sequence, None]] = [{} for _ in range(block_size)]
-        self._due: dict[int, list[Sequence]] = {}
+        self._due: dict[int, dict[Sequence, None]] = {}
         self._edited: dict[Sequence, None] = {}
         self._enders: dict[int, int] = {NO_TOKEN: 1}  # tokens that end some row, and how many of them
 
@@ -58,8 +58,8 @@ class Roster:
         self.last.append(sequence.tokens[-1])
         self.cached.append(sequence.cached)
         self._growing[self._phase(sequence)][sequence] = None
-        last_step = self.step + sequence.params.max_tokens - sequence.generated
-        self._due.setdefault(last_step, []).append(sequence)
+        sequence.last_step = self.step + sequence.params.max_tokens - sequence.generated
+        self._due.setdefault(sequence.last_step, {})[sequence] = None
         for token in sequence.enders:
             self._enders[token] = self._enders.get(token, 0) + 1
         if sequence.how.edits is not None:
@@ -72,6 +72,7 @@ class Roster:
         sequence.row = -1
         del self._growing[self._phase(sequence)][sequence]
         self._edited.pop(sequence, None)
+        self._forget_end(sequence)
         for token in sequence.enders:
             self._enders[token] -= 1
             if not self._enders[token]:
@@ -110,11 +111,15 @@ class Roster:
 
     def due(self) -> list[Sequence]:
         """The rows that have reached their max_tokens."""
-        return [
-            sequence
-            for sequence in self._due.pop(self.step, ())
-            if sequence.row >= 0 and sequence.generated >= sequence.params.max_tokens
-        ]
+        return list(self._due.pop(self.step, ()))
+
+    def _forget_end(self, sequence: Sequence) -> None:
+        """Most answers end long before their max_tokens; until then their texts would be kept."""
+        due = self._due.get(sequence.last_step)
+        if due is not None:
+            del due[sequence]
+            if not due:
+                del self._due[sequence.last_step]
 
     def _phase(self, sequence: Sequence) -> int:
         """The remainder of the steps that forward a multiple of the block size: the same as long as it stays."""

@@ -6,14 +6,21 @@ rest, cut wherever the budget ends.
 
 Nobody waits for ever:
 
-- Who waits is admitted in a fixed order: priority, then tenants in turns by tokens (start-time fair queueing: Goyal et
-  al., SIGCOMM 1996), then first come, first served. The first in line is never overtaken for want of blocks.
-- With ``reserve``, who is admitted has all the blocks it can ever need, so it always runs on. With ``optimistic`` it
-  has those of its prompt, and when none is left for a next token, the sequence that costs least to compute again gives
-  up its own; never the first of all in the order above, which therefore finishes, and then another one is the first.
-- The oldest prompt gets at least half of what generating leaves of each step, and it leaves at least one token: so a
-  prompt of p tokens, with q tokens of older prompts before it, is through after at most
-  2 (p + q) / (budget - most sequences + 1) steps from its admission, whatever else arrives.
+- Who waits is started in a fixed order: priority, then tenants in turns by tokens (start-time fair queueing: Goyal et
+  al., SIGCOMM 1996), then first come, first served. The first in line is never overtaken for want of blocks or places;
+  only who waits for a prefix that a running prompt computes lets others pass until it is there.
+- With ``reserve``, who is started has all the blocks it can ever need, so it always runs on. With ``optimistic`` it has
+  those of its prompt, and when none is left for a next token, the sequence that costs least to compute again gives up
+  its own; never the first of all in the order above, which therefore finishes, and then another one is the first.
+
+How long it takes, in steps. Let the share h be half, rounded up, of budget - most sequences + 1 tokens: every step
+brings each sequence that generates its token, and the oldest prompt h tokens at least, or what it has left. A prompt
+with n tokens to compute that may get m costs at most ceil(n / h) + m - 1 steps, and one that generates m.
+
+- From its start, a sequence has ended after its cost and the ceil(n / h) of the prompts that started before it.
+- From its submission, it has ended after its cost, that of all that ran then, and that of all started before it: for
+  every step brings that one forward which started first of those that run.
+- Preempted, it is as if it were submitted then, with all the tokens it has; it never costs more than at first.
 """
 
 from __future__ import annotations
@@ -98,6 +105,8 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; the caller has checked that it fits the whole pool."""
         request = sequence.request
+        if not self.waiting:
+            self._turns.clear()  # all of them have had their turns
         start = max(self._turn, self._turns.get(request.tenant, 0))
         self._turns[request.tenant] = start + sequence.longest
         if len(self._turns) > MANY_TENANTS:
@@ -133,12 +142,14 @@ class Scheduler:
         return self._mixed(slices)
 
     def advance(self, work: Work) -> tuple[int, int]:
-        """Record that the prompts' slices are cached; how many of these tokens were new, and how many were not."""
+        """Record that the prompts' slices are cached; how many were new tokens of prompts, and how many not new."""
         new = again = 0
         for sequence, length in work.slices:
             first, sequence.cached = sequence.cached, sequence.cached + length
             known = max(0, min(sequence.forwarded - first, length))
-            new, again = new + length - known, again + known
+            # Who was preempted forwards its last token here too, which is not one of its prompt.
+            new += max(0, min(sequence.cached, sequence.prompt_length) - first - known)
+            again += known
             sequence.forwarded = max(sequence.forwarded, sequence.cached)
             self._note(sequence, first)
         for sequence in work.through:
@@ -284,6 +295,9 @@ class Scheduler:
             known, full = len(sequence.digests), len(sequence.tokens) // self._pool.block_size
             parent = sequence.digests[-1] if known else sequence.root
             sequence.digests += self._pool.digests(parent, sequence.tokens, known, full)
+        self._line_up(sequence)
+
+    def _line_up(self, sequence: Sequence) -> None:
         heappush(self._queue, (sequence.order, sequence))
         if self._queue[0][1] is sequence:
             self._full = False
@@ -310,7 +324,7 @@ class Scheduler:
         del self._computing[digest]
         for sequence in self._parked.pop(digest, ()):
             if sequence.state == "waiting":
-                heappush(self._queue, (sequence.order, sequence))
+                self._line_up(sequence)
 
     # blocks
 

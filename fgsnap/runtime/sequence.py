@@ -25,13 +25,14 @@ class Sequence:
         how: how its tokens are picked.
         enders: tokens that end it.
         row: its place in the roster, or -1.
+        last_step: the step at which it has all its tokens, as long as it is in the roster.
         forwarded: how many of its tokens were ever cached, so that none is counted twice.
         state: "waiting", "running" or "gone".
     """
 
     __slots__ = (
-        "cached", "deadline", "digests", "enders", "forwarded", "how", "id", "order", "params", "promised",
-        "prompt_length", "request", "root", "row", "state", "table", "tokens",
+        "cached", "deadline", "digests", "enders", "forwarded", "how", "id", "last_step", "order", "params",
+        "promised", "prompt_length", "request", "root", "row", "state", "table", "tokens",
     )  # fmt: skip
 
     def __init__(self, request: Request, seed: int, eos: Collection[int], root: bytes) -> None:
@@ -52,6 +53,7 @@ class Sequence:
         self.order: tuple[int, int, int] = (0, 0, 0)
         self.deadline = float("inf")
         self.row = -1
+        self.last_step = 0
         self.state = "waiting"
 
     @property

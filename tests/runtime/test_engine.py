@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
+import os
 import time
+from collections import Counter
+from typing import ClassVar
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fgsnap.errors import RequestError
-from fgsnap.kernels.ops import Batch, Sampled, Samples, Sampling
+from fgsnap.kernels.ops import Batch, Edits, Sampled, Samples, Sampling
 from fgsnap.runtime.engine import Engine
-from fgsnap.runtime.request import Output, Request, SamplingParams
-from tests.doubles import StubModel
+from fgsnap.runtime.request import Output, Request, SamplingParams, Token
+from fgsnap.runtime.roster import NO_TOKEN
+from fgsnap.runtime.sequence import Sequence
+from tests.doubles import StubModel, pick, said_next
 
 VOCAB = 24
 EOS = (3, 7)
@@ -53,21 +58,59 @@ def request(name: str, prompt=(1, 2, 3), max_tokens: int = 8, **params) -> Reque
 
 params = st.builds(
     SamplingParams,
-    max_tokens=st.integers(1, 12),
+    max_tokens=st.integers(1, 9),
     temperature=st.sampled_from([0.0, 0.5, 1.0, 3.0]),
     top_k=st.sampled_from([0, 1, 5]),
     top_p=st.sampled_from([0.3, 0.9, 1.0]),
-    seed=st.integers(0, 2**64 - 1),
+    min_p=st.sampled_from([0.0, 0.0, 0.2]),
+    seed=st.integers(0, 3),
     stop_token_ids=st.sampled_from([(), (5,), (5, 6)]),
-    ignore_eos=st.booleans(),
-    logprobs=st.sampled_from([-1, 0, 2]),
+    ignore_eos=st.sampled_from([True, True, False]),
+    logprobs=st.sampled_from([-1, -1, 0, 2]),
+)
+edited = st.builds(
+    msgspec.structs.replace,
+    params,
+    repetition_penalty=st.sampled_from([1.0, 1.5]),
+    presence_penalty=st.sampled_from([0.0, 1.0]),
+    frequency_penalty=st.sampled_from([0.0, 0.5]),
+    logit_bias=st.sampled_from([(), ((1, 3.0), (2, -100.0)), ((5, 6.0),)]),
+    min_tokens=st.sampled_from([0, 0, 1]),
 )
 # Many begin alike, and some are equal.
 prompts = st.one_of(
-    st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=30),
-    st.builds(lambda same, own: [*range(same), *own], st.integers(1, 20), st.lists(st.integers(0, 2), max_size=10)),
+    st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=20),
+    st.builds(lambda same, own: [*range(same), *own], st.integers(1, 14), st.lists(st.integers(0, 2), max_size=6)),
 )
-LONGEST = 44  # tokens of a prompt and its answer
+LONGEST = 29  # tokens of a prompt and its answer
+SICK = 9  # the token after which some models fail
+SHRINKING = [Phase.shrink] if os.environ.get("FGSNAP_SHRINK", "1") == "1" else []
+HISTORIES = int(os.environ.get("FGSNAP_HISTORIES", "2000"))
+
+
+def said(request: Request, sick: int | None = None) -> tuple[list[Token], str]:
+    """The answer as the rules of sampling word it, of a text and nothing else: no engine, no blocks, no state."""
+    params, tokens, given = request.params, list(request.prompt), []
+    enders = {*params.stop_token_ids, *(() if params.ignore_eos else EOS)}
+    while len(given) < params.max_tokens:
+        edits = Edits(
+            repetition=params.repetition_penalty,
+            presence=params.presence_penalty,
+            frequency=params.frequency_penalty,
+            bias=dict(params.logit_bias),
+            banned=sorted(enders) if len(given) < params.min_tokens else (),
+            prompt=sorted({*request.prompt}),
+        )
+        edits.counts = Counter(tokens[len(request.prompt) :])
+        how = Sampling(
+            params.temperature, params.top_k, params.top_p, params.min_p, params.seed, params.logprobs, edits
+        )
+        picked = Sampled(-1) if tokens[-1] == sick else pick(said_next(tokens, VOCAB), how, len(tokens))
+        if picked.token == -1 or picked.token in enders:
+            return given, "error" if picked.token == -1 else "stop"
+        tokens.append(picked.token)
+        given.append(Token(picked.token, *((picked.logprob, picked.top) if params.logprobs >= 0 else ())))
+    return given, "length"
 
 
 class Clock:
@@ -79,123 +122,238 @@ class Clock:
         return self.now
 
 
+class Witness:
+    """Watches who starts and who gives up its blocks, and computes by when each request has to have ended.
+
+    The rule is that of the scheduler's docstring: every step brings the one that started first a token of its answer,
+    or the share of the oldest prompt, so a start delays those that wait by its ``cost`` at most, and is itself delayed
+    by the older prompts only.
+    """
+
+    def __init__(self, engine: Engine, budget: int, most: int) -> None:
+        self.scheduler = scheduler = engine._scheduler
+        room = budget - min(budget, most) + 1
+        self.share = room - room // 2
+        self.latest: dict[str, int] = {}
+        self.waiting: dict[str, Sequence] = {}
+        self.start, self.preempt, self.remove = scheduler._start, scheduler._preempt, scheduler.remove
+        scheduler._start, scheduler._preempt, scheduler.remove = self.on_start, self.on_preempt, self.on_remove
+
+    @property
+    def step(self) -> int:
+        return self.scheduler.roster.step
+
+    def prefill(self, sequence: Sequence) -> int:
+        return -(-sequence.remaining // self.share)
+
+    def cost(self, sequence: Sequence) -> int:
+        """The steps that it takes if each brings it as little as it may."""
+        left = sequence.params.max_tokens - sequence.generated
+        return left if sequence.row >= 0 else self.prefill(sequence) + left - 1
+
+    def running(self) -> list[Sequence]:
+        return [*self.scheduler._prompts, *self.scheduler.roster.sequences]
+
+    def on_submit(self, sequence: Sequence) -> None:
+        self.waiting[sequence.id] = sequence
+        self.latest[sequence.id] = self.step + sum(map(self.cost, self.running()))
+
+    def on_start(self, sequence: Sequence) -> bool:
+        older = [*self.scheduler._prompts]
+        if not self.start(sequence):
+            return False
+        self.waiting.pop(sequence.id)
+        parked = {id(one) for group in self.scheduler._parked.values() for one in group}
+        for other in self.waiting.values():
+            assert sequence.order < other.order or id(other) in parked, "it overtook one that was ready"
+            self.latest[other.id] += self.cost(sequence)
+        from_here = self.step + sum(map(self.prefill, older)) + self.cost(sequence)
+        assert from_here <= self.latest[sequence.id] + self.cost(sequence)
+        self.latest[sequence.id] = from_here
+        return True
+
+    def on_preempt(self, sequence: Sequence) -> None:
+        live = [*self.waiting.values(), *self.running()]
+        assert sequence is not min(live, key=lambda one: one.order), "the first of all gave up its blocks"
+        self.preempt(sequence)
+        self.on_submit(sequence)
+
+    def on_remove(self, sequence: Sequence, *, spoiled: bool = False) -> None:
+        self.waiting.pop(sequence.id, None)
+        self.remove(sequence, spoiled=spoiled)
+        assert self.step <= self.latest.pop(sequence.id), "it took longer than is proven"
+
+
 class EngineLife(RuleBasedStateMachine):
     """Random arrivals, aborts, deadlines and steps over a cache that holds only two or three sequences."""
 
+    seen: ClassVar[Counter] = Counter()
+
     @initialize(
         budget=st.integers(1, 16),
-        data=st.data(),
+        most=st.integers(1, 20),
         block_size=st.integers(1, 6),
+        spare=st.integers(0, 5),
         admission=st.sampled_from(["reserve", "optimistic"]),
-        caching=st.booleans(),
+        caching=st.sampled_from([True, True, False]),
+        sick=st.sampled_from([None, None, SICK]),
+        queue=st.sampled_from([3, 100]),
     )
-    def start(self, budget, data, block_size, admission, caching):
-        self.model = stub(blocks=-(-LONGEST // block_size) + data.draw(st.integers(0, 10)), block_size=block_size)
-        self.budget, self.clock, self.most = budget, Clock(), data.draw(st.integers(1, 20))
+    def begin(self, budget, most, block_size, spare, admission, caching, sick, queue):
+        self.sick, self.queue, self.budget, self.most, self.clock = sick, queue, budget, most, Clock()
+        blocks = -(-LONGEST // block_size) + spare
+        self.model = stub(blocks=blocks, block_size=block_size, nan_after=sick)
         self.engine = Engine(
-            self.model, eos_token_ids=EOS, token_budget=budget, max_sequences=self.most, admission=admission,
-            prefix_caching=caching, clock=self.clock,
+            self.model, eos_token_ids=EOS, token_budget=budget, max_sequences=most, admission=admission,
+            max_waiting=queue, prefix_caching=caching, clock=self.clock,
         )  # fmt: skip
+        self.witness = Witness(self.engine, budget, most)
         self.requests: dict[str, Request] = {}
         self.outputs: dict[str, list[Output]] = {}
-        self.aborted: set[str] = set()
+        self.live: set[str] = set()
+        self.parked = False
 
     @rule(
         prompt=prompts,
-        params=params,
-        copies=st.sampled_from([1, 1, 1, 3]),
-        priority=st.integers(-1, 1),
+        params=st.one_of(params, edited),
+        copies=st.sampled_from([1, 1, 2, 4]),
+        priority=st.sampled_from([0, 0, -1, 1]),
         tenant=st.sampled_from("ab"),
         timeout=st.sampled_from([None, None, None, 3.0]),
         salt=st.sampled_from(["", "", "x"]),
     )
     def submit(self, prompt, params, copies, priority, tenant, timeout, salt):
-        for _ in range(copies):
-            name = f"r{len(self.requests)}"
-            self.requests[name] = Request(name, tuple(prompt), params, priority, tenant, timeout, salt)
-            self.engine.submit(self.requests[name])
+        for copy in range(copies):
+            own = msgspec.structs.replace(params, seed=params.seed + copy)
+            request = Request(f"r{len(self.requests)}", tuple(prompt), own, priority, tenant, timeout, salt)
+            if self.engine.stats().waiting >= self.queue:
+                with pytest.raises(RequestError) as refused:
+                    self.engine.submit(request)
+                assert refused.value.status == 429
+                EngineLife.seen["a full queue"] += 1
+                return
+            self.requests[request.id] = request
+            self.live.add(request.id)
+            self.engine.submit(request)
+            self.witness.on_submit(self.engine._live[request.id])
 
     @precondition(lambda self: self.requests)
-    @rule(data=st.data())
-    def abort(self, data):
-        name = data.draw(st.sampled_from(sorted(self.requests)))
+    @rule(pick=st.integers(0, 1000))
+    def abort(self, pick):
+        name = f"r{pick % len(self.requests)}"
         self.engine.abort(name)
-        if not self.done(name):
-            self.aborted.add(name)
+        if name in self.live:
+            self.live.remove(name)
+            self.outputs.pop(name, None)
 
     @rule(steps=st.integers(1, 5))
     def step(self, steps):
         for _ in range(steps):
-            before = len(self.model.batches)
-            self.hear(self.engine.step().outputs())
-            assert len(self.model.batches) - before <= 1
+            self.one_step()
 
     @rule()
     def wait(self):
         self.clock.now += 2
 
-    def hear(self, outputs):
-        for output in outputs:
-            assert output.request not in self.aborted, "an aborted request spoke"
-            assert not self.done(output.request), "a finished request spoke"
+    def one_step(self):
+        before = len(self.model.batches)
+        step = self.engine.step()
+        for output in step.outputs():
+            assert output.request in self.live, "one that was aborted or had ended spoke"
             self.outputs.setdefault(output.request, []).append(output)
-
-    def done(self, name):
-        return name in self.outputs and self.outputs[name][-1].finish is not None
-
-    @invariant()
-    def never_over_budget(self):
-        if hasattr(self, "model"):
-            assert all(len(batch.tokens) <= self.budget for batch in self.model.batches[-5:])
+            if output.finish is not None:
+                self.live.remove(output.request)
+        made = self.model.batches[before:]
+        assert len(made) == 1 or not (made or self.live), "no step while there is work"
+        assert all(len(batch.tokens) <= self.budget for batch in made)
+        self.parked |= bool(self.engine._scheduler._parked)
 
     @invariant()
-    def the_gauges_are_true(self):
-        if hasattr(self, "model"):
-            stats = self.engine.stats()
-            live = [name for name in self.requests if name not in self.aborted and not self.done(name)]
-            assert stats.running + stats.waiting == len(live)
-            assert self.engine.has_work() == bool(live)
-            assert live or stats.kv_blocks_free == stats.kv_blocks, "blocks leaked"
-            assert stats.running <= self.most
+    def the_books_are_right(self):
+        if not hasattr(self, "engine"):
+            return
+        stats, scheduler = self.engine.stats(), self.engine._scheduler
+        assert stats.running + stats.waiting == len(self.live) == len(self.engine._live)
+        assert self.engine.has_work() == bool(self.live)
+        assert stats.running <= min(self.most, self.budget)
+        assert 0 <= stats.kv_blocks_free <= stats.kv_blocks
+        assert stats.waiting == len(self.witness.waiting)
+        assert scheduler._parked.keys() <= scheduler._computing.keys(), "who waits for a prefix waits for ever"
+        if not self.live:
+            nothing_is_left(self.engine)
 
     def teardown(self):
-        if not hasattr(self, "model"):
+        if not hasattr(self, "engine"):
             return
-        left = [name for name in self.requests if name not in self.aborted and not self.done(name)]
-        for _ in range(bound(self.budget, self.most, [self.requests[name] for name in left], self.engine)):
-            self.hear(self.engine.step().outputs())
+        for _ in range(sum(len(r.prompt) + r.params.max_tokens for r in self.requests.values()) ** 2):
+            if not self.live:
+                break
+            self.one_step()
         assert not self.engine.has_work(), "the engine makes no progress"
-        for name, original in self.requests.items():
-            if name not in self.aborted:
-                self.compare(self.outputs[name], alone(msgspec.structs.replace(original, timeout=None)))
-        stats = self.engine.stats()
-        assert (stats.running, stats.waiting, stats.kv_blocks_free) == (0, 0, stats.kv_blocks)
-        pool = self.engine._pool
-        assert sorted([*pool._free, *pool._idle]) == list(range(self.model.blocks))
-        assert not pool._promised and not any(pool._users) and len(pool._found) == len(pool._idle)
-        assert not self.engine._scheduler._computing and not self.engine._scheduler._parked
+        nothing_is_left(self.engine)
+        for name, outputs in self.outputs.items():
+            self.compare(outputs, said(self.requests[name], self.sick))
+        self.count()
 
     def compare(self, outputs, expected):
-        tokens, finish = summary(outputs)
+        tokens, finish = [token for output in outputs for token in output.tokens], outputs[-1].finish
+        assert all(output.finish is None for output in outputs[:-1])
         if outputs[-1].code == "deadline_exceeded":
             assert tokens == expected[0][: len(tokens)] and finish == "error"
         else:
-            assert (tokens, finish) == expected, "differs from running alone"
+            assert (tokens, finish) == expected, "differs from what the rules say"
+            EngineLife.seen[f"ended by {finish}"] += 1
+
+    def count(self):
+        stats, whole = self.engine.stats(), self.outputs.keys() == self.requests.keys()
+        prompts = sum(len(request.prompt) for request in self.requests.values())
+        if whole and all(outputs[-1].code != "deadline_exceeded" for outputs in self.outputs.values()):
+            assert stats.prompt_tokens == prompts, "a prompt's token was counted twice, or another's as one"
+            assert stats.generated_tokens == sum(len(o.tokens) for given in self.outputs.values() for o in given)
+        assert stats.prompt_tokens <= prompts
+        EngineLife.seen += Counter(
+            histories=1,
+            preempted=stats.preemptions > 0,
+            prefix_hit=stats.cached_tokens > 0,
+            parked=self.parked,
+            requests=len(self.requests),
+        )
 
 
-def bound(budget: int, most: int, requests: list[Request], engine: Engine) -> int:
-    """Steps in which all of these end, though nothing but the first of them were computed in any step.
+def nothing_is_left(engine: Engine) -> None:
+    """Assert that an engine without requests holds nothing of those it had, but what it caches."""
+    stats, pool, scheduler, roster = engine.stats(), engine._pool, engine._scheduler, engine._roster
+    assert (stats.running, stats.waiting, stats.kv_blocks_free) == (0, 0, stats.kv_blocks), "blocks leaked"
+    assert sorted([*pool._free, *pool._idle]) == list(range(pool.blocks))
+    assert not pool._promised and not any(pool._users)
+    assert {*pool._found.values()} == {*pool._idle} and len(pool._found) == len(pool._idle)
+    assert all(pool._found[digest] == block for block, digest in enumerate(pool._digests) if digest is not None)
+    assert not scheduler._computing and not scheduler._parked and not scheduler._prompts
+    assert all(sequence.state == "gone" for _, sequence in scheduler._queue)
+    columns = (roster.sequences, roster.ids, roster.texts, roster.tables, roster.how, roster.last, roster.cached)
+    assert not any(columns) and not any(roster._growing) and not roster._due and not roster._edited
+    assert roster._enders == {NO_TOKEN: 1}
 
-    With preemption, what is computed may be lost once for every token that somebody in front of it gets.
-    """
-    tokens = sum(len(request.prompt) + request.params.max_tokens for request in requests)
-    return tokens * (1 + len(requests) * (engine._scheduler._optimistic)) + 1
 
+class Life(EngineLife.TestCase):
+    """Each of these has to have happened often enough, or what the histories show is worth little."""
 
-EngineLife.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
-)
-test_any_life_of_the_engine = EngineLife.TestCase
+    settings = settings(
+        max_examples=HISTORIES,
+        stateful_step_count=20,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        report_multiple_bugs=False,
+        phases=[Phase.explicit, Phase.reuse, Phase.generate, *SHRINKING],
+    )
+
+    @classmethod
+    def tearDownClass(cls):
+        seen = EngineLife.seen
+        print(f"\n{seen['histories']} histories: {dict(seen)}")
+        if seen["histories"] >= 1000:
+            for what in ("preempted", "prefix_hit", "parked", "a full queue", "ended by error", "ended by stop"):
+                assert seen[what] > seen["histories"] / 100, what
 
 
 @given(seed=st.integers(0, 2**64 - 1), others=st.lists(prompts, max_size=6), budget=st.integers(1, 20))
@@ -248,6 +406,9 @@ class Scripted:
         ({3: 90}, {}, ([], "stop")),
         ({}, {"max_tokens": 1}, ([50], "length")),
         ({4: 90}, {"max_tokens": 2}, ([50], "stop")),
+        ({4: NO_TOKEN}, {}, ([50], "error")),
+        ({4: NO_TOKEN}, {"max_tokens": 2}, ([50], "error")),
+        ({3: NO_TOKEN}, {"max_tokens": 1}, ([], "error")),
     ],
 )
 def test_how_a_request_ends(script, params, expected):
@@ -364,6 +525,15 @@ def test_a_live_id_cannot_be_taken_twice_but_a_finished_one_can():
     finish(engine)
     engine.submit(request("r"))
     assert finish(engine)["r"]
+
+
+def test_what_ended_is_not_kept_until_its_deadline():
+    """An id may even be taken again at the same moment."""
+    engine = Engine(stub(), clock=Clock())
+    for _ in range(500):
+        engine.submit(msgspec.structs.replace(request("r"), timeout=3600.0))
+        engine.abort("r")
+    assert len(engine._deadlines) < 100
 
 
 class Instant:
