@@ -125,16 +125,20 @@ class Engine:
             cached_tokens=self._scheduler.cached_tokens,
             preemptions=self._scheduler.preemptions,
             recomputed_tokens=self._recomputed_tokens,
+            waiting_tokens=self._scheduler.waiting_tokens,
         )
 
     def _commit(self, work: Work, samples: Samples, ends: list[Output]) -> Step:
         """Add the tokens to their texts, and take out whoever has ended."""
+        samples, prompts = _parted(work, samples)
         roster, decodes, tokens = self._roster, work.decodes, samples.tokens
         requests = roster.ids.copy()
         if work.slices:
             new, again = self._scheduler.advance(work)
             self._prompt_tokens += new
             self._recomputed_tokens += again
+            prompts = self._sound(prompts, ends)
+            ends += self._only_computed(work)
         silent = [row for row in roster.append(tokens[:decodes]) if self._stops(roster.sequences[row], tokens[row])]
         stopped = [roster.sequences[row] for row in silent]
         for sequence in roster.due():
@@ -142,6 +146,9 @@ class Engine:
                 ends.append(self._end(sequence, Output(sequence.id, finish="length")))
         for row, sequence in enumerate(work.through, decodes):
             requests.append(sequence.id)
+            if sequence.state == "gone":  # another row of it was broken
+                silent.append(row)
+                continue
             sequence.tokens.append(tokens[row])
             if self._stops(sequence, tokens[row]):
                 silent.append(row)
@@ -154,7 +161,19 @@ class Engine:
                     roster.join(sequence)
         ends += [self._stopped(sequence) for sequence in stopped]
         self._generated_tokens += len(tokens) - len(silent)
-        return _without(silent, requests, tokens, samples.logprobs, ends)
+        return _without(silent, requests, tokens, samples.logprobs, ends, prompts)
+
+    def _only_computed(self, work: Work) -> list[Output]:
+        """End those that are through and want no answer."""
+        through = [live for live, _ in work.slices if not live.params.max_tokens and not live.remaining]
+        return [self._end(live, Output(live.id, finish="length")) for live in through if live.state == "running"]
+
+    def _sound(self, prompts: list[Output], ends: list[Output]) -> list[Output]:
+        """Those of ``prompts`` that have no error; whoever has one ends."""
+        for output in prompts:
+            if output.finish is not None:
+                ends.append(self._end(self._live[output.request], output, spoiled=True))
+        return [output for output in prompts if output.finish is None]
 
     def _stops(self, sequence: Sequence, token: int) -> bool:
         return token == NO_TOKEN or token in sequence.enders
@@ -162,8 +181,7 @@ class Engine:
     def _stopped(self, sequence: Sequence) -> Output:
         """End a sequence whose last token does not belong to it."""
         if sequence.tokens.pop() == NO_TOKEN:
-            why = "the model gave no finite logit for this request"
-            return self._end(sequence, Output(sequence.id, (), "error", why, "not_finite"), spoiled=True)
+            return self._end(sequence, _not_finite(sequence), spoiled=True)
         return self._end(sequence, Output(sequence.id, finish="stop"))
 
     def _end(self, sequence: Sequence, output: Output, *, spoiled: bool = False) -> Output:
@@ -232,18 +250,44 @@ class Engine:
 
 
 def _without(
-    silent: list[int], requests: list[str], tokens: list[int], logprobs: dict[int, Sampled], ends: list[Output]
+    silent: list[int],
+    requests: list[str],
+    tokens: list[int],
+    logprobs: dict[int, Sampled],
+    ends: list[Output],
+    prompts: list[Output],
 ) -> Step:
     """The step without the rows whose token nobody gets."""
     if not silent:
-        return Step(requests, tokens, {row: Token(*one) for row, one in logprobs.items()}, ends)
+        return Step(requests, tokens, {row: Token(*one) for row, one in logprobs.items()}, ends, prompts)
     left = [row for row in range(len(tokens)) if row not in {*silent}]
     return Step(
         [requests[row] for row in left],
         [tokens[row] for row in left],
         {place: Token(*logprobs[row]) for place, row in enumerate(left) if row in logprobs},
         ends,
+        prompts,
     )
+
+
+def _parted(work: Work, samples: Samples) -> tuple[Samples, list[Output]]:
+    """The samples without the rows of prompts' tokens, and what these tell."""
+    if not work.scored:
+        return samples, []
+    told, outputs = set[int](), []
+    for sequence, first, positions in work.scored:
+        rows = range(first, first + len(positions))
+        told.update(rows)
+        sound = all(row in samples.logprobs for row in rows)
+        tokens = tuple(Token(*samples.logprobs[row]) for row in rows) if sound else ()
+        outputs.append(Output(sequence.id, prompt=tokens) if sound else _not_finite(sequence))
+    left = [row for row in range(len(samples.tokens)) if row not in told]
+    logprobs = {place: samples.logprobs[row] for place, row in enumerate(left) if row in samples.logprobs}
+    return Samples([samples.tokens[row] for row in left], logprobs), outputs
+
+
+def _not_finite(sequence: Sequence) -> Output:
+    return Output(sequence.id, (), "error", "the model gave no finite logit for this request", "not_finite")
 
 
 NO_SAMPLES = Samples([], {})
@@ -256,7 +300,7 @@ def _check_params(request: Request) -> None:
     params = request.params
     biases = [bias for _, bias in params.logit_bias]
     rules = (
-        ("max_tokens", params.max_tokens, params.max_tokens >= 1, "at least 1"),
+        ("max_tokens", params.max_tokens, params.max_tokens >= 0, "0 or more"),
         ("temperature", params.temperature, 0 <= params.temperature < math.inf, "a number from 0 up"),
         ("top_k", params.top_k, params.top_k >= 0, "0 (off) or more"),
         ("top_p", params.top_p, 0 < params.top_p <= 1, "above 0 and at most 1"),

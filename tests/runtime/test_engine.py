@@ -14,7 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from fgsnap.errors import RequestError
 from fgsnap.kernels.ops import Batch, Sampled, Samples, Sampling
 from fgsnap.runtime.engine import Engine
-from fgsnap.runtime.request import Output, Request, SamplingParams
+from fgsnap.runtime.request import Output, Request, SamplingParams, Token
+from fgsnap.runtime.scheduler import MOST_SCORED
 from tests.doubles import StubModel
 
 VOCAB = 24
@@ -41,10 +42,21 @@ def summary(outputs: list[Output]) -> tuple[list[int], str | None]:
     return [token.id for output in outputs for token in output.tokens], outputs[-1].finish
 
 
+def of_prompt(outputs: list[Output]) -> list[Token]:
+    """What was told of the prompt's tokens, which comes before any of the answer's."""
+    answering = [bool(output.tokens) for output in outputs if output.tokens or output.prompt]
+    assert answering == sorted(answering)
+    return [token for output in outputs for token in output.prompt]
+
+
 def alone(request: Request, **settings) -> tuple[list[int], str | None]:
+    return summary(outputs_alone(request, **settings))
+
+
+def outputs_alone(request: Request, **settings) -> list[Output]:
     engine = Engine(stub(**settings), eos_token_ids=EOS)
     engine.submit(request)
-    return summary(finish(engine)[request.id])
+    return finish(engine)[request.id]
 
 
 def request(name: str, prompt=(1, 2, 3), max_tokens: int = 8, **params) -> Request:
@@ -53,7 +65,7 @@ def request(name: str, prompt=(1, 2, 3), max_tokens: int = 8, **params) -> Reque
 
 params = st.builds(
     SamplingParams,
-    max_tokens=st.integers(1, 12),
+    max_tokens=st.integers(0, 12),
     temperature=st.sampled_from([0.0, 0.5, 1.0, 3.0]),
     top_k=st.sampled_from([0, 1, 5]),
     top_p=st.sampled_from([0.3, 0.9, 1.0]),
@@ -61,6 +73,7 @@ params = st.builds(
     stop_token_ids=st.sampled_from([(), (5,), (5, 6)]),
     ignore_eos=st.booleans(),
     logprobs=st.sampled_from([-1, 0, 2]),
+    prompt_logprobs=st.sampled_from([-1, -1, 0, 2]),
 )
 # Many begin alike, and some are equal.
 prompts = st.one_of(
@@ -167,7 +180,7 @@ class EngineLife(RuleBasedStateMachine):
         assert not self.engine.has_work(), "the engine makes no progress"
         for name, original in self.requests.items():
             if name not in self.aborted:
-                self.compare(self.outputs[name], alone(msgspec.structs.replace(original, timeout=None)))
+                self.compare(self.outputs[name], outputs_alone(msgspec.structs.replace(original, timeout=None)))
         stats = self.engine.stats()
         assert (stats.running, stats.waiting, stats.kv_blocks_free) == (0, 0, stats.kv_blocks)
         pool = self.engine._pool
@@ -177,10 +190,13 @@ class EngineLife(RuleBasedStateMachine):
 
     def compare(self, outputs, expected):
         tokens, finish = summary(outputs)
+        told = of_prompt(outputs)
         if outputs[-1].code == "deadline_exceeded":
-            assert tokens == expected[0][: len(tokens)] and finish == "error"
+            assert tokens == summary(expected)[0][: len(tokens)] and finish == "error"
+            assert told == of_prompt(expected)[: len(told)]
         else:
-            assert (tokens, finish) == expected, "differs from running alone"
+            assert (tokens, finish) == summary(expected), "differs from running alone"
+            assert told == of_prompt(expected), "the prompt's logprobs differ from running alone"
 
 
 def bound(budget: int, most: int, requests: list[Request], engine: Engine) -> int:
@@ -264,6 +280,95 @@ def test_logprobs_reach_the_output():
     assert output.tokens[0].top == ((50, -0.5),)
 
 
+def logprobs_of(prompt: list[int], count: int) -> list[Token]:
+    """The prompt's tokens but the first as the stub model scores them, each by a forward of what is before it."""
+    found = []
+    for length in range(1, len(prompt)):
+        batch = Batch(prompt[:length], range(length), (0, length), (length,), (range(16),), (length - 1,))
+        model = stub()
+        how = Sampling(logprobs=count, target=prompt[length])
+        found.append(Token(*model.sample(model.forward(batch), [how], [length]).logprobs[0]))
+    return found
+
+
+@pytest.mark.parametrize("budget", [3, 7, 512])
+@pytest.mark.parametrize("max_tokens", [0, 1, 4])
+def test_logprobs_of_prompts_are_told_once_and_before_the_answer(budget, max_tokens):
+    """Several prompts at once, cut anywhere; beside others that want none, and answer as ever."""
+    engine = Engine(stub(blocks=64), eos_token_ids=EOS, token_budget=budget)
+    prompts = {"a": [*range(20)], "b": [5], "c": [*range(18), 1, 1], "d": [2, 9]}
+    for name, prompt in prompts.items():
+        engine.submit(request(name, prompt, max_tokens, prompt_logprobs=2, ignore_eos=True))
+    engine.submit(request("plain", range(24), 5, ignore_eos=True))
+    outputs = finish(engine)
+    for name, prompt in prompts.items():
+        assert of_prompt(outputs[name]) == logprobs_of(prompt, 2), name
+        tokens, end = summary(outputs[name])
+        assert (len(tokens), end) == (max_tokens, "length")
+    assert summary(outputs["plain"]) == alone(request("plain", range(24), 5, ignore_eos=True))
+    stats = engine.stats()
+    assert stats.kv_blocks_free == stats.kv_blocks and stats.waiting_tokens == 0
+
+
+def test_no_step_has_more_rows_of_prompts_than_memory_is_meant_for():
+    model = stub(blocks=256, max_length=512)
+    engine = Engine(model, token_budget=512)
+    prompts = {str(n): [*range(n, 24)] * 10 for n in range(4)}
+    for name, prompt in prompts.items():
+        engine.submit(request(name, prompt, 1, prompt_logprobs=0))
+    outputs = finish(engine)
+    assert {name: len(of_prompt(found)) + 1 for name, found in outputs.items()} == {
+        n: len(p) for n, p in prompts.items()
+    }
+    rows = [len(batch.rows) for batch in model.batches]
+    assert max(rows) <= MOST_SCORED + len(prompts) and sum(rows) == sum(map(len, prompts.values()))
+
+
+def test_a_prompt_that_is_scored_is_not_found_cached_but_others_find_it():
+    engine = Engine(stub(), token_budget=64)
+    prompt = [*range(20)]
+    expected = logprobs_of(prompt, 1)
+    for name, logprobs, cached in (("first", -1, 0), ("scored", 1, 0), ("plain", -1, 16), ("again", 1, 16)):
+        engine.submit(request(name, prompt, 1, prompt_logprobs=logprobs))
+        outputs = finish(engine)[name]
+        assert of_prompt(outputs) == (expected if logprobs >= 0 else [])
+        assert engine.stats().cached_tokens == cached
+
+
+def test_a_preempted_prompt_is_not_scored_twice():
+    """Blocks are short, so whoever has the least to lose starts again, and tells nothing again."""
+    model = stub(blocks=12, block_size=2)
+    engine = Engine(model, token_budget=8, admission="optimistic")
+    names = [f"r{n}" for n in range(6)]
+    for n, name in enumerate(names):
+        engine.submit(request(name, range(n, n + 9), 12, prompt_logprobs=1, ignore_eos=True))
+    outputs = finish(engine)
+    assert engine.stats().preemptions > 0
+    for n, name in enumerate(names):
+        assert of_prompt(outputs[name]) == logprobs_of([*range(n, n + 9)], 1)
+
+
+def test_a_prompt_that_fills_the_cache_needs_no_room_for_an_answer_that_nobody_wants():
+    for admission in ("reserve", "optimistic"):
+        engine = Engine(stub(blocks=4), token_budget=8, admission=admission)
+        engine.submit(request("r", range(16), 0, prompt_logprobs=0))
+        outputs = finish(engine)["r"]
+        assert len(of_prompt(outputs)) == 15 and outputs[-1].finish == "length"
+
+
+@pytest.mark.parametrize("max_tokens", [0, 3])
+def test_a_broken_row_of_a_prompt_ends_its_request_alone(max_tokens):
+    model = stub(nan_after=23)
+    engine = Engine(model, eos_token_ids=EOS)
+    good = request("good", (1, 2), ignore_eos=True, stop_token_ids=(23,), prompt_logprobs=0)
+    engine.submit(good)
+    engine.submit(request("bad", (1, 23, 2), max_tokens, prompt_logprobs=0))
+    outputs = finish(engine)
+    assert (outputs["bad"][-1].finish, outputs["bad"][-1].code) == ("error", "not_finite")
+    assert summary(outputs["good"]) == alone(good)
+    assert engine.stats().kv_blocks_free == model.blocks
+
+
 def test_not_a_number_ends_only_the_request_it_belongs_to():
     model = stub(nan_after=23)
     engine = Engine(model, eos_token_ids=EOS)
@@ -313,7 +418,7 @@ def test_an_idle_engine_does_nothing():
         (request("r", ()), "prompt"),
         (request("r", (1, VOCAB)), "prompt"),
         (request("r", (-1,)), "prompt"),
-        (request("r", max_tokens=0), "max_tokens"),
+        (request("r", max_tokens=-1), "max_tokens"),
         (request("r", temperature=-0.1), "temperature"),
         (request("r", temperature=math.nan), "temperature"),
         (request("r", temperature=math.inf), "temperature"),
@@ -322,6 +427,7 @@ def test_an_idle_engine_does_nothing():
         (request("r", top_p=math.nan), "top_p"),
         (request("r", top_k=-1), "top_k"),
         (request("r", logprobs=-2), "logprobs"),
+        (request("r", prompt_logprobs=-2), "prompt_logprobs"),
     ],
 )
 def test_malformed_requests_are_refused_naming_the_field(wrong, param):
