@@ -51,6 +51,7 @@ class Sampled(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: Annotated[list[TokenId], msgspec.Meta(max_length=64)] | None = None
     ignore_eos: bool | None = False
     min_tokens: Annotated[int, msgspec.Meta(ge=0, le=2**31)] | None = None
+    prompt_logprobs: TopLogprobs | None = None
     priority: Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31)] | None = None
     timeout: Annotated[float, msgspec.Meta(gt=0, le=1e6)] | None = None
     cache_salt: Annotated[str, msgspec.Meta(min_length=1, max_length=256)] | None = None
@@ -60,6 +61,8 @@ class Sampled(msgspec.Struct, frozen=True, kw_only=True):
 
 class CompletionBody(Sampled, frozen=True, kw_only=True):
     prompt: str | list[str | int | list[int]]
+    max_tokens: Annotated[int, msgspec.Meta(ge=0, le=2**31)] | None = None
+    echo: bool | None = False
     logprobs: TopLogprobs | None = None
     best_of: Choices | None = None
 
@@ -86,11 +89,9 @@ class ChatBody(Sampled, frozen=True, kw_only=True):
 
 # Fields that change the answer and that this server does not offer, with the values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "echo": (None, False),
     "suffix": (None, ""),
     "length_penalty": (None, 1),
     "bad_words": (None, []),
-    "prompt_logprobs": (None, False),
     "use_beam_search": (None, False),
     "response_format": (None, {"type": "text"}),
     "structured_outputs": (None, {}),
@@ -106,6 +107,9 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 
+UNSUPPORTED_IN_CHAT: dict[str, tuple[Any, ...]] = {"echo": (None, False), "best_of": (None, 1)}
+
+
 class Call(NamedTuple):
     """One HTTP request, checked. Either ``prompts`` or ``messages`` is filled.
 
@@ -113,6 +117,8 @@ class Call(NamedTuple):
         params: as for the engine; ``max_tokens`` is settled when the prompt's length and the context are known.
         max_tokens: None where the client left it out.
         choices: answers to make of each prompt, of which the client gets the ``kept`` likeliest.
+        echo: the answer begins with the prompt, and so do its logprobs.
+        prompt_top: the prompt's logprobs are wanted in a field of their own, with so many of the likeliest; -1: not.
     """
 
     chat: bool
@@ -129,6 +135,8 @@ class Call(NamedTuple):
     priority: int = 0
     timeout: float | None = None
     cache_salt: str = ""
+    echo: bool = False
+    prompt_top: int = -1
 
     def text_size(self) -> int:
         """Characters to be tokenized, for deciding whether that may hold up other requests."""
@@ -140,18 +148,21 @@ def parse_completion(body: bytes, vocab_size: int) -> Call:
     """The body of POST /v1/completions. RequestError names the field at fault."""
     sent = _object(body)
     wanted = _typed(sent, CompletionBody)
+    if wanted.max_tokens == 0 and not wanted.echo:
+        raise _wrong("max_tokens", "Expected `int` >= 1; 0 is for the logprobs of a prompt, with echo.")
     prompts = _prompts(wanted.prompt, vocab_size)
     choices = _choices(wanted)
     _bound_choices(len(prompts), choices)
     call = _call(
         wanted, vocab_size, chat=False, prompts=prompts, logprobs=wanted.logprobs, max_tokens=wanted.max_tokens
     )
-    return call._replace(choices=choices)
+    return (_echoing(call) if wanted.echo else call)._replace(choices=choices)
 
 
 def parse_chat(body: bytes, vocab_size: int) -> Call:
     """The body of POST /v1/chat/completions. RequestError names the field at fault."""
     sent = _object(body)
+    _refuse_unsupported(sent, UNSUPPORTED_IN_CHAT)
     wanted = _typed(sent, ChatBody)
     if wanted.top_logprobs and not wanted.logprobs:
         raise _wrong("top_logprobs", "top_logprobs needs logprobs to be true.")
@@ -180,12 +191,12 @@ def _object(body: bytes) -> dict[str, Any]:
         raise _wrong("", f"The body cannot be read as JSON: {reason}.") from None
     if not isinstance(sent, dict):
         raise _wrong("", f"The body must be a JSON object, not {_json_name(sent)}.")
-    _refuse_unsupported(sent)
+    _refuse_unsupported(sent, UNSUPPORTED)
     return sent
 
 
-def _refuse_unsupported(sent: Mapping[str, Any]) -> None:
-    for field, neutral in UNSUPPORTED.items():
+def _refuse_unsupported(sent: Mapping[str, Any], unsupported: Mapping[str, tuple[Any, ...]]) -> None:
+    for field, neutral in unsupported.items():
         if field in sent and not _among(sent[field], neutral):
             raise RequestError(
                 f"'{field}' is not supported by this server.",
@@ -250,6 +261,19 @@ def _choices(wanted: CompletionBody) -> int:
     return best_of
 
 
+def _echoing(call: Call) -> Call:
+    """The call with the prompt told as well."""
+    params = call.params
+    if params.logprobs >= 0:
+        params = msgspec.structs.replace(
+            params,
+            prompt_logprobs=max(params.prompt_logprobs, params.logprobs),
+            # Who scores a text asks for one token more and drops the last logprob; an eos must be there to be dropped.
+            ignore_eos=params.ignore_eos or call.max_tokens == 1,
+        )
+    return call._replace(echo=True, params=params)
+
+
 def _biases(logit_bias: Mapping[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
     """Token ids are keys, and so text, in JSON."""
     found = {}
@@ -272,6 +296,9 @@ def _call(
 ) -> Call:
     if wanted.stream_options is not None and not wanted.stream:
         raise _wrong("stream_options", "stream_options needs stream to be true.")
+    if wanted.prompt_logprobs is not None and wanted.stream:
+        raise _wrong("prompt_logprobs", "prompt_logprobs are not streamed; echo with logprobs is.")
+    prompt_top = -1 if wanted.prompt_logprobs is None else wanted.prompt_logprobs
     return Call(
         chat=chat,
         model=wanted.model,
@@ -292,6 +319,7 @@ def _call(
             ignore_eos=bool(wanted.ignore_eos),
             min_tokens=wanted.min_tokens or 0,
             logprobs=-1 if logprobs is None else logprobs,
+            prompt_logprobs=prompt_top,
         ),
         max_tokens=max_tokens,
         choices=wanted.n or 1,
@@ -302,6 +330,7 @@ def _call(
         priority=wanted.priority or 0,
         timeout=wanted.timeout,
         cache_salt=wanted.cache_salt or "",
+        prompt_top=prompt_top,
     )
 
 
@@ -320,9 +349,7 @@ def settled(call: Call, prompt_tokens: int, max_length: int, kv_tokens: int, cha
     """
     if prompt_tokens == 0:
         raise _wrong("messages" if call.chat else "prompt", "The prompt has no tokens.")
-    if call.max_tokens is not None and call.params.min_tokens > call.max_tokens:
-        raise _wrong("min_tokens", f"min_tokens {call.params.min_tokens} is more than max_tokens {call.max_tokens}.")
-    needed = prompt_tokens + (call.max_tokens or 1)
+    needed = prompt_tokens + (1 if call.max_tokens is None else call.max_tokens)
     if needed > max_length:
         asked = f"{call.max_tokens} of max_tokens" if call.max_tokens else "at least 1 to generate"
         raise RequestError(
@@ -332,10 +359,12 @@ def settled(call: Call, prompt_tokens: int, max_length: int, kv_tokens: int, cha
             param="messages" if call.chat else "prompt",
             code="context_length_exceeded",
         )
-    if call.max_tokens is not None:
-        return call.max_tokens
     room = max(min(max_length, kv_tokens) - prompt_tokens, 1)
-    return min(chat_tokens if call.chat else COMPLETION_MAX_TOKENS, room)
+    chosen = min(chat_tokens if call.chat else COMPLETION_MAX_TOKENS, room)
+    length = chosen if call.max_tokens is None else call.max_tokens
+    if call.params.min_tokens > length:
+        raise _wrong("min_tokens", f"min_tokens {call.params.min_tokens} is more than max_tokens, which is {length}.")
+    return length
 
 
 def _wrong(field: str, why: str) -> RequestError:
