@@ -48,7 +48,7 @@ class Engine:
         eos_token_ids: tokens that end a request, unless it ignores them.
         token_budget: most tokens in one forward.
         max_sequences: most requests running at once; never more than the budget, for each needs a token in every step.
-        max_waiting: most requests waiting; more are refused with status 429.
+        max_waiting: most requests waiting beside ``max_sequences`` that run; more are refused with status 429.
         admission: "reserve" all blocks that a request can ever need, or "optimistic": start more, and preempt.
         prefix_caching: share the blocks of equal beginnings.
         clock: seconds, for deadlines.
@@ -71,7 +71,7 @@ class Engine:
         self._pool = BlockPool(model.blocks, model.block_size, caching=prefix_caching)
         self._scheduler = Scheduler(self._pool, token_budget, min(max_sequences, token_budget), admission)
         self._roster = self._scheduler.roster
-        self._max_waiting = max_waiting
+        self._max_live = min(max_sequences, token_budget) + max_waiting
         self._clock = clock
         self._live: dict[str, Sequence] = {}
         self._deadlines: list[tuple[float, str, Sequence]] = []  # a heap; who ended before is passed over
@@ -86,8 +86,8 @@ class Engine:
         if seed is None:
             seed = int.from_bytes(os.urandom(8))
         sequence = Sequence(request, seed, self._eos, self._pool.root(request.cache_salt))
-        self._live[request.id] = sequence
         self._scheduler.add(sequence)
+        self._live[request.id] = sequence  # last, so that what fails before leaves nothing behind
         if request.timeout is not None:
             sequence.deadline = self._clock() + request.timeout
             heappush(self._deadlines, (sequence.deadline, request.id, sequence))
@@ -202,10 +202,11 @@ class Engine:
     def _check(self, request: Request) -> None:
         if request.id in self._live:
             raise RequestError(f"A request with the id '{request.id}' is still running.", param="id")
-        if self._scheduler.waiting >= self._max_waiting:
+        if len(self._live) >= self._max_live:
+            waiting = self._scheduler.waiting
             raise RequestError(
                 "The queue is full.",
-                f"{self._scheduler.waiting} requests wait, the most that may.",
+                f"{len(self._live) - waiting} choices run and {waiting} wait, together the most that may.",
                 "Try again a little later.",
                 status=429,
                 code="overloaded",
@@ -292,6 +293,9 @@ def _not_finite(sequence: Sequence) -> Output:
 
 NO_SAMPLES = Samples([], {})
 
+MOST = 1 << 32
+"""A count beyond everything, which backends can still take."""
+
 MOST_BIASES = 1024
 """Entries of one logit_bias."""
 
@@ -302,7 +306,7 @@ def _check_params(request: Request) -> None:
     rules = (
         ("max_tokens", params.max_tokens, params.max_tokens >= 0, "0 or more"),
         ("temperature", params.temperature, 0 <= params.temperature < math.inf, "a number from 0 up"),
-        ("top_k", params.top_k, params.top_k >= 0, "0 (off) or more"),
+        ("top_k", params.top_k, 0 <= params.top_k < MOST, "0 (off) or more"),
         ("top_p", params.top_p, 0 < params.top_p <= 1, "above 0 and at most 1"),
         ("min_p", params.min_p, 0 <= params.min_p <= 1, "from 0 to 1"),
         ("repetition_penalty", params.repetition_penalty, 0 < params.repetition_penalty < math.inf, "above 0"),
@@ -311,8 +315,8 @@ def _check_params(request: Request) -> None:
         ("logit_bias", f"of {len(biases)} tokens", len(biases) <= MOST_BIASES, f"of at most {MOST_BIASES}"),
         ("logit_bias", biases, all(map(math.isfinite, biases)), "of finite numbers"),
         ("min_tokens", params.min_tokens, 0 <= params.min_tokens <= params.max_tokens, "from 0 to max_tokens"),
-        ("logprobs", params.logprobs, params.logprobs >= -1, "-1 (none) or more"),
-        ("prompt_logprobs", params.prompt_logprobs, params.prompt_logprobs >= -1, "-1 (none) or more"),
+        ("logprobs", params.logprobs, -1 <= params.logprobs < MOST, "-1 (none) or more"),
+        ("prompt_logprobs", params.prompt_logprobs, -1 <= params.prompt_logprobs < MOST, "-1 (none) or more"),
         ("timeout", request.timeout, request.timeout is None or 0 < request.timeout < math.inf, "seconds above 0"),
     )
     for name, value, holds, rule in rules:

@@ -98,7 +98,7 @@ class App:
         startup: gives the start-up report.
         on_request: called when a generation request has arrived.
         on_token: called when tokens have been written to a client's connection.
-        max_open: generation requests at once, waiting ones included.
+        max_open: generation requests at once, waiting ones included: as many choices as the engine takes.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class App:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert scope["type"] == "http"
         scope["app"] = self
-        reply = _Reply(scope, send, closing=lambda: self.draining)
+        reply = _Reply(scope, send, closing=lambda: self.draining, retry_after=self._link.retry_after)
         try:
             scope["tenant"] = self._tenant(scope)
             if scope["path"] in GENERATION and scope["method"] == "POST":
@@ -511,11 +511,12 @@ async def _body(receive: Receive) -> bytes:
 class _Reply:
     """The way back to the client: adds the request's id to the headers, and remembers whether they are out."""
 
-    def __init__(self, scope: Scope, send: Send, closing: Callable[[], bool]) -> None:
+    def __init__(self, scope: Scope, send: Send, closing: Callable[[], bool], retry_after: Callable[[], int]) -> None:
         self.status = 0
         self._scope = scope
         self._send = send
         self._closing = closing
+        self._retry_after = retry_after
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -530,7 +531,7 @@ class _Reply:
         body = answers.error_body(error)
         headers = [(b"content-length", str(len(body)).encode())]
         if error.status in (429, 503):
-            headers.append((b"retry-after", b"1"))
+            headers.append((b"retry-after", str(self._retry_after()).encode()))
         if error.status in (408, 413) or self._closing():
             headers.append((b"connection", b"close"))
         if error.allow:

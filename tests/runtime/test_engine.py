@@ -404,6 +404,20 @@ def test_counters():
     assert (stats.prompt_tokens, stats.generated_tokens, stats.steps) == (6, 3, 4)
 
 
+def test_as_many_are_taken_as_may_run_and_wait():
+    """Also before the first step, when all of them wait."""
+    engine = Engine(stub(), max_sequences=2, max_waiting=1)
+    for name in "abc":
+        engine.submit(request(name, (1, 2), 2))
+    assert engine.stats().waiting_tokens == 12
+    with pytest.raises(RequestError, match="queue is full") as caught:
+        engine.submit(request("d"))
+    assert (caught.value.status, caught.value.code) == (429, "overloaded")
+    engine.abort("b")
+    engine.submit(request("d"))
+    assert finish(engine).keys() == {*"acd"} and engine.stats().waiting_tokens == 0
+
+
 def test_an_idle_engine_does_nothing():
     model = stub()
     engine = Engine(model)

@@ -12,6 +12,8 @@ import pytest
 
 from fgsnap.kernels.ops import Batch, Sampled, Sampling
 from fgsnap.runtime import server
+from fgsnap.runtime.link import Link
+from fgsnap.runtime.request import EngineStats
 from tests.doubles import ByteText, StubModel
 from tests.serving import MODEL, StubWorkers, ask, client, samples, send_only, stub_service, until
 
@@ -794,6 +796,42 @@ def test_when_full_it_says_so():
             assert reply.status == 429 and reply.headers["retry-after"] == "1"
             assert reply.error()["type"] == "rate_limit_error"
         until(lambda: service.app.open == 0)
+
+
+def test_more_choices_than_may_run_and_wait_are_told_when_to_come_again():
+    """One rule: as many as run at once, and as many as may wait beside them, over all requests."""
+    workers = StubWorkers()
+    workers.engine = {"max_sequences": 2, "max_waiting": 3}
+    with stub_service(workers) as service, client(service.url) as api:
+        until(lambda: service.link.state == "ready")
+        workers.model.delay = 0.1
+        body = {"prompt": "x" * 40, "n": 5, "max_tokens": 60, "ignore_eos": True}
+        with send_only(service.url, "/v1/completions", body):
+            until(lambda: service.link.stats and service.link.stats.generated_tokens > 4)
+            stats = service.link.stats
+            assert (stats.running, stats.waiting, stats.waiting_tokens) == (2, 3, 3 * 100)
+            with pytest.raises(openai.RateLimitError, match="2 choices run and 3 wait") as caught:
+                api.completions.create(prompt="x", model=MODEL, stream=True)
+            # Three of 100 tokens wait, and some twenty a second come, after the prompts at least.
+            assert 3 <= int(caught.value.response.headers["retry-after"]) <= 60
+            assert caught.value.code == "overloaded" and service.link.stats.waiting == 3
+        until(lambda: all_blocks_free(service.url))
+        workers.model.delay = 0.0
+        assert len(api.completions.create(prompt="x", model=MODEL, n=5).choices) == 5
+
+
+def test_when_to_come_again_is_bounded_and_by_what_is_known():
+    stats = EngineStats(1, 1, 8, 8, prompt_tokens=0, generated_tokens=0, steps=0, waiting_tokens=10**9)
+    link = Link(None, tell=print)
+    assert link.retry_after() == 1, "nothing is known yet"
+    link._start_took = 7.2
+    assert link.retry_after() == 8, "as long as the last start took"
+    link.state, link.stats = "ready", stats
+    assert link.retry_after() == 60
+    link.stats = EngineStats(1, 0, 8, 8, prompt_tokens=0, generated_tokens=0, steps=0)
+    assert link.retry_after() == 1
+    link.state = "stopping"
+    assert link.retry_after() == 1
 
 
 def test_while_draining_new_requests_go_elsewhere_and_old_ones_finish():
