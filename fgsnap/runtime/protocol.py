@@ -107,6 +107,9 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 
+BRIEF = frozenset(("stop", "stop_token_ids", "logit_bias", "cache_salt", "model"))
+LONGEST_LIST = 1 << 16  # bytes of JSON that one of these takes at most
+
 UNSUPPORTED_IN_CHAT: dict[str, tuple[Any, ...]] = {"echo": (None, False), "best_of": (None, 1)}
 
 
@@ -146,7 +149,8 @@ class Call(NamedTuple):
 
 def parse_completion(body: bytes, vocab_size: int) -> Call:
     """The body of POST /v1/completions. RequestError names the field at fault."""
-    sent = _object(body)
+    sent = _object(body, CompletionBody)
+    _bound_prompts(sent.get("prompt"))
     wanted = _typed(sent, CompletionBody)
     if wanted.max_tokens == 0 and not wanted.echo:
         raise _wrong("max_tokens", "Expected `int` >= 1; 0 is for the logprobs of a prompt, with echo.")
@@ -161,7 +165,7 @@ def parse_completion(body: bytes, vocab_size: int) -> Call:
 
 def parse_chat(body: bytes, vocab_size: int) -> Call:
     """The body of POST /v1/chat/completions. RequestError names the field at fault."""
-    sent = _object(body)
+    sent = _object(body, ChatBody)
     _refuse_unsupported(sent, UNSUPPORTED_IN_CHAT)
     wanted = _typed(sent, ChatBody)
     if wanted.top_logprobs and not wanted.logprobs:
@@ -179,20 +183,43 @@ def parse_chat(body: bytes, vocab_size: int) -> Call:
     )
 
 
-def _object(body: bytes) -> dict[str, Any]:
+def _object(body: bytes, kind: type[Body]) -> dict[str, Any]:
+    """The fields that mean something here. What others hold is not read, for it may be long."""
     if not body.strip():
         raise _wrong("", "The body is empty; it must be a JSON object.")
     try:
-        sent = msgspec.json.decode(body)
+        if body.lstrip()[:1] != b"{":
+            raise _wrong("", f"The body must be a JSON object, not {_json_name(msgspec.json.decode(body))}.")
+        raws = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+        known = {*kind.__struct_fields__, *UNSUPPORTED, *UNSUPPORTED_IN_CHAT}
+        sent = {name: _value(name, raw) for name, raw in raws.items() if name in known}
     except RecursionError:
         raise _wrong("", "The body is nested too deeply.") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        reason = str(error).partition(" - at `")[0]  # where it is: a path whose names are all left out
-        raise _wrong("", f"The body cannot be read as JSON: {reason}.") from None
-    if not isinstance(sent, dict):
-        raise _wrong("", f"The body must be a JSON object, not {_json_name(sent)}.")
+        raise _wrong("", f"The body cannot be read as JSON: {_without_path(error)}.") from None
     _refuse_unsupported(sent, UNSUPPORTED)
     return sent
+
+
+def _value(name: str, raw: msgspec.Raw) -> Any:
+    """The field's value. One that is far too long is not read to the end, to find out just that."""
+    size = memoryview(raw).nbytes
+    if size > LONGEST_LIST:
+        if name in BRIEF:
+            raise _wrong(name, f"It is {size} bytes long, of at most {LONGEST_LIST}.")
+        if name in UNSUPPORTED:
+            return raw  # none of the values that ask for nothing is long
+        if name == "prompt" and bytes(raw)[1:].lstrip()[:1] == b"[":
+            _bound_choices(bytes(raw).count(b"[") - 1, 1)
+    try:
+        return msgspec.json.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise _wrong(name, f"It cannot be read as JSON: {_without_path(error)}.") from None
+
+
+def _without_path(error: Exception) -> str:
+    """What is wrong; msgspec adds where, as a path whose names are all left out."""
+    return str(error).partition(" - at `")[0]
 
 
 def _refuse_unsupported(sent: Mapping[str, Any], unsupported: Mapping[str, tuple[Any, ...]]) -> None:
@@ -243,6 +270,12 @@ def _token_ids(ids: list[int], vocab_size: int) -> tuple[int, ...]:
         worst = min(ids) if min(ids) < 0 else max(ids)
         raise _wrong("prompt", f"Token id {worst} is outside the vocabulary of {vocab_size}.")
     return tuple(ids)
+
+
+def _bound_prompts(prompt: Any) -> None:
+    """Before they are looked at one by one."""
+    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+        _bound_choices(len(prompt), 1)
 
 
 def _bound_choices(prompts: int, n: int) -> None:

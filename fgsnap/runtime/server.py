@@ -35,6 +35,7 @@ DISCARD_LIMIT = 64 << 20  # of a body that is too long, read on so far, that its
 BODY_SECONDS = 60.0
 KEEP_ALIVE_SECONDS = 10.0
 INLINE_CHARACTERS = 1 << 14  # longer texts are tokenized on a thread, so that the streams of others flow on
+INLINE_BYTES = 1 << 18  # longer bodies are read on a thread too
 PUBLIC = frozenset(("/health", "/health/live", "/health/ready", "/health/startup"))
 
 Pieces = AsyncGenerator[Piece | None, None]
@@ -162,10 +163,15 @@ class App:
         """One completion or chat, from its body to its last token, or until its client leaves."""
         began = time.monotonic()
         with self._admitted():
-            call = GENERATION[scope["path"]](await _body(receive), self._identity.vocab_size)
+            call = await self._parsed(GENERATION[scope["path"]], await _body(receive))
             if call.model is not None:
                 self.check_model(call.model)
             await unless_gone(receive, self._answer(call, scope["tenant"], began, send))
+
+    async def _parsed(self, parse: Parse, body: bytes) -> protocol.Call:
+        if len(body) > INLINE_BYTES:
+            return await asyncio.to_thread(parse, body, self._identity.vocab_size)
+        return parse(body, self._identity.vocab_size)
 
     async def _answer(self, call: protocol.Call, tenant: str, began: float, send: Send) -> None:
         prompts = await self._tokenized(call)
