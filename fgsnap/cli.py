@@ -332,7 +332,12 @@ def _print_plan(as_json: bool, source: str, **settings: Any) -> None:
 @option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0 picks a free one.")
 @engine_options
 @option("--max-num-seqs", type=click.IntRange(min=1), default=256, help="Most requests in one forward.")
-@option("--max-waiting", type=click.IntRange(min=1), default=4096, help="Most requests queued; more get status 429.")
+@option(
+    "--max-waiting",
+    type=click.IntRange(min=1),
+    default=4096,
+    help="Most requests queued beside those; more get status 429.",
+)
 @option(
     "--admission", type=click.Choice(("reserve", "optimistic")), default="reserve",
     help="reserve: start a request when the KV cache has room for it all; optimistic: sooner, but it may be preempted.",

@@ -109,10 +109,15 @@ def pick(row: Sequence[float], how: Sampling, position: int) -> Sampled:
     """One row's token exactly as ops.Sampling words it, of float64 logits."""
     if any(math.isnan(value) for value in row) or not any(math.isfinite(value) for value in row):
         return Sampled(-1)
-    edited = edit(row, how.edits)
+    edited = edit(row, how.edits if how.target < 0 else None)
     if any(math.isnan(value) for value in edited) or max(edited) == -math.inf:
         return Sampled(-1)
-    token = descending(edited)[0] if how.temperature == 0 else _draw(edited, how, uniform(how.seed, position))
+    if how.target >= 0:
+        token = how.target
+    elif how.temperature == 0:
+        token = descending(edited)[0]
+    else:
+        token = _draw(edited, how, uniform(how.seed, position))
     if how.logprobs < 0:
         return Sampled(token)
     most = max(row)

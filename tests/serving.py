@@ -61,6 +61,7 @@ class StubWorkers:
 
     def __init__(self, **model) -> None:
         self.shape = model
+        self.engine: dict = {}  # further settings of the engines to be started
         self.model = Paced(StubModel(**model))
         self.may_begin = threading.Event()
         self.may_begin.set()
@@ -78,7 +79,7 @@ class StubWorkers:
             if self.fail_starts:
                 self.fail_starts -= 1
                 raise RuntimeError("no luck")
-            engine = Engine(model, eos_token_ids=(ByteText.eos,), token_budget=32)
+            engine = Engine(model, eos_token_ids=(ByteText.eos,), **{"token_budget": 32, **self.engine})
             sizes = (model.max_length, model.blocks, model.block_size)
             return engine, wire.Ready("stub", "cpu", "1 thread", "asked for", "none", *sizes, token_budget=32)
 

@@ -527,22 +527,24 @@ class Native:
             raise misuse("score", f"{len(targets)} targets for {plan.rows} rows of {vocab_size} tokens")
         self._flush()
         found: list[Sampled] = []
-        rows, way = plan.data[-1], Way(Sampling(logprobs=top))
+        rows = plan.data[-1]
         for first in range(0, plan.rows, SCORED):
             logits = self.gather(self.logits(x, plan.with_rows(rows[first : first + SCORED]), head), vocab_size)
             wanted = array("q", targets[first : first + SCORED])
-            ways = Ways([way] * len(wanted))
-            scored = self._picked(logits, ways, wanted, wanted)  # the positions do not matter
+            ways = Ways([Way(Sampling(logprobs=top, target=target)) for target in wanted])
+            scored = self._picked(logits, ways, wanted)  # the positions do not matter
             found += [scored.logprobs.get(row, _BROKEN) for row in range(len(wanted))]
         return found
 
     def sample(self, logits: Activation, how: Sequence[Sampling], positions: Sequence[int]) -> Samples:
         if not len(how) == len(positions) == logits.rows:
             raise misuse("sample", f"{len(how)} ways and {len(positions)} positions for logits {_show(logits)}")
-        return self._picked(logits, self._packer.ways(how, logits.columns), array("q", positions), None)
+        return self._picked(logits, self._packer.ways(how, logits.columns), array("q", positions))
 
-    def _picked(self, logits: Activation, ways: Ways, positions: array[int], forced: array[int] | None) -> Samples:
-        """A token a row: the forced one, or else as ``ways`` says."""
+    def _picked(self, logits: Activation, ways: Ways, positions: array[int]) -> Samples:
+        targets = ways.targets
+        if targets is not None and max(targets) >= logits.columns:
+            raise misuse("sample", f"the target {max(targets)} of {logits.columns} tokens")
         logits = self._float32(logits)
         self._flush()
         rows, top = logits.rows, min(ways.top, logits.columns)
@@ -555,7 +557,7 @@ class Native:
             logits.columns,
             address_of(ways.addresses),
             address_of(positions),
-            None if forced is None else address_of(forced),
+            None if targets is None else address_of(targets),
             address_of(tokens),
             address_of(logprobs),
             top,

@@ -23,9 +23,10 @@ class Ways:
         addresses: of each row's struct.
         asking: rows that want logprobs.
         top: the most logprobs that any of them wants beside its token's own.
+        targets: of each row its token where that is known, else -1; None: of no row.
     """
 
-    __slots__ = ("_edits", "_ways", "addresses", "asking", "how", "top")
+    __slots__ = ("_edits", "_ways", "addresses", "asking", "how", "targets", "top")
 
     def __init__(self, ways: Sequence[Way]) -> None:
         self._ways = ways
@@ -34,6 +35,8 @@ class Ways:
         self.addresses = array("q", [way.at for way in ways])
         self.asking = [row for row, one in enumerate(self.how) if one.logprobs >= 0]
         self.top = max((self.how[row].logprobs for row in self.asking), default=0)
+        known = any(self.how[row].target >= 0 for row in self.asking)
+        self.targets = array("q", [one.target for one in self.how]) if known else None
 
     def refresh(self, vocabulary: int) -> None:
         """Take over what has changed since the last step: counts of tokens, and masks."""
@@ -134,3 +137,5 @@ def _check(how: Sampling) -> None:
         raise misuse("sample", "a negative temperature or top_k")
     if not (how.top_p >= 0 and 0 <= how.min_p <= 1):
         raise misuse("sample", f"top_p {how.top_p} or min_p {how.min_p}, which are no probabilities")
+    if how.target >= 0 > how.logprobs:
+        raise misuse("sample", "a target, and no logprob of it")

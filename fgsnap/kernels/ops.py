@@ -230,6 +230,8 @@ class Sampling(NamedTuple):
     probability is below min_p times the largest one; and the token is the first, in ascending id order among those
     kept, at which the running sum of probabilities exceeds u times their total. u is philox.uniform(seed, position) of
     the token's position in its sequence, so it depends on nothing else. All in float64.
+
+    ``target`` 0 or more is the token itself, rather than picking one: for logprobs, which it needs, of a known text.
     """
 
     temperature: float = 0.0
@@ -240,6 +242,7 @@ class Sampling(NamedTuple):
     logprobs: int = -1
     """-1: none; 0: of the picked token; n: also of the n most likely. Of the logits as the model gave them."""
     edits: Edits | None = None
+    target: int = -1
 
 
 class Sampled(NamedTuple):

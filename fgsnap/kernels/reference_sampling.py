@@ -21,7 +21,9 @@ def picked(logits: torch.Tensor, how: Sequence[Sampling], positions: Sequence[in
     """One token a row: greedy ones of all rows at once, then all rows that need more, some at a time."""
     tokens = logits.argmax(-1).tolist() if len(how) else []
     healthy = sound(logits)
-    more = [r for r, one in enumerate(how) if healthy[r] and (one.temperature > 0 or one.edits is not None)]
+    tokens = [token if one.target < 0 else one.target for token, one in zip(tokens, how, strict=True)]
+    free = [r for r, one in enumerate(how) if healthy[r] and one.target < 0]
+    more = [r for r in free if how[r].temperature > 0 or how[r].edits is not None]
     step = max(1, PIECE_BYTES // (8 * logits.shape[-1]))
     for start in range(0, len(more), step):
         rows = more[start : start + step]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ class Piece(NamedTuple):
         tokens: what was generated, shown or not: they are counted.
         shown: the tokens that now have a part in the text shown so far: their log probabilities may be told.
         finish: why the choice ended, if it did.
+        prompt: of a first piece without tokens all tokens of the prompt, where their logprobs are wanted. The first one
+            has none.
     """
 
     choice: int
@@ -28,6 +31,7 @@ class Piece(NamedTuple):
     tokens: tuple[Token, ...]
     shown: tuple[Token, ...]
     finish: str | None
+    prompt: tuple[Token, ...] = ()
 
 
 class Heading(NamedTuple):
@@ -60,6 +64,8 @@ class Answer:
         prompt_tokens: of all prompts together.
         spell: a token's bytes, where log probabilities are wanted; None where not.
         usage: a stream's client wants the token counts at its end.
+        echo_top: the prompt's tokens have log probabilities too, with so many of the likeliest; -1: they have not.
+        prompt_top: the same, told in a field of its own, as vLLM does; it needs ``prompt_spell``.
     """
 
     def __init__(
@@ -71,14 +77,20 @@ class Answer:
         spell: Spell | None,
         usage: bool = False,
         best: tuple[int, int] | None = None,
+        echo_top: int = -1,
+        prompt_top: int = -1,
+        prompt_spell: Spell = lambda token: b"",
     ) -> None:
         self._heading = heading
         self._best_of = best
         self._prompt_tokens = prompt_tokens
         self._spell = spell
         self._usage = usage
+        self._echo_top = echo_top
+        self._prompt_top = prompt_top
+        self._prompt_spell = prompt_spell
         self._completion_tokens = 0
-        self._offsets = [0] * choices  # characters of each choice's tokens so far
+        self._places = [_Places() for _ in range(choices)]
         self._pieces: list[list[Piece]] = [[] for _ in range(choices)]
 
     def opening(self) -> bytes:
@@ -86,17 +98,18 @@ class Answer:
         if not self._heading.chat:
             return b""
         start = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-        return b"".join(self._chunk([{"index": index, **start}]) for index in range(len(self._offsets)))
+        return b"".join(self._chunk([{"index": index, **start}]) for index in range(len(self._places)))
 
     def chunk(self, piece: Piece) -> bytes:
         """The piece as a server-sent event; nothing where it has nothing to tell."""
         self._completion_tokens += len(piece.tokens)
-        if not piece.text and piece.finish is None and (self._spell is None or not piece.shown):
+        told = piece.shown or piece.prompt
+        if not piece.text and piece.finish is None and (self._spell is None or not told):
             return b""
         said: dict[str, Any] = {"text": piece.text}
         if self._heading.chat:
             said = {"delta": {"content": piece.text} if piece.text else {}}
-        logprobs = self._logprobs(piece.choice, piece.shown) if piece.shown else None
+        logprobs = self._logprobs(piece.choice, [piece]) if told else None
         return self._chunk([{"index": piece.choice, **said, "logprobs": logprobs, "finish_reason": piece.finish}])
 
     def closing(self) -> bytes:
@@ -113,7 +126,9 @@ class Answer:
     def whole(self) -> bytes:
         """The answer that the added pieces make."""
         choices = [self._choice(*each) for each in enumerate(self._best())]
-        body = {**self._heading.body(streamed=False), "choices": choices, "usage": self.usage()}
+        body: dict[str, Any] = {**self._heading.body(streamed=False), "choices": choices, "usage": self.usage()}
+        if self._heading.chat and self._prompt_top >= 0:
+            body["prompt_logprobs"] = self._prompt_logprobs(self._pieces[0])
         return msgspec.json.encode(body)
 
     def _best(self) -> list[list[Piece]]:
@@ -134,22 +149,48 @@ class Answer:
     def _choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
         text = "".join(piece.text for piece in pieces)
         said = {"message": {"role": "assistant", "content": text}} if self._heading.chat else {"text": text}
-        logprobs = self._logprobs(index, [token for piece in pieces for token in piece.shown])
-        return {"index": index, **said, "logprobs": logprobs, "finish_reason": pieces[-1].finish}
+        choice: dict[str, Any] = {
+            "index": index,
+            **said,
+            "logprobs": self._logprobs(index, pieces),
+            "finish_reason": pieces[-1].finish,
+        }
+        if not self._heading.chat and self._prompt_top >= 0:
+            choice["prompt_logprobs"] = self._prompt_logprobs(pieces)
+        return choice
 
     def _chunk(self, choices: list[dict[str, Any]]) -> bytes:
         # A client that asked for usage gets the key in every chunk, null until the last.
         waiting = {"usage": None} if self._usage else {}
         return event(msgspec.json.encode({**self._heading.body(streamed=True), "choices": choices, **waiting}))
 
-    def _logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any] | None:
+    def _logprobs(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any] | None:
         if self._spell is None:
             return None
+        tokens = [token for piece in pieces for token in piece.shown]
         if self._heading.chat:
             return _chat_logprobs(tokens, self._spell)
-        body = _completion_logprobs(tokens, self._spell, self._offsets[index])
-        self._offsets[index] += sum(map(len, body["tokens"]))
+        echoed, places = self._echoed(pieces), self._places[index]
+        if echoed:
+            # Spelled tokens may be longer than the text by a bos or a space: so they are laid to its end.
+            spelled = _readable(b"".join(self._spell(token.id) for token in echoed))
+            places.at = len(pieces[0].text) - len(spelled)
+        body = _completion_logprobs([*echoed, *tokens], self._spell, places)
+        if echoed:
+            body["token_logprobs"][0] = body["top_logprobs"][0] = None
         return body
+
+    def _echoed(self, pieces: Sequence[Piece]) -> list[Token]:
+        """The prompt's tokens that are told as if they were the answer's."""
+        count = self._echo_top
+        if count < 0:
+            return []
+        return [Token(token.id, token.logprob, token.top[:count]) for piece in pieces for token in piece.prompt]
+
+    def _prompt_logprobs(self, pieces: Sequence[Piece]) -> list[dict[str, Any] | None]:
+        """An entry for each token of the prompt, as vLLM has it: by token id, itself and the likeliest."""
+        _, *others = (token for piece in pieces for token in piece.prompt)
+        return [None, *(_ranked(token, token.top[: self._prompt_top], self._prompt_spell) for token in others)]
 
 
 def _likelihood(pieces: Sequence[Piece]) -> float:
@@ -170,17 +211,27 @@ def _chat_logprobs(tokens: Sequence[Token], spell: Spell) -> dict[str, Any]:
     }
 
 
-def _completion_logprobs(tokens: Sequence[Token], spell: Spell, offset: int) -> dict[str, Any]:
-    names = [_readable(spell(token.id)) for token in tokens]
-    offsets = []
-    for name in names:
-        offsets.append(offset)
-        offset += len(name)
+class _Places:
+    """Where the tokens of one text begin, in characters; one that begins within a character has the place of that."""
+
+    def __init__(self) -> None:
+        self.at = 0  # characters that are whole
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def next(self, raw: bytes) -> int:
+        at = self.at
+        self.at += len(self._decoder.decode(raw))
+        return max(at, 0)
+
+
+def _completion_logprobs(tokens: Sequence[Token], spell: Spell, places: _Places) -> dict[str, Any]:
+    raws = [spell(token.id) for token in tokens]
+    names = [*map(_readable, raws)]
     return {
         "tokens": names,
         "token_logprobs": [token.logprob for token in tokens],
         "top_logprobs": [_top(token, name, spell) for token, name in zip(tokens, names, strict=True)],
-        "text_offset": offsets,
+        "text_offset": [*map(places.next, raws)],
     }
 
 
@@ -194,6 +245,15 @@ def _top(token: Token, name: str, spell: Spell) -> dict[str, float]:
         found.setdefault(_readable(spell(id)), logprob)
     found[name] = token.logprob
     return found
+
+
+def _ranked(token: Token, top: Sequence[tuple[int, float]], spell: Spell) -> dict[str, Any]:
+    """The token and the likeliest by their ids. How likely one that is not among them is, nobody has counted."""
+    ranks = {id: rank for rank, (id, _) in enumerate(top, 1)}
+    return {
+        str(id): {"logprob": logprob, "rank": ranks.get(id), "decoded_token": _readable(spell(id))}
+        for id, logprob in {token.id: token.logprob, **dict(top)}.items()
+    }
 
 
 def _readable(raw: bytes) -> str:

@@ -48,7 +48,7 @@ class Engine:
         eos_token_ids: tokens that end a request, unless it ignores them.
         token_budget: most tokens in one forward.
         max_sequences: most requests running at once; never more than the budget, for each needs a token in every step.
-        max_waiting: most requests waiting; more are refused with status 429.
+        max_waiting: most requests waiting beside ``max_sequences`` that run; more are refused with status 429.
         admission: "reserve" all blocks that a request can ever need, or "optimistic": start more, and preempt.
         prefix_caching: share the blocks of equal beginnings.
         clock: seconds, for deadlines.
@@ -71,7 +71,7 @@ class Engine:
         self._pool = BlockPool(model.blocks, model.block_size, caching=prefix_caching)
         self._scheduler = Scheduler(self._pool, token_budget, min(max_sequences, token_budget), admission)
         self._roster = self._scheduler.roster
-        self._max_waiting = max_waiting
+        self._max_live = min(max_sequences, token_budget) + max_waiting
         self._clock = clock
         self._live: dict[str, Sequence] = {}
         self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap; who ended before is passed over
@@ -86,8 +86,8 @@ class Engine:
         if seed is None:
             seed = int.from_bytes(os.urandom(8))
         sequence = Sequence(request, seed, self._eos, self._pool.root(request.cache_salt))
-        self._live[request.id] = sequence
         self._scheduler.add(sequence)
+        self._live[request.id] = sequence  # last, so that what fails before leaves nothing behind
         if request.timeout is not None:
             self._end_by(sequence, self._clock() + request.timeout)
 
@@ -124,16 +124,20 @@ class Engine:
             cached_tokens=self._scheduler.cached_tokens,
             preemptions=self._scheduler.preemptions,
             recomputed_tokens=self._recomputed_tokens,
+            waiting_tokens=self._scheduler.waiting_tokens,
         )
 
     def _commit(self, work: Work, samples: Samples, ends: list[Output]) -> Step:
         """Add the tokens to their texts, and take out whoever has ended."""
+        samples, prompts = _parted(work, samples)
         roster, decodes, tokens = self._roster, work.decodes, samples.tokens
         requests = roster.ids.copy()
         if work.slices:
             new, again = self._scheduler.advance(work)
             self._prompt_tokens += new
             self._recomputed_tokens += again
+            prompts = self._sound(prompts, ends)
+            ends += self._only_computed(work)
         silent = [row for row in roster.append(tokens[:decodes]) if self._stops(roster.sequences[row], tokens[row])]
         stopped = [roster.sequences[row] for row in silent]
         for sequence in roster.due():
@@ -141,6 +145,9 @@ class Engine:
                 ends.append(self._end(sequence, Output(sequence.id, finish="length")))
         for row, sequence in enumerate(work.through, decodes):
             requests.append(sequence.id)
+            if sequence.state == "gone":  # another row of it was broken
+                silent.append(row)
+                continue
             sequence.tokens.append(tokens[row])
             if self._stops(sequence, tokens[row]):
                 silent.append(row)
@@ -153,7 +160,19 @@ class Engine:
                     roster.join(sequence)
         ends += [self._stopped(sequence) for sequence in stopped]
         self._generated_tokens += len(tokens) - len(silent)
-        return _without(silent, requests, tokens, samples.logprobs, ends)
+        return _without(silent, requests, tokens, samples.logprobs, ends, prompts)
+
+    def _only_computed(self, work: Work) -> list[Output]:
+        """End those that are through and want no answer."""
+        through = [live for live, _ in work.slices if not live.params.max_tokens and not live.remaining]
+        return [self._end(live, Output(live.id, finish="length")) for live in through if live.state == "running"]
+
+    def _sound(self, prompts: list[Output], ends: list[Output]) -> list[Output]:
+        """Those of ``prompts`` that have no error; whoever has one ends."""
+        for output in prompts:
+            if output.finish is not None:
+                ends.append(self._end(self._live[output.request], output, spoiled=True))
+        return [output for output in prompts if output.finish is None]
 
     def _stops(self, sequence: Sequence, token: int) -> bool:
         return token == NO_TOKEN or token in sequence.enders
@@ -161,8 +180,7 @@ class Engine:
     def _stopped(self, sequence: Sequence) -> Output:
         """End a sequence whose last token does not belong to it."""
         if sequence.tokens.pop() == NO_TOKEN:
-            why = "the model gave no finite logit for this request"
-            return self._end(sequence, Output(sequence.id, (), "error", why, "not_finite"), spoiled=True)
+            return self._end(sequence, _not_finite(sequence), spoiled=True)
         return self._end(sequence, Output(sequence.id, finish="stop"))
 
     def _end(self, sequence: Sequence, output: Output, *, spoiled: bool = False) -> Output:
@@ -190,10 +208,11 @@ class Engine:
     def _check(self, request: Request) -> None:
         if request.id in self._live:
             raise RequestError(f"A request with the id '{request.id}' is still running.", param="id")
-        if self._scheduler.waiting >= self._max_waiting:
+        if len(self._live) >= self._max_live:
+            waiting = self._scheduler.waiting
             raise RequestError(
                 "The queue is full.",
-                f"{self._scheduler.waiting} requests wait, the most that may.",
+                f"{len(self._live) - waiting} choices run and {waiting} wait, together the most that may.",
                 "Try again a little later.",
                 status=429,
                 code="overloaded",
@@ -238,11 +257,16 @@ class Engine:
 
 
 def _without(
-    silent: list[int], requests: list[str], tokens: list[int], logprobs: dict[int, Sampled], ends: list[Output]
+    silent: list[int],
+    requests: list[str],
+    tokens: list[int],
+    logprobs: dict[int, Sampled],
+    ends: list[Output],
+    prompts: list[Output],
 ) -> Step:
     """The step without the rows whose token nobody gets."""
     if not silent:
-        return Step(requests, tokens, {row: Token(*one) for row, one in logprobs.items()}, ends)
+        return Step(requests, tokens, {row: Token(*one) for row, one in logprobs.items()}, ends, prompts)
     gone = {*silent}
     left = [row for row in range(len(tokens)) if row not in gone]
     return Step(
@@ -250,13 +274,37 @@ def _without(
         [tokens[row] for row in left],
         {place: Token(*logprobs[row]) for place, row in enumerate(left) if row in logprobs},
         ends,
+        prompts,
     )
+
+
+def _parted(work: Work, samples: Samples) -> tuple[Samples, list[Output]]:
+    """The samples without the rows of prompts' tokens, and what these tell."""
+    if not work.scored:
+        return samples, []
+    told, outputs = set[int](), []
+    for sequence, first, positions in work.scored:
+        rows = range(first, first + len(positions))
+        told.update(rows)
+        sound = all(row in samples.logprobs for row in rows)
+        tokens = tuple(Token(*samples.logprobs[row]) for row in rows) if sound else ()
+        outputs.append(Output(sequence.id, prompt=tokens) if sound else _not_finite(sequence))
+    left = [row for row in range(len(samples.tokens)) if row not in told]
+    logprobs = {place: samples.logprobs[row] for place, row in enumerate(left) if row in samples.logprobs}
+    return Samples([samples.tokens[row] for row in left], logprobs), outputs
+
+
+def _not_finite(sequence: Sequence) -> Output:
+    return Output(sequence.id, (), "error", "the model gave no finite logit for this request", "not_finite")
 
 
 NO_SAMPLES = Samples([], {})
 
 FEW_DEADLINES = 64
 """So many deadlines of requests that have ended may be kept whatever is live."""
+
+MOST = 1 << 32
+"""A count beyond everything, which backends can still take."""
 
 MOST_BIASES = 1024
 """Entries of one logit_bias."""
@@ -266,9 +314,9 @@ def _check_params(request: Request) -> None:
     params = request.params
     biases = [bias for _, bias in params.logit_bias]
     rules = (
-        ("max_tokens", params.max_tokens, params.max_tokens >= 1, "at least 1"),
+        ("max_tokens", params.max_tokens, params.max_tokens >= 0, "0 or more"),
         ("temperature", params.temperature, 0 <= params.temperature < math.inf, "a number from 0 up"),
-        ("top_k", params.top_k, params.top_k >= 0, "0 (off) or more"),
+        ("top_k", params.top_k, 0 <= params.top_k < MOST, "0 (off) or more"),
         ("top_p", params.top_p, 0 < params.top_p <= 1, "above 0 and at most 1"),
         ("min_p", params.min_p, 0 <= params.min_p <= 1, "from 0 to 1"),
         ("repetition_penalty", params.repetition_penalty, 0 < params.repetition_penalty < math.inf, "above 0"),
@@ -277,8 +325,8 @@ def _check_params(request: Request) -> None:
         ("logit_bias", f"of {len(biases)} tokens", len(biases) <= MOST_BIASES, f"of at most {MOST_BIASES}"),
         ("logit_bias", biases, all(map(math.isfinite, biases)), "of finite numbers"),
         ("min_tokens", params.min_tokens, 0 <= params.min_tokens <= params.max_tokens, "from 0 to max_tokens"),
-        ("logprobs", params.logprobs, params.logprobs >= -1, "-1 (none) or more"),
-        ("prompt_logprobs", params.prompt_logprobs, params.prompt_logprobs >= -1, "-1 (none) or more"),
+        ("logprobs", params.logprobs, -1 <= params.logprobs < MOST, "-1 (none) or more"),
+        ("prompt_logprobs", params.prompt_logprobs, -1 <= params.prompt_logprobs < MOST, "-1 (none) or more"),
         ("timeout", request.timeout, request.timeout is None or 0 < request.timeout < math.inf, "seconds above 0"),
     )
     for name, value, holds, rule in rules:

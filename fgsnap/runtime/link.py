@@ -7,7 +7,9 @@ worker is lost, every inbox that still waits is told so, and the next worker sta
 from __future__ import annotations
 
 import asyncio
+import math
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -21,6 +23,8 @@ STALL_SECONDS = 60.0
 START_SECONDS = 600.0
 RETRIES = 5  # restarts in a row that may fail before the service gives up
 STOP_SECONDS = 2.0
+RECENT_SECONDS = 10.0  # of which the engine's rate is taken
+LONGEST_RETRY = 60  # seconds that a client may be told to stay away
 backoff = asyncio.sleep  # between starts that fail; a name of its own for tests to shorten
 
 
@@ -75,6 +79,34 @@ class Link:
         self._ended: asyncio.Future[None] | None = None
         self._heard = 0.0
         self._failure: FgsnapError | None = None
+        self._began = time.monotonic()  # of the worker's start
+        self._start_took = 0.0
+        self._paces: deque[tuple[float, int]] = deque(
+            maxlen=int(RECENT_SECONDS)
+        )  # when, and tokens computed until then
+
+    def retry_after(self) -> int:
+        """Whole seconds after which a refused request may be taken: by what waits, or how long a start takes."""
+        waits = 0.0
+        if self.state == "ready" and self.stats is not None:
+            waits = self.stats.waiting_tokens / max(self._rate(), 1.0)
+        elif self.state in ("starting", "stalled", "restarting"):
+            waits = self._start_took
+        return max(1, min(LONGEST_RETRY, math.ceil(waits)))
+
+    def _rate(self) -> float:
+        """Tokens a second that the engine has computed lately."""
+        now = time.monotonic()
+        recent = [(then, tokens) for then, tokens in self._paces if then >= now - 2 * RECENT_SECONDS]
+        if not recent or self.stats is None:
+            return 0.0
+        then, tokens = recent[0]
+        return (_computed(self.stats) - tokens) / max(now - then, 0.1)
+
+    def _note_pace(self, stats: EngineStats) -> None:
+        """Note once a second how many tokens have been computed."""
+        if not self._paces or self._heard >= self._paces[-1][0] + 1.0:
+            self._paces.append((self._heard, _computed(stats)))
 
     async def until_ready(self) -> wire.Ready:
         """Wait until requests can be submitted. RequestError 503 if that will never be."""
@@ -141,6 +173,8 @@ class Link:
     async def _attend(self, worker: Worker) -> None:
         """Listen to this worker until its pipe closes."""
         self._failure = self.engine = self.stats = None
+        self._began = time.monotonic()
+        self._paces.clear()
         loop = asyncio.get_running_loop()
         ended = self._ended = loop.create_future()
         self._heard = time.monotonic()
@@ -157,6 +191,7 @@ class Link:
         self._heard = time.monotonic()
         if isinstance(message, wire.Outputs):
             self.stats = message.stats
+            self._note_pace(message.stats)
             for output in message.step.outputs():
                 self._deliver(output.request, output, last=output.finish is not None)
         elif isinstance(message, wire.Refused):
@@ -167,6 +202,7 @@ class Link:
             self._failure = _as_error(message)
         elif self.state != "stopping":
             self.engine = message
+            self._start_took = self._heard - self._began
             self._settle("ready")
             self._on_ready(message)
 
@@ -247,6 +283,10 @@ class _Pipe(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if not self._ended.done():
             self._ended.set_result(None)
+
+
+def _computed(stats: EngineStats) -> int:
+    return stats.prompt_tokens - stats.cached_tokens + stats.generated_tokens
 
 
 def unavailable(what: str) -> RequestError:

@@ -24,6 +24,11 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     tp: int | None = None
 
 
+def most_live(engine: EngineOptions) -> int:
+    """How many choices the service takes at once: those that run and those that wait for them."""
+    return min(engine.max_num_seqs, engine.max_batch_tokens) + engine.max_waiting
+
+
 class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     """The options of ``fgsnap serve``; None means the snapshot's own value, or none."""
 

@@ -51,6 +51,7 @@ class Sampled(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: Annotated[list[TokenId], msgspec.Meta(max_length=64)] | None = None
     ignore_eos: bool | None = False
     min_tokens: Annotated[int, msgspec.Meta(ge=0, le=2**31)] | None = None
+    prompt_logprobs: TopLogprobs | None = None
     priority: Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31)] | None = None
     timeout: Annotated[float, msgspec.Meta(gt=0, le=1e6)] | None = None
     cache_salt: Annotated[str, msgspec.Meta(min_length=1, max_length=256)] | None = None
@@ -60,6 +61,8 @@ class Sampled(msgspec.Struct, frozen=True, kw_only=True):
 
 class CompletionBody(Sampled, frozen=True, kw_only=True):
     prompt: str | list[str | int | list[int]]
+    max_tokens: Annotated[int, msgspec.Meta(ge=0, le=2**31)] | None = None
+    echo: bool | None = False
     logprobs: TopLogprobs | None = None
     best_of: Choices | None = None
 
@@ -86,11 +89,9 @@ class ChatBody(Sampled, frozen=True, kw_only=True):
 
 # Fields that change the answer and that this server does not offer, with the values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "echo": (None, False),
     "suffix": (None, ""),
     "length_penalty": (None, 1),
     "bad_words": (None, []),
-    "prompt_logprobs": (None, False),
     "use_beam_search": (None, False),
     "response_format": (None, {"type": "text"}),
     "structured_outputs": (None, {}),
@@ -106,6 +107,12 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 
+BRIEF = frozenset(("stop", "stop_token_ids", "logit_bias", "cache_salt", "model"))
+LONGEST_LIST = 1 << 16  # bytes of JSON that one of these takes at most
+
+UNSUPPORTED_IN_CHAT: dict[str, tuple[Any, ...]] = {"echo": (None, False), "best_of": (None, 1)}
+
+
 class Call(NamedTuple):
     """One HTTP request, checked. Either ``prompts`` or ``messages`` is filled.
 
@@ -113,6 +120,8 @@ class Call(NamedTuple):
         params: as for the engine; ``max_tokens`` is settled when the prompt's length and the context are known.
         max_tokens: None where the client left it out.
         choices: answers to make of each prompt, of which the client gets the ``kept`` likeliest.
+        echo: the answer begins with the prompt, and so do its logprobs.
+        prompt_top: the prompt's logprobs are wanted in a field of their own, with so many of the likeliest; -1: not.
     """
 
     chat: bool
@@ -129,6 +138,8 @@ class Call(NamedTuple):
     priority: int = 0
     timeout: float | None = None
     cache_salt: str = ""
+    echo: bool = False
+    prompt_top: int = -1
 
     def text_size(self) -> int:
         """Characters to be tokenized, for deciding whether that may hold up other requests."""
@@ -138,20 +149,24 @@ class Call(NamedTuple):
 
 def parse_completion(body: bytes, vocab_size: int) -> Call:
     """The body of POST /v1/completions. RequestError names the field at fault."""
-    sent = _object(body)
+    sent = _object(body, CompletionBody)
+    _bound_prompts(sent.get("prompt"))
     wanted = _typed(sent, CompletionBody)
+    if wanted.max_tokens == 0 and not wanted.echo:
+        raise _wrong("max_tokens", "Expected `int` >= 1; 0 is for the logprobs of a prompt, with echo.")
     prompts = _prompts(wanted.prompt, vocab_size)
     choices = _choices(wanted)
     _bound_choices(len(prompts), choices)
     call = _call(
         wanted, vocab_size, chat=False, prompts=prompts, logprobs=wanted.logprobs, max_tokens=wanted.max_tokens
     )
-    return call._replace(choices=choices)
+    return (_echoing(call) if wanted.echo else call)._replace(choices=choices)
 
 
 def parse_chat(body: bytes, vocab_size: int) -> Call:
     """The body of POST /v1/chat/completions. RequestError names the field at fault."""
-    sent = _object(body)
+    sent = _object(body, ChatBody)
+    _refuse_unsupported(sent, UNSUPPORTED_IN_CHAT)
     wanted = _typed(sent, ChatBody)
     if wanted.top_logprobs and not wanted.logprobs:
         raise _wrong("top_logprobs", "top_logprobs needs logprobs to be true.")
@@ -168,24 +183,47 @@ def parse_chat(body: bytes, vocab_size: int) -> Call:
     )
 
 
-def _object(body: bytes) -> dict[str, Any]:
+def _object(body: bytes, kind: type[Body]) -> dict[str, Any]:
+    """The fields that mean something here. What others hold is not read, for it may be long."""
     if not body.strip():
         raise _wrong("", "The body is empty; it must be a JSON object.")
     try:
-        sent = msgspec.json.decode(body)
+        if body.lstrip()[:1] != b"{":
+            raise _wrong("", f"The body must be a JSON object, not {_json_name(msgspec.json.decode(body))}.")
+        raws = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+        known = {*kind.__struct_fields__, *UNSUPPORTED, *UNSUPPORTED_IN_CHAT}
+        sent = {name: _value(name, raw) for name, raw in raws.items() if name in known}
     except RecursionError:
         raise _wrong("", "The body is nested too deeply.") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        reason = str(error).partition(" - at `")[0]  # where it is: a path whose names are all left out
-        raise _wrong("", f"The body cannot be read as JSON: {reason}.") from None
-    if not isinstance(sent, dict):
-        raise _wrong("", f"The body must be a JSON object, not {_json_name(sent)}.")
-    _refuse_unsupported(sent)
+        raise _wrong("", f"The body cannot be read as JSON: {_without_path(error)}.") from None
+    _refuse_unsupported(sent, UNSUPPORTED)
     return sent
 
 
-def _refuse_unsupported(sent: Mapping[str, Any]) -> None:
-    for field, neutral in UNSUPPORTED.items():
+def _value(name: str, raw: msgspec.Raw) -> Any:
+    """The field's value. One that is far too long is not read to the end, to find out just that."""
+    size = memoryview(raw).nbytes
+    if size > LONGEST_LIST:
+        if name in BRIEF:
+            raise _wrong(name, f"It is {size} bytes long, of at most {LONGEST_LIST}.")
+        if name in UNSUPPORTED:
+            return raw  # none of the values that ask for nothing is long
+        if name == "prompt" and bytes(raw)[1:].lstrip()[:1] == b"[":
+            _bound_choices(bytes(raw).count(b"[") - 1, 1)
+    try:
+        return msgspec.json.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise _wrong(name, f"It cannot be read as JSON: {_without_path(error)}.") from None
+
+
+def _without_path(error: Exception) -> str:
+    """What is wrong; msgspec adds where, as a path whose names are all left out."""
+    return str(error).partition(" - at `")[0]
+
+
+def _refuse_unsupported(sent: Mapping[str, Any], unsupported: Mapping[str, tuple[Any, ...]]) -> None:
+    for field, neutral in unsupported.items():
         if field in sent and not _among(sent[field], neutral):
             raise RequestError(
                 f"'{field}' is not supported by this server.",
@@ -234,6 +272,12 @@ def _token_ids(ids: list[int], vocab_size: int) -> tuple[int, ...]:
     return tuple(ids)
 
 
+def _bound_prompts(prompt: Any) -> None:
+    """Before they are looked at one by one."""
+    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+        _bound_choices(len(prompt), 1)
+
+
 def _bound_choices(prompts: int, n: int) -> None:
     if prompts * n > MAX_CHOICES:
         raise _wrong("prompt", f"{prompts} prompts x n {n} is more than the {MAX_CHOICES} choices of one request.")
@@ -248,6 +292,19 @@ def _choices(wanted: CompletionBody) -> int:
     if best_of > kept and wanted.stream:
         raise _wrong("best_of", "The best answers are known when all have ended; they cannot be streamed.")
     return best_of
+
+
+def _echoing(call: Call) -> Call:
+    """The call with the prompt told as well."""
+    params = call.params
+    if params.logprobs >= 0:
+        params = msgspec.structs.replace(
+            params,
+            prompt_logprobs=max(params.prompt_logprobs, params.logprobs),
+            # Who scores a text asks for one token more and drops the last logprob; an eos must be there to be dropped.
+            ignore_eos=params.ignore_eos or call.max_tokens == 1,
+        )
+    return call._replace(echo=True, params=params)
 
 
 def _biases(logit_bias: Mapping[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
@@ -272,6 +329,9 @@ def _call(
 ) -> Call:
     if wanted.stream_options is not None and not wanted.stream:
         raise _wrong("stream_options", "stream_options needs stream to be true.")
+    if wanted.prompt_logprobs is not None and wanted.stream:
+        raise _wrong("prompt_logprobs", "prompt_logprobs are not streamed; echo with logprobs is.")
+    prompt_top = -1 if wanted.prompt_logprobs is None else wanted.prompt_logprobs
     return Call(
         chat=chat,
         model=wanted.model,
@@ -292,6 +352,7 @@ def _call(
             ignore_eos=bool(wanted.ignore_eos),
             min_tokens=wanted.min_tokens or 0,
             logprobs=-1 if logprobs is None else logprobs,
+            prompt_logprobs=prompt_top,
         ),
         max_tokens=max_tokens,
         choices=wanted.n or 1,
@@ -302,6 +363,7 @@ def _call(
         priority=wanted.priority or 0,
         timeout=wanted.timeout,
         cache_salt=wanted.cache_salt or "",
+        prompt_top=prompt_top,
     )
 
 
@@ -320,9 +382,7 @@ def settled(call: Call, prompt_tokens: int, max_length: int, kv_tokens: int, cha
     """
     if prompt_tokens == 0:
         raise _wrong("messages" if call.chat else "prompt", "The prompt has no tokens.")
-    if call.max_tokens is not None and call.params.min_tokens > call.max_tokens:
-        raise _wrong("min_tokens", f"min_tokens {call.params.min_tokens} is more than max_tokens {call.max_tokens}.")
-    needed = prompt_tokens + (call.max_tokens or 1)
+    needed = prompt_tokens + (1 if call.max_tokens is None else call.max_tokens)
     if needed > max_length:
         asked = f"{call.max_tokens} of max_tokens" if call.max_tokens else "at least 1 to generate"
         raise RequestError(
@@ -332,10 +392,12 @@ def settled(call: Call, prompt_tokens: int, max_length: int, kv_tokens: int, cha
             param="messages" if call.chat else "prompt",
             code="context_length_exceeded",
         )
-    if call.max_tokens is not None:
-        return call.max_tokens
     room = max(min(max_length, kv_tokens) - prompt_tokens, 1)
-    return min(chat_tokens if call.chat else COMPLETION_MAX_TOKENS, room)
+    chosen = min(chat_tokens if call.chat else COMPLETION_MAX_TOKENS, room)
+    length = chosen if call.max_tokens is None else call.max_tokens
+    if call.params.min_tokens > length:
+        raise _wrong("min_tokens", f"min_tokens {call.params.min_tokens} is more than max_tokens, which is {length}.")
+    return length
 
 
 def _wrong(field: str, why: str) -> RequestError:

@@ -17,7 +17,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     ``repetition_penalty`` looks at prompt and answer, the other two at the answer; ``logit_bias`` is (token id, what is
     added to its logit). ``seed`` None draws one at submission. ``min_tokens``: eos and stop tokens are not picked
     before so many others. ``logprobs`` -1: none; 0: of the picked token; n: also of the n most likely;
-    ``prompt_logprobs`` likewise, of the prompt's tokens. Stop *strings* belong to the text side.
+    ``prompt_logprobs`` likewise, of the prompt's tokens but the first, which has none. ``max_tokens`` 0 only computes
+    the prompt. Stop *strings* belong to the text side.
     """
 
     max_tokens: int
@@ -70,7 +71,8 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     """What one step produced for one request. The last output of a request carries ``finish``.
 
     The token that ended the request (an eos or stop token) is not among ``tokens``. ``error`` says why finish is
-    "error", and ``code`` which kind it is: "not_finite", "deadline_exceeded" or "constraint".
+    "error", and ``code`` which kind it is: "not_finite", "deadline_exceeded" or "constraint". ``prompt`` are the next
+    of the prompt's tokens with their logprobs, where these were asked for: each once, before the first of ``tokens``.
     """
 
     request: str
@@ -78,21 +80,25 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     finish: FinishReason | None = None
     error: str = ""
     code: str = ""
+    prompt: tuple[Token, ...] = ()
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True):
     """What one step produced: a token for each of ``requests``, logprobs by row, and which requests ended, and how.
 
-    In columns, for most steps of a busy engine are many single tokens. An end has no tokens of its own.
+    In columns, for most steps of a busy engine are many single tokens. An end has no tokens of its own. ``prompts`` are
+    outputs that tell of a prompt's tokens.
     """
 
     requests: list[str]
     tokens: list[int]
     logprobs: dict[int, Token]
     ends: list[Output]
+    prompts: list[Output] = []
 
     def outputs(self) -> Iterator[Output]:
         """The same as one output a request."""
+        yield from self.prompts
         ends = {end.request: end for end in self.ends}
         for row, (request, token) in enumerate(zip(self.requests, self.tokens, strict=True)):
             end = ends.pop(request, None) if ends else None
@@ -108,7 +114,8 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     """Gauges and counters of an engine at one moment. Token counts are totals since it started.
 
     ``prompt_tokens`` are those that were forwarded or found cached, each once; ``cached_tokens`` those of them that
-    the prefix cache had; ``recomputed_tokens`` what preemptions made the engine forward again.
+    the prefix cache had; ``recomputed_tokens`` what preemptions made the engine forward again. ``waiting_tokens`` is
+    the most that those who wait can have, prompts included, as of now.
     """
 
     running: int
@@ -121,3 +128,4 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     cached_tokens: int = 0
     preemptions: int = 0
     recomputed_tokens: int = 0
+    waiting_tokens: int = 0

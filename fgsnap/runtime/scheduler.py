@@ -15,7 +15,8 @@ Nobody waits for ever:
 
 How long it takes, in steps. Let the share h be half, rounded up, of budget - most sequences + 1 tokens: every step
 brings each sequence that generates its token, and the oldest prompt h tokens at least, or what it has left. A prompt
-with n tokens to compute that may get m costs at most ceil(n / h) + m - 1 steps, and one that generates m.
+with n tokens to compute that may get m costs at most ceil(n / h) + m - 1 steps, and one that generates m. (Of prompts
+whose logprobs are wanted, MOST_SCORED tokens a step at most: their logits take memory.)
 
 - From its start, a sequence has ended after its cost and the ceil(n / h) of the prompts that started before it.
 - From its submission, it has ended after its cost, that of all that ran then, and that of all started before it: for
@@ -25,6 +26,7 @@ with n tokens to compute that may get m costs at most ceil(n / h) + m - 1 steps,
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from heapq import heapify, heappop, heappush
 from operator import attrgetter
 from typing import Literal, NamedTuple
@@ -39,6 +41,9 @@ Admission = Literal["reserve", "optimistic"]
 MOST_PROMPTS = 64
 """Prompts that are under way at once. More would hold blocks long before they are computed."""
 
+MOST_SCORED = 64
+"""Rows of prompt logprobs in one step: each is a row of logits, which is as long as the vocabulary."""
+
 MANY_TENANTS = 1024
 """From so many on, tenants that have no claim to a later turn are forgotten."""
 
@@ -50,11 +55,19 @@ class Slice(NamedTuple):
     length: int
 
 
+class Scored(NamedTuple):
+    """Positions of a prompt whose logits tell the logprobs of the tokens after them: the rows from ``row`` on."""
+
+    sequence: Sequence
+    row: int
+    positions: range
+
+
 class Work(NamedTuple):
     """One step: its batch, and how the token of each row is picked, at which position of its sequence.
 
-    The batch begins with the roster's ``decodes``; its rows are those, and then ``through``: prompts whose last token
-    it forwards.
+    The batch begins with the roster's ``decodes``; its rows are those, then those of ``through``: prompts whose last
+    token it forwards. Among the latter are the rows of ``scored``.
     """
 
     batch: Batch
@@ -63,6 +76,7 @@ class Work(NamedTuple):
     decodes: int
     slices: list[Slice]
     through: list[Sequence]
+    scored: Seq[Scored] = ()
 
 
 class Scheduler:
@@ -83,6 +97,7 @@ class Scheduler:
         self.preemptions = 0
         self.cached_tokens = 0
         self.waiting = 0
+        self.waiting_tokens = 0  # the most that they can have, prompts included
         self._pool = pool
         self._budget = token_budget
         self._max_sequences = max_sequences
@@ -120,6 +135,7 @@ class Scheduler:
         if sequence.state == "running":
             self._stop(sequence, spoiled)
         else:
+            self.waiting_tokens -= sequence.longest
             self.waiting -= 1  # its place in the queue, or among those that are parked, is passed over later
             self._full = False  # there may be another first in line
         sequence.state = "gone"
@@ -152,6 +168,8 @@ class Scheduler:
             again += known
             sequence.forwarded = max(sequence.forwarded, sequence.cached)
             self._note(sequence, first)
+        for sequence, _, positions in work.scored:
+            sequence.scored = positions.stop
         for sequence in work.through:
             del self._prompts[sequence]
         return new, again
@@ -159,39 +177,53 @@ class Scheduler:
     def _mixed(self, slices: list[Slice]) -> Work:
         roster, decodes = self.roster, len(self.roster)
         tokens, positions = roster.last.copy(), roster.cached.copy()
-        lengths, tables, how = roster.lengths().copy(), roster.tables.copy(), roster.how
+        lengths, tables, how = roster.lengths().copy(), roster.tables.copy(), roster.how.copy()
         starts, rows = [*range(decodes + 1)], [*range(decodes)]
-        at, through = lengths.copy(), []
+        at = lengths.copy()
+        through: list[Sequence] = []
+        scored: list[Scored] = []
         for sequence, length in slices:
             start, end = sequence.cached, sequence.cached + length
             self._reach(sequence, end)
+            if asked := sequence.unscored(start, end):
+                scored.append(Scored(sequence, len(rows), asked))
+                rows += [len(tokens) + position - start for position in asked]
+                at += [position + 1 for position in asked]
+                how += sequence.scoring(asked)
             tokens += sequence.tokens[start:end]
             positions += range(start, end)
             starts.append(len(tokens))
             lengths.append(end)
             tables.append(sequence.table)
-            if end == len(sequence.tokens):
+            if end == len(sequence.tokens) and sequence.params.max_tokens:
                 rows.append(len(tokens) - 1)
                 at.append(end)
+                how.append(sequence.how)
                 through.append(sequence)
-        if through:
-            how = how + [sequence.how for sequence in through]
-        return Work(Batch(tokens, positions, starts, lengths, tables, rows), how, at, decodes, slices, through)
+        batch = Batch(tokens, positions, starts, lengths, tables, rows)
+        return Work(batch, how, at, decodes, slices, through, scored)
 
     def _share(self, room: int) -> list[Slice]:
         """Cut ``room`` tokens from the prompts: half for the oldest, the rest for those nearest their first token.
 
         The half keeps a long prompt moving under any load of short ones; the rest lets short ones pass a long one. What
-        either cannot use goes to the other, so the room is used up while any prompt has tokens left.
+        either cannot use goes to the other, so the room is used up while any prompt has tokens left; but those whose
+        logprobs are wanted have no more than MOST_SCORED rows in all.
         """
-        oldest = next(iter(self._prompts))
-        lengths = {oldest: min(oldest.remaining, room - room // 2)}
-        room -= lengths[oldest]
-        for sequence in sorted(self._prompts, key=_remaining):
+        oldest, scores = next(iter(self._prompts)), MOST_SCORED
+        lengths: dict[Sequence, int] = {}
+        for sequence, most in [
+            (oldest, room - room // 2),
+            *((one, room) for one in sorted(self._prompts, key=_remaining)),
+        ]:
             if room == 0:
                 break
             taken = lengths.get(sequence, 0)
-            extra = min(sequence.remaining - taken, room)
+            start = sequence.cached + taken
+            extra = min(sequence.remaining - taken, most, room)
+            if sequence.scored < sequence.to_score:
+                extra = sequence.within(start, extra, scores)
+                scores -= len(sequence.unscored(start, start + extra))
             lengths[sequence] = taken + extra
             room -= extra
         return [Slice(sequence, lengths[sequence]) for sequence in self._prompts if lengths.get(sequence)]
@@ -216,8 +248,7 @@ class Scheduler:
 
     def _start(self, sequence: Sequence) -> bool:
         """Give a sequence what it needs to run, or say that there are too few blocks."""
-        sharable = sequence.digests[: (len(sequence.tokens) - 1) // self._pool.block_size]
-        table = self._pool.take(sharable, self._claim(sequence))
+        table = self._pool.take(self._sharable(sequence), self._claim(sequence))
         if table is None:
             return False
         if not self._has_headroom():
@@ -228,6 +259,7 @@ class Scheduler:
         sequence.cached = len(table) * self._pool.block_size
         sequence.state = "running"
         self.waiting -= 1
+        self.waiting_tokens -= sequence.longest
         self.cached_tokens += max(0, sequence.cached - sequence.forwarded)
         sequence.forwarded = max(sequence.forwarded, sequence.cached)
         self._turn = max(self._turn, sequence.order[1])
@@ -236,9 +268,17 @@ class Scheduler:
             self._computing.setdefault(digest, sequence)
         return True
 
+    def _sharable(self, sequence: Sequence) -> list[bytes]:
+        """The digests of the blocks that it could share. At least one token must be forwarded, and what is scored."""
+        tokens = len(sequence.tokens) - 1
+        if sequence.scored < sequence.to_score:
+            tokens = sequence.scored
+        return sequence.digests[: tokens // self._pool.block_size]
+
     def _claim(self, sequence: Sequence) -> int:
         """Blocks that it must have before it starts: all it can need, or those of the tokens it has and the next."""
-        return self._pool.needed(len(sequence.tokens) + 1 if self._optimistic else sequence.longest)
+        longest = sequence.longest
+        return self._pool.needed(min(len(sequence.tokens) + 1, longest) if self._optimistic else longest)
 
     def _has_headroom(self) -> bool:
         """Whether those that generate could each still draw a block, so that they do not soon take this one's back."""
@@ -248,8 +288,7 @@ class Scheduler:
         """The digest of its first block that nobody has cached, if a running prompt will have it soon."""
         if not self._computing:
             return None
-        sharable = sequence.digests[: (len(sequence.tokens) - 1) // self._pool.block_size]
-        missing = next((digest for digest in sharable if not self._pool.holds(digest)), None)
+        missing = next((digest for digest in self._sharable(sequence) if not self._pool.holds(digest)), None)
         return missing if missing in self._computing else None
 
     def _grow(self) -> None:
@@ -288,13 +327,14 @@ class Scheduler:
         self._wait(sequence)
 
     def _wait(self, sequence: Sequence) -> None:
-        sequence.state = "waiting"
-        sequence.cached = 0
-        self.waiting += 1
         if self._pool.caching:
             known, full = len(sequence.digests), len(sequence.tokens) // self._pool.block_size
             parent = sequence.digests[-1] if known else sequence.root
             sequence.digests += self._pool.digests(parent, sequence.tokens, known, full)
+        sequence.state = "waiting"
+        sequence.cached = 0
+        self.waiting += 1
+        self.waiting_tokens += sequence.longest
         self._line_up(sequence)
 
     def _line_up(self, sequence: Sequence) -> None:

@@ -27,12 +27,14 @@ class Sequence:
         row: its place in the roster, or -1.
         last_step: the step at which it has all its tokens, as long as it is in the roster.
         forwarded: how many of its tokens were ever cached, so that none is counted twice.
+        scored: positions of the prompt before this one have told the logprob of the token after them.
+        to_score: where that ends; 0 where prompt logprobs are not wanted.
         state: "waiting", "running" or "gone".
     """
 
     __slots__ = (
         "cached", "deadline", "digests", "enders", "forwarded", "how", "id", "last_step", "order", "params",
-        "promised", "prompt_length", "request", "root", "row", "state", "table", "tokens",
+        "promised", "prompt_length", "request", "root", "row", "scored", "state", "table", "to_score", "tokens",
     )  # fmt: skip
 
     def __init__(self, request: Request, seed: int, eos: Collection[int], root: bytes) -> None:
@@ -46,6 +48,8 @@ class Sequence:
         self.how = _sampling(params, seed, _edits(params, request.prompt, self.enders))
         self.cached = 0
         self.forwarded = 0
+        self.scored = 0
+        self.to_score = 0 if params.prompt_logprobs < 0 else self.prompt_length - 1
         self.table: list[int] = []
         self.promised = 0
         self.root = root
@@ -69,6 +73,20 @@ class Sequence:
     def remaining(self) -> int:
         """Known tokens that have not been forwarded."""
         return len(self.tokens) - self.cached
+
+    def within(self, start: int, most: int, rows: int) -> int:
+        """Of the ``most`` tokens from ``start`` those that ask for no more than ``rows`` prompt logprobs."""
+        end = max(start, self.scored) + rows
+        return most if end >= self.to_score else min(most, end - start)
+
+    def unscored(self, start: int, end: int) -> range:
+        """The positions among these that have still to tell the logprob of the token after them."""
+        return range(max(start, self.scored), min(end, self.to_score))
+
+    def scoring(self, positions: range) -> list[Sampling]:
+        """What is asked of these positions."""
+        count = self.params.prompt_logprobs
+        return [Sampling(logprobs=count, target=self.tokens[position + 1]) for position in positions]
 
     def note(self, token: int) -> None:
         """Take ``token``, which was just added, into account for those that are picked after it."""

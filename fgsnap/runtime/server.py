@@ -35,6 +35,7 @@ DISCARD_LIMIT = 64 << 20  # of a body that is too long, read on so far, that its
 BODY_SECONDS = 60.0
 KEEP_ALIVE_SECONDS = 10.0
 INLINE_CHARACTERS = 1 << 14  # longer texts are tokenized on a thread, so that the streams of others flow on
+INLINE_BYTES = 1 << 18  # longer bodies are read on a thread too
 PUBLIC = frozenset(("/health", "/health/live", "/health/ready", "/health/startup"))
 
 Pieces = AsyncGenerator[Piece | None, None]
@@ -64,6 +65,8 @@ class TextSide(Protocol):
     """What the server needs of text.Text."""
 
     def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
 
     def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]: ...
 
@@ -96,7 +99,7 @@ class App:
         startup: gives the start-up report.
         on_request: called when a generation request has arrived.
         on_token: called when tokens have been written to a client's connection.
-        max_open: generation requests at once, waiting ones included.
+        max_open: generation requests at once, waiting ones included: as many choices as the engine takes.
     """
 
     def __init__(
@@ -130,7 +133,7 @@ class App:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert scope["type"] == "http"
         scope["app"] = self
-        reply = _Reply(scope, send, closing=lambda: self.draining)
+        reply = _Reply(scope, send, closing=lambda: self.draining, retry_after=self._link.retry_after)
         try:
             scope["tenant"] = self._tenant(scope)
             if scope["path"] in GENERATION and scope["method"] == "POST":
@@ -139,11 +142,8 @@ class App:
                 await self.routes(scope, receive, reply.send)
         except ClientGone:
             reply.status = 499
-        except RequestError as error:
-            await reply.refuse(error)
         except Exception as error:
-            show_failure(error)
-            await reply.refuse(RequestError("The server failed on this request.", status=500, code="internal_error"))
+            await reply.refuse(_as_told(error))
         self.metrics.responses[_route_name(scope), str(reply.status)] += 1
 
     @functools.cached_property
@@ -163,10 +163,15 @@ class App:
         """One completion or chat, from its body to its last token, or until its client leaves."""
         began = time.monotonic()
         with self._admitted():
-            call = GENERATION[scope["path"]](await _body(receive), self._identity.vocab_size)
+            call = await self._parsed(GENERATION[scope["path"]], await _body(receive))
             if call.model is not None:
                 self.check_model(call.model)
             await unless_gone(receive, self._answer(call, scope["tenant"], began, send))
+
+    async def _parsed(self, parse: Parse, body: bytes) -> protocol.Call:
+        if len(body) > INLINE_BYTES:
+            return await asyncio.to_thread(parse, body, self._identity.vocab_size)
+        return parse(body, self._identity.vocab_size)
 
     async def _answer(self, call: protocol.Call, tenant: str, began: float, send: Send) -> None:
         prompts = await self._tokenized(call)
@@ -177,7 +182,7 @@ class App:
             for prompt in prompts
         ]
         heading = self._heading(call)
-        works = _works(heading.id, call, prompts, lengths, tenant)
+        works = _works(heading.id, call, prompts, lengths, tenant, self._echoes(call))
         answer = answers.Answer(
             heading,
             choices=len(works),
@@ -185,6 +190,9 @@ class App:
             spell=None if call.params.logprobs < 0 else self._text.token_bytes,
             usage=call.include_usage,
             best=(call.kept, call.choices) if call.kept < call.choices else None,
+            echo_top=call.params.logprobs if call.echo else -1,
+            prompt_top=call.prompt_top,
+            prompt_spell=self._text.token_bytes,
         )
         async with aclosing(self._pieces(works, call.stop)) as pieces, aclosing(self._timed(pieces, began)) as timed:
             await (self._stream if call.stream else self._whole)(answer, timed, send)
@@ -204,10 +212,10 @@ class App:
                 if data and piece is not None and piece.tokens:
                     self._on_token()
             last = answer.closing()
-        except RequestError as error:
+        except Exception as error:
             if not started:
                 raise
-            last = answers.error_event(error)
+            last = answers.error_event(_as_told(error))
         await send(_part(last, more=False))
 
     async def _whole(self, answer: answers.Answer, pieces: Pieces, send: Send) -> None:
@@ -229,6 +237,12 @@ class App:
             return [tuple(self._text.encode_chat(call.messages))]
         return [prompt if isinstance(prompt, tuple) else tuple(self._text.encode(prompt)) for prompt in call.prompts]
 
+    def _echoes(self, call: protocol.Call) -> list[str]:
+        """What the answers to each prompt begin with."""
+        if not call.echo:
+            return [""] * max(len(call.prompts), 1)
+        return [prompt if isinstance(prompt, str) else self._text.decode(prompt) for prompt in call.prompts]
+
     async def _until_ready(self) -> wire.Ready:
         self._held += 1
         try:
@@ -242,14 +256,18 @@ class App:
         making: dict[str, _Choice] = {}
         try:
             for work in works:
-                making[work.request.id] = _Choice(work.choice, self._text.stream(stop, work.request.prompt))
+                making[work.request.id] = _Choice(work, self._text.stream(stop, work.request.prompt))
                 self._link.submit(work.request, inbox)
             while making:
                 output = await _next(inbox)
                 if output is None:
                     yield None
-                elif output.request in making:
-                    piece = making[output.request].take(output)
+                elif (choice := making.get(output.request)) is not None:
+                    if opening := choice.opening(output):
+                        yield opening
+                    if not output.tokens and output.finish is None:
+                        continue
+                    piece = choice.take(output)
                     if piece.finish is not None:
                         del making[output.request]
                         self._link.abort(output.request)  # where a stop text ended it, the engine does not know yet
@@ -359,24 +377,30 @@ class App:
 
 
 class Work(NamedTuple):
-    """One submission to the engine: one choice of a call."""
+    """One submission to the engine: one choice of a call, whose text begins with ``echo``."""
 
     choice: int
     request: EngineRequest
+    echo: str
 
 
 def _works(
-    id: str, call: protocol.Call, prompts: Sequence[tuple[int, ...]], lengths: Sequence[int], tenant: str
+    id: str,
+    call: protocol.Call,
+    prompts: Sequence[tuple[int, ...]],
+    lengths: Sequence[int],
+    tenant: str,
+    echoes: Sequence[str],
 ) -> list[Work]:
     """The choices of every prompt in order. A seed gives each choice of a prompt its own stream of numbers."""
     works: list[Work] = []
     more = call.priority, tenant, call.timeout, call.cache_salt
     logprobs = max(call.params.logprobs, 0 if call.kept < call.choices else -1)  # the best are told by them
-    for prompt, length in zip(prompts, lengths, strict=True):
+    for prompt, length, echo in zip(prompts, lengths, echoes, strict=True):
         for choice in range(call.choices):
             seed = None if call.params.seed is None else (call.params.seed + choice) % 2**64
             params = msgspec.structs.replace(call.params, max_tokens=length, seed=seed, logprobs=logprobs)
-            works.append(Work(len(works), EngineRequest(f"{id}-{len(works)}", prompt, params, *more)))
+            works.append(Work(len(works), EngineRequest(f"{id}-{len(works)}", prompt, params, *more), echo))
     return works
 
 
@@ -399,13 +423,36 @@ async def _next(inbox: Inbox) -> Output | None:
     return item
 
 
+def _as_told(error: Exception) -> RequestError:
+    """The error as its client gets to see it; the operator sees what nobody has foreseen."""
+    if isinstance(error, RequestError):
+        return error
+    show_failure(error)
+    return RequestError("The server failed on this request.", status=500, code="internal_error")
+
+
 class _Choice:
     """One choice in the making: its text, and the tokens that the text does not show yet."""
 
-    def __init__(self, index: int, stream: Stream) -> None:
-        self._index = index
+    def __init__(self, work: Work, stream: Stream) -> None:
+        prompt, scored = work.request.prompt, work.request.params.prompt_logprobs >= 0
+        self._index = work.choice
         self._stream = stream
         self._hidden: list[Token] = []
+        self._echo = work.echo
+        self._prompt = [Token(prompt[0])] if scored else []
+        self._awaited = len(prompt) if scored else 0
+        self._opened = False
+
+    def opening(self, output: Output) -> Piece | None:
+        """What goes before the answer, once all of it is known: the prompt's text and, where wanted, its tokens."""
+        self._prompt += output.prompt
+        if self._opened or len(self._prompt) < self._awaited:
+            return None
+        self._opened = True
+        if not self._echo and not self._prompt:
+            return None
+        return Piece(self._index, self._echo, (), (), None, tuple(self._prompt))
 
     def take(self, output: Output) -> Piece:
         """The output with its text; a stop text within it ends the choice."""
@@ -470,11 +517,12 @@ async def _body(receive: Receive) -> bytes:
 class _Reply:
     """The way back to the client: adds the request's id to the headers, and remembers whether they are out."""
 
-    def __init__(self, scope: Scope, send: Send, closing: Callable[[], bool]) -> None:
+    def __init__(self, scope: Scope, send: Send, closing: Callable[[], bool], retry_after: Callable[[], int]) -> None:
         self.status = 0
         self._scope = scope
         self._send = send
         self._closing = closing
+        self._retry_after = retry_after
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -489,7 +537,7 @@ class _Reply:
         body = answers.error_body(error)
         headers = [(b"content-length", str(len(body)).encode())]
         if error.status in (429, 503):
-            headers.append((b"retry-after", b"1"))
+            headers.append((b"retry-after", str(self._retry_after()).encode()))
         if error.status in (408, 413) or self._closing():
             headers.append((b"connection", b"close"))
         if error.allow:

@@ -13,6 +13,7 @@ import math
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -121,8 +122,17 @@ def _take(pipe: Pipe, engine: Engine, message: wire.ToWorker) -> None:
     try:
         engine.submit(message.request)
     except RequestError as error:
-        what, why, next_step = error.what, error.why, error.next_step
-        pipe.send(wire.Refused(message.request.id, what, why, next_step, error.status, error.param, error.code))
+        _refuse(pipe, message.request.id, error)
+    except Exception as error:  # whatever a request can carry that nobody has thought of, it ends alone
+        print(f"fgsnap: a request failed inside the engine: {type(error).__name__}.", file=sys.stderr, flush=True)
+        _show(error)
+        failed = RequestError("The engine failed on this request.", status=500, code="engine_error")
+        _refuse(pipe, message.request.id, failed)
+
+
+def _refuse(pipe: Pipe, request: str, error: RequestError) -> None:
+    what, why, next_step = error.what, error.why, error.next_step
+    pipe.send(wire.Refused(request, what, why, next_step, error.status, error.param, error.code))
 
 
 def _phases(pipe: Pipe, started: float) -> Callable[[str], None]:

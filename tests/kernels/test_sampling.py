@@ -87,6 +87,8 @@ SAMPLINGS = [
     Sampling(temperature=1.0, logprobs=5, edits=edits([1, 2, 2], repetition=1.2, prompt=(0, 1), frequency=0.3)),
     Sampling(temperature=1.0, edits=edits([1], presence=-2.0, bias={0: 1.5, 2: -INF}, banned=(1,))),
     Sampling(temperature=3.0, top_p=0.9, logprobs=0, edits=edits(allowed=mask(5000, range(0, 5000, 2)))),
+    Sampling(logprobs=3, target=0),
+    Sampling(temperature=1.0, logprobs=0, edits=edits(banned=(0,)), target=0),
 ]
 
 
@@ -122,6 +124,7 @@ ways = st.builds(
     seed=st.integers(0, 2**64 - 1),
     logprobs=st.sampled_from([-1, -1, 0, 3, VOCABULARY + 1]),
     edits=st.none() | some_edits,
+    target=st.just(-1),
 )
 
 
@@ -138,6 +141,8 @@ def batches(draw):
     count, vocabulary = draw(st.integers(1, 4)), draw(st.integers(1, VOCABULARY))
     rows = draw(st.lists(rows_of(vocabulary), min_size=count, max_size=count))
     hows = draw(st.lists(ways, min_size=count, max_size=count))
+    known = draw(st.lists(st.integers(-vocabulary, vocabulary - 1), min_size=count, max_size=count))
+    hows = [how._replace(target=max(t, -1)) if how.logprobs >= 0 else how for how, t in zip(hows, known, strict=True)]
     return rows, hows, draw(st.lists(st.integers(0, 2**40), min_size=count, max_size=count))
 
 
@@ -326,6 +331,9 @@ def test_what_is_no_way_to_sample_is_refused():
     for how in (Sampling(INF), Sampling(NAN), Sampling(1.0, -1), Sampling(1.0, 0, NAN), Sampling(1.0, 0, 1.0, 1.5)):
         with pytest.raises(ValueError, match="sample: "):
             ops.sample(logits(ops, [[0.0]]), [how], [0])
+    for how in (Sampling(target=0), Sampling(logprobs=0, target=33)):
+        with pytest.raises(ValueError, match="target"):
+            ops.sample(logits(ops, [[0.0] * 33]), [how], [0])
     with pytest.raises(ValueError, match="sample: a mask of 4 bytes for 33 tokens"):
         ops.sample(logits(ops, [[0.0] * 33]), [Sampling(edits=Edits(allowed=mask(32, ())))], [0])
 
@@ -380,6 +388,15 @@ def test_scores_are_what_sampling_reports(backend):
     x, plan, head, _ = setting(backend.ops)
     sampled = backend.ops.sample(backend.ops.logits(x, plan, head), [Sampling(logprobs=4)] * 4, range(4))
     assert backend.ops.score(x, plan, head, head.vocab_size, sampled.tokens, 4) == [*sampled.logprobs.values()]
+
+
+def test_sampling_a_known_token_tells_what_scoring_does(backend):
+    x, plan, head, _ = setting(backend.ops)
+    targets = [297, 0, 13, 13]
+    hows = [Sampling(logprobs=3, target=target) for target in targets]
+    found = backend.ops.sample(backend.ops.logits(x, plan, head), hows, range(4))
+    assert found.tokens == targets
+    assert [*found.logprobs.values()] == backend.ops.score(x, plan, head, head.vocab_size, targets, 3)
 
 
 def test_no_rows_no_scores(backend):

@@ -19,6 +19,7 @@ from fgsnap.kernels.ops import Batch, Edits, Sampled, Samples, Sampling
 from fgsnap.runtime.engine import Engine
 from fgsnap.runtime.request import Output, Request, SamplingParams, Token
 from fgsnap.runtime.roster import NO_TOKEN
+from fgsnap.runtime.scheduler import MOST_SCORED
 from fgsnap.runtime.sequence import Sequence
 from tests.doubles import StubModel, pick, said_next
 
@@ -50,6 +51,13 @@ def alone(request: Request, **settings) -> tuple[list[int], str | None]:
     engine = Engine(stub(**settings), eos_token_ids=EOS)
     engine.submit(request)
     return summary(finish(engine)[request.id])
+
+
+def of_prompt(outputs: list[Output]) -> list[Token]:
+    """What was told of the prompt's tokens, which comes before any of the answer's."""
+    answering = [bool(output.tokens) for output in outputs if output.tokens or output.prompt]
+    assert answering == sorted(answering)
+    return [token for output in outputs for token in output.prompt]
 
 
 def request(name: str, prompt=(1, 2, 3), max_tokens: int = 8, **params) -> Request:
@@ -197,7 +205,7 @@ class EngineLife(RuleBasedStateMachine):
         admission=st.sampled_from(["reserve", "optimistic"]),
         caching=st.sampled_from([True, True, False]),
         sick=st.sampled_from([None, None, SICK]),
-        queue=st.sampled_from([3, 100]),
+        queue=st.sampled_from([1, 100]),
     )
     def begin(self, budget, most, block_size, spare, admission, caching, sick, queue):
         self.sick, self.queue, self.budget, self.most, self.clock = sick, queue, budget, most, Clock()
@@ -226,7 +234,7 @@ class EngineLife(RuleBasedStateMachine):
         for copy in range(copies):
             own = msgspec.structs.replace(params, seed=params.seed + copy)
             request = Request(f"r{len(self.requests)}", tuple(prompt), own, priority, tenant, timeout, salt)
-            if self.engine.stats().waiting >= self.queue:
+            if len(self.live) >= min(self.most, self.budget) + self.queue:
                 with pytest.raises(RequestError) as refused:
                     self.engine.submit(request)
                 assert refused.value.status == 429
@@ -425,6 +433,95 @@ def test_logprobs_reach_the_output():
     assert output.tokens[0].top == ((50, -0.5),)
 
 
+def logprobs_of(prompt: list[int], count: int) -> list[Token]:
+    """The prompt's tokens but the first as the stub model scores them, each by a forward of what is before it."""
+    found = []
+    for length in range(1, len(prompt)):
+        batch = Batch(prompt[:length], range(length), (0, length), (length,), (range(16),), (length - 1,))
+        model = stub()
+        how = Sampling(logprobs=count, target=prompt[length])
+        found.append(Token(*model.sample(model.forward(batch), [how], [length]).logprobs[0]))
+    return found
+
+
+@pytest.mark.parametrize("budget", [3, 7, 512])
+@pytest.mark.parametrize("max_tokens", [0, 1, 4])
+def test_logprobs_of_prompts_are_told_once_and_before_the_answer(budget, max_tokens):
+    """Several prompts at once, cut anywhere; beside others that want none, and answer as ever."""
+    engine = Engine(stub(blocks=64), eos_token_ids=EOS, token_budget=budget)
+    prompts = {"a": [*range(20)], "b": [5], "c": [*range(18), 1, 1], "d": [2, 9]}
+    for name, prompt in prompts.items():
+        engine.submit(request(name, prompt, max_tokens, prompt_logprobs=2, ignore_eos=True))
+    engine.submit(request("plain", range(24), 5, ignore_eos=True))
+    outputs = finish(engine)
+    for name, prompt in prompts.items():
+        assert of_prompt(outputs[name]) == logprobs_of(prompt, 2), name
+        tokens, end = summary(outputs[name])
+        assert (len(tokens), end) == (max_tokens, "length")
+    assert summary(outputs["plain"]) == alone(request("plain", range(24), 5, ignore_eos=True))
+    stats = engine.stats()
+    assert stats.kv_blocks_free == stats.kv_blocks and stats.waiting_tokens == 0
+
+
+def test_no_step_has_more_rows_of_prompts_than_memory_is_meant_for():
+    model = stub(blocks=256, max_length=512)
+    engine = Engine(model, token_budget=512)
+    prompts = {str(n): [*range(n, 24)] * 10 for n in range(4)}
+    for name, prompt in prompts.items():
+        engine.submit(request(name, prompt, 1, prompt_logprobs=0))
+    outputs = finish(engine)
+    assert {name: len(of_prompt(found)) + 1 for name, found in outputs.items()} == {
+        n: len(p) for n, p in prompts.items()
+    }
+    rows = [len(batch.rows) for batch in model.batches]
+    assert max(rows) <= MOST_SCORED + len(prompts) and sum(rows) == sum(map(len, prompts.values()))
+
+
+def test_a_prompt_that_is_scored_is_not_found_cached_but_others_find_it():
+    engine = Engine(stub(), token_budget=64)
+    prompt = [*range(20)]
+    expected = logprobs_of(prompt, 1)
+    for name, logprobs, cached in (("first", -1, 0), ("scored", 1, 0), ("plain", -1, 16), ("again", 1, 16)):
+        engine.submit(request(name, prompt, 1, prompt_logprobs=logprobs))
+        outputs = finish(engine)[name]
+        assert of_prompt(outputs) == (expected if logprobs >= 0 else [])
+        assert engine.stats().cached_tokens == cached
+
+
+def test_a_preempted_prompt_is_not_scored_twice():
+    """Blocks are short, so whoever has the least to lose starts again, and tells nothing again."""
+    model = stub(blocks=12, block_size=2)
+    engine = Engine(model, token_budget=8, admission="optimistic")
+    names = [f"r{n}" for n in range(6)]
+    for n, name in enumerate(names):
+        engine.submit(request(name, range(n, n + 9), 12, prompt_logprobs=1, ignore_eos=True))
+    outputs = finish(engine)
+    assert engine.stats().preemptions > 0
+    for n, name in enumerate(names):
+        assert of_prompt(outputs[name]) == logprobs_of([*range(n, n + 9)], 1)
+
+
+def test_a_prompt_that_fills_the_cache_needs_no_room_for_an_answer_that_nobody_wants():
+    for admission in ("reserve", "optimistic"):
+        engine = Engine(stub(blocks=4), token_budget=8, admission=admission)
+        engine.submit(request("r", range(16), 0, prompt_logprobs=0))
+        outputs = finish(engine)["r"]
+        assert len(of_prompt(outputs)) == 15 and outputs[-1].finish == "length"
+
+
+@pytest.mark.parametrize("max_tokens", [0, 3])
+def test_a_broken_row_of_a_prompt_ends_its_request_alone(max_tokens):
+    model = stub(nan_after=23)
+    engine = Engine(model, eos_token_ids=EOS)
+    good = request("good", (1, 2), ignore_eos=True, stop_token_ids=(23,), prompt_logprobs=0)
+    engine.submit(good)
+    engine.submit(request("bad", (1, 23, 2), max_tokens, prompt_logprobs=0))
+    outputs = finish(engine)
+    assert (outputs["bad"][-1].finish, outputs["bad"][-1].code) == ("error", "not_finite")
+    assert summary(outputs["good"]) == alone(good)
+    assert engine.stats().kv_blocks_free == model.blocks
+
+
 def test_not_a_number_ends_only_the_request_it_belongs_to():
     model = stub(nan_after=23)
     engine = Engine(model, eos_token_ids=EOS)
@@ -460,6 +557,20 @@ def test_counters():
     assert (stats.prompt_tokens, stats.generated_tokens, stats.steps) == (6, 3, 4)
 
 
+def test_as_many_are_taken_as_may_run_and_wait():
+    """Also before the first step, when all of them wait."""
+    engine = Engine(stub(), max_sequences=2, max_waiting=1)
+    for name in "abc":
+        engine.submit(request(name, (1, 2), 2))
+    assert engine.stats().waiting_tokens == 12
+    with pytest.raises(RequestError, match="queue is full") as caught:
+        engine.submit(request("d"))
+    assert (caught.value.status, caught.value.code) == (429, "overloaded")
+    engine.abort("b")
+    engine.submit(request("d"))
+    assert finish(engine).keys() == {*"acd"} and engine.stats().waiting_tokens == 0
+
+
 def test_an_idle_engine_does_nothing():
     model = stub()
     engine = Engine(model)
@@ -474,7 +585,7 @@ def test_an_idle_engine_does_nothing():
         (request("r", ()), "prompt"),
         (request("r", (1, VOCAB)), "prompt"),
         (request("r", (-1,)), "prompt"),
-        (request("r", max_tokens=0), "max_tokens"),
+        (request("r", max_tokens=-1), "max_tokens"),
         (request("r", temperature=-0.1), "temperature"),
         (request("r", temperature=math.nan), "temperature"),
         (request("r", temperature=math.inf), "temperature"),
@@ -483,6 +594,7 @@ def test_an_idle_engine_does_nothing():
         (request("r", top_p=math.nan), "top_p"),
         (request("r", top_k=-1), "top_k"),
         (request("r", logprobs=-2), "logprobs"),
+        (request("r", prompt_logprobs=-2), "prompt_logprobs"),
     ],
 )
 def test_malformed_requests_are_refused_naming_the_field(wrong, param):

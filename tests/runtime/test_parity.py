@@ -20,7 +20,7 @@ from fgsnap.convert.pipeline import convert
 from fgsnap.kernels import native
 from fgsnap.runtime.decoder import load_decoder
 from fgsnap.runtime.engine import Engine
-from fgsnap.runtime.request import Request, SamplingParams
+from fgsnap.runtime.request import Request, SamplingParams, Token
 from fgsnap.snapshot import open_snapshot
 
 BACKENDS = ["reference", *(["native"] if native.available()[0] else [])]
@@ -264,3 +264,27 @@ def test_one_seed_gives_the_same_tokens_on_every_backend(made, top_k, top_p):
     assert all(tokens == together[0] for tokens in together)
     assert together[0]["1"] != together[0]["2"]
     assert sampled(BACKENDS[-1], {1: (5, 6, 7)}) == {"1": together[0]["1"]}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("budget", [CHUNK, 128])
+def test_prompts_have_the_logprobs_that_transformers_gives_them(made, backend, budget):
+    """Several prompts at once, in chunks, beside one that generates; a token has one number, in the top and outside."""
+    checkpoint, snapshot = made("grouped queries")
+    sequences = [list(map(int, tokens)) for tokens in random_sequences((50, 2, 23), 97)]
+    engine = Engine(decoder(snapshot, backend, "float32", 128), token_budget=budget)
+    engine.submit(Request("other", (1, 2, 3), SamplingParams(20, temperature=0.0)))
+    for name, tokens in enumerate(sequences):
+        engine.submit(Request(str(name), tuple(tokens), SamplingParams(name % 2, prompt_logprobs=97)))
+    found: dict[str, list[Token]] = {}
+    while engine.has_work():
+        for output in engine.step().outputs():
+            found.setdefault(output.request, []).extend(output.prompt)
+    expected = Transformers(checkpoint, "float32").logits(sequences).log_softmax(-1)
+    for name, (tokens, rows) in enumerate(zip(sequences, expected.split([*map(len, sequences)]), strict=True)):
+        told = found[str(name)]
+        assert [token.id for token in told] == tokens[1:]
+        for token, row in zip(told, rows[:-1], strict=True):
+            assert dict(token.top)[token.id] == token.logprob
+            assert [logprob for _, logprob in token.top] == sorted(dict(token.top).values(), reverse=True)
+            assert [dict(token.top)[id] for id in range(97)] == pytest.approx(row.tolist(), abs=2e-4)

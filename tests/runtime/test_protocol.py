@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import msgspec
 import pytest
@@ -113,6 +114,19 @@ def test_vllm_s_switched_off_top_k_is_off():
         ("stop_token_ids", [1] * 65), ("logprobs", -1), ("logprobs", 21), ("logprobs", True), ("stream", "yes"),
         ("stream_options", {"include_usage": 1}), ("model", 5),
         ("ignore_eos", "x"), ("stream_options", {}), ("stop", "\ud800"),
+        ("min_p", -0.1), ("min_p", 1.1), ("min_p", "x"), ("repetition_penalty", 0), ("repetition_penalty", -1),
+        ("repetition_penalty", 10.1), ("presence_penalty", 2.1), ("presence_penalty", -2.1), ("presence_penalty", []),
+        ("frequency_penalty", 3), ("frequency_penalty", "1"), ("frequency_penalty", True), ("logit_bias", []),
+        ("logit_bias", {"1": 101}), ("logit_bias", {"1": -101}), ("logit_bias", {"1": "x"}),
+        ("logit_bias", {"1": None}),
+        ("logit_bias", {"100": 1}), ("logit_bias", {"-1": 1}), ("logit_bias", {"a": 1}), ("logit_bias", {"1.0": 1}),
+        ("logit_bias", {"": 1}), ("logit_bias", {"\u0663": 1}), ("logit_bias", {"9" * 5000: 1}),
+        ("logit_bias", {str(i): 0 for i in range(1025)}), ("min_tokens", -1), ("min_tokens", 1.5),
+        ("min_tokens", 2**40),
+        ("best_of", 0), ("best_of", 129), ("best_of", "2"), ("priority", 2**40), ("priority", "high"), ("timeout", 0),
+        ("timeout", -1), ("timeout", 1e7), ("timeout", "soon"), ("cache_salt", ""), ("cache_salt", "x" * 257),
+        ("cache_salt", 5), ("echo", "yes"), ("echo", 1), ("prompt_logprobs", -1), ("prompt_logprobs", 21),
+        ("prompt_logprobs", True), ("stop_token_ids", [100]), ("stop_token_ids", 5), ("max_tokens", -1),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_refused_by_the_name_of_its_field(field, value):
@@ -121,6 +135,107 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_field(field, value):
     assert caught.value.status == 400
     assert caught.value.param.partition("[")[0].partition(".")[0] == field or not caught.value.param
     assert field in str(caught.value) or not caught.value.param
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"n": 3, "best_of": 2}, "best_of"),
+        ({"best_of": 2, "stream": True}, "best_of"),
+        ({"prompt_logprobs": 0, "stream": True}, "prompt_logprobs"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"prompt": ["x"] * 65, "best_of": 2}, "prompt"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused_by_name(fields, param):
+    with pytest.raises(RequestError) as caught:
+        completion(**fields)
+    assert (caught.value.status, caught.value.param) == (400, param)
+
+
+def test_more_tokens_at_least_than_at_most_are_refused_also_where_most_is_a_default():
+    for call in (
+        completion(min_tokens=9, max_tokens=8),
+        completion(min_tokens=17),
+        completion(min_tokens=1, max_tokens=0, echo=True),
+    ):
+        with pytest.raises(RequestError) as caught:
+            settled(call, 5)
+        assert (caught.value.status, caught.value.param) == (400, "min_tokens")
+    assert settled(completion(min_tokens=16), 5) == 16
+
+
+def test_a_chat_has_no_use_for_what_only_completions_have():
+    assert chat(echo=False, best_of=1).choices == 1
+    for field, value in (("echo", True), ("best_of", 2), ("top_logprobs", 2)):
+        with pytest.raises(RequestError) as caught:
+            chat(**{field: value})
+        assert (caught.value.status, caught.value.param) == (400, field)
+
+
+def test_every_option_arrives_and_null_is_left_out():
+    call = completion(
+        min_p=0.1, repetition_penalty=1.5, presence_penalty=-1, frequency_penalty=2, logit_bias={"7": -100, "3": 2.5},
+        min_tokens=4, best_of=3, n=2, priority=-5, timeout=1.5, cache_salt="s", prompt_logprobs=3,
+    )  # fmt: skip
+    params = call.params
+    assert (params.min_p, params.repetition_penalty, params.presence_penalty, params.frequency_penalty) == (
+        0.1,
+        1.5,
+        -1,
+        2,
+    )
+    assert (params.logit_bias, params.min_tokens, params.prompt_logprobs) == (((3, 2.5), (7, -100)), 4, 3)
+    assert (call.choices, call.kept, call.priority, call.timeout, call.cache_salt) == (3, 2, -5, 1.5, "s")
+    names = (
+        "min_p repetition_penalty presence_penalty frequency_penalty logit_bias min_tokens best_of priority timeout "
+    )
+    names += "cache_salt prompt_logprobs echo"
+    assert completion(**dict.fromkeys(names.split())) == completion()
+
+
+def test_an_echo_asks_for_the_prompt_s_logprobs_where_it_has_any():
+    assert completion(echo=True).params == completion().params and completion(echo=True).echo
+    scoring = completion(echo=True, logprobs=2, max_tokens=1)
+    assert (scoring.params.prompt_logprobs, scoring.params.ignore_eos, scoring.prompt_top) == (2, True, -1)
+    both = completion(echo=True, logprobs=2, prompt_logprobs=5, max_tokens=3)
+    assert (both.params.prompt_logprobs, both.params.ignore_eos, both.prompt_top) == (5, False, 5)
+    assert settled(completion(echo=True, max_tokens=0), 100) == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("stop", ["x"] * 10**6),
+        ("stop", "x" * 7_000_000),
+        ("logit_bias", {str(i): 1.0 for i in range(75_000)}),
+        ("stop_token_ids", [5] * 10**6),
+        ("cache_salt", "x" * 7_000_000),
+        ("tools", [{}] * 10**6),
+        ("prompt", [[1]] * 100_000),
+        ("n", 10**4000),
+    ],
+    ids=lambda value: value if isinstance(value, str) and len(value) < 20 else type(value).__name__,
+)
+def test_what_is_far_too_long_is_refused_in_no_time(field, value):
+    body = json.dumps({"prompt": "hi", field: value}).encode()
+    took = []
+    for _ in range(3):
+        began = time.process_time()
+        with pytest.raises(RequestError) as caught:
+            protocol.parse_completion(body, VOCAB)
+        took.append(time.process_time() - began)
+    assert (caught.value.status, caught.value.param) == (400, field) and min(took) < 0.05
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "1e-999x", "0x1", "01"])
+def test_what_is_no_number_in_json_is_refused(number):
+    for field in ("temperature", "timeout", "min_p", "logit_bias"):
+        value = f'{{"5": {number}}}' if field == "logit_bias" else number
+        with pytest.raises(RequestError) as caught:
+            protocol.parse_completion(f'{{"prompt": "x", "{field}": {value}}}'.encode(), VOCAB)
+        assert caught.value.status == 400
 
 
 @pytest.mark.parametrize("field", sorted(protocol.UNSUPPORTED))

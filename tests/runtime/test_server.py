@@ -10,7 +10,10 @@ import time
 import openai
 import pytest
 
+from fgsnap.kernels.ops import Batch, Sampled, Sampling
 from fgsnap.runtime import server
+from fgsnap.runtime.link import Link
+from fgsnap.runtime.request import EngineStats
 from tests.doubles import ByteText, StubModel
 from tests.serving import MODEL, StubWorkers, ask, client, samples, send_only, stub_service, until
 
@@ -38,8 +41,6 @@ def api(service):
 
 def continuation(prompt: str, count: int) -> list[int]:
     """The greedy tokens of the stub model, without engine or server."""
-    from fgsnap.kernels.ops import Batch, Sampling
-
     tokens = list(prompt.encode())
     for _ in range(count):
         model = StubModel(blocks=64)
@@ -216,6 +217,109 @@ def test_chat_logprobs_stream_as_they_are_in_one_piece(api):
         assert entry.logprob == entry.top_logprobs[0].logprob
 
 
+def scores(prompt: bytes, count: int) -> list[Sampled]:
+    """The stub model's logprobs of the prompt's bytes but the first, without engine or server."""
+    found = []
+    for length in range(1, len(prompt)):
+        batch = Batch([*prompt[:length]], range(length), (0, length), (length,), (range(64),), (length - 1,))
+        model = StubModel(blocks=64)
+        how = Sampling(logprobs=count, target=prompt[length])
+        found.append(model.sample(model.forward(batch), [how], [length]).logprobs[0])
+    return found
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1, 5])
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echo_with_logprobs_begins_with_the_prompt_s(api, max_tokens, stream):
+    """As lm-eval-harness scores texts: prompts of token ids, and one number in token_logprobs and in top_logprobs."""
+    texts = ["score me, please", "z", "häß lich"]
+    arguments = {**GREEDY, "logprobs": 1, "echo": True, "max_tokens": max_tokens, "seed": 1234, "stream": stream}
+    answer = api.completions.create(prompt=[[*text.encode()] for text in texts], **arguments)
+    found = pieced(answer) if stream else {choice.index: (choice.text, choice.logprobs) for choice in answer.choices}
+    for index, text in enumerate(texts):
+        shown, logprobs = found[index]
+        size = len(text.encode())
+        assert shown.startswith(text) and len(logprobs.tokens) == len(logprobs.text_offset) == size + max_tokens
+        expected = scores(text.encode(), 1)
+        assert logprobs.token_logprobs[0] is logprobs.top_logprobs[0] is None
+        assert logprobs.token_logprobs[1:size] == pytest.approx([one.logprob for one in expected], abs=1e-9)
+        for token, number, top in zip(
+            logprobs.tokens[1:], logprobs.token_logprobs[1:], logprobs.top_logprobs[1:], strict=True
+        ):
+            assert top[token] == number and len(top) <= 2
+        starts = [at for at, character in enumerate(text) for _ in character.encode()]
+        assert logprobs.text_offset[:size] == starts
+        if max_tokens:
+            assert logprobs.text_offset[size] == len(text)
+    if not stream:
+        assert answer.usage.completion_tokens == max_tokens * len(texts)
+        assert {choice.finish_reason for choice in answer.choices} == {"length"} or max_tokens == 5
+
+
+def pieced(stream):
+    """A stream's choices as those of one answer: by index their text and logprobs."""
+    found = {}
+    for chunk in stream:
+        for choice in chunk.choices:
+            text, logprobs = found.get(choice.index, ("", None))
+            if logprobs is None:
+                logprobs = choice.logprobs
+            elif choice.logprobs is not None:
+                for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+                    getattr(logprobs, name).extend(getattr(choice.logprobs, name))
+            found[choice.index] = (text + choice.text, logprobs)
+    return found
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echo_without_logprobs_is_the_prompt_and_the_answer(api, stream):
+    arguments = {**GREEDY, "prompt": "say it", "n": 2, "extra_body": {"ignore_eos": True}}
+    plain = api.completions.create(max_tokens=4, **arguments)
+    for max_tokens in (0, 4):
+        answer = api.completions.create(max_tokens=max_tokens, echo=True, stream=stream, **arguments)
+        found = (
+            pieced(answer) if stream else {choice.index: (choice.text, choice.logprobs) for choice in answer.choices}
+        )
+        assert found == {n: ("say it" + plain.choices[n].text * bool(max_tokens), None) for n in (0, 1)}
+
+
+def test_an_eos_where_a_score_ends_is_there_to_be_dropped(api):
+    """Harnesses leave out the last logprob, of the one token they had to ask for; it must not be the prompt's."""
+    model = StubModel(blocks=64)
+    prompt = next(
+        [n, m] for n in range(256) for m in range(256) if model_says(model, [n, m]) == ByteText.eos
+    )  # fmt: skip
+    answer = api.completions.create(prompt=prompt, max_tokens=1, logprobs=1, echo=True, **GREEDY)
+    assert len(answer.choices[0].logprobs.tokens) == 3
+    assert api.completions.create(prompt=prompt, max_tokens=1, logprobs=1, **GREEDY).choices[0].logprobs.tokens == []
+
+
+def model_says(model: StubModel, tokens: list[int]) -> int:
+    length = len(tokens)
+    batch = Batch(tokens, range(length), (0, length), (length,), (range(64),), (length - 1,))
+    return model.sample(model.forward(batch), [Sampling()], [length]).tokens[0]
+
+
+def test_prompt_logprobs_are_those_of_vllm(api):
+    """A field of the choice, or of a chat's body: nothing for the first token, then by token id."""
+    arguments = {**GREEDY, "max_tokens": 1, "extra_body": {"prompt_logprobs": 2}}
+    choice = api.completions.create(prompt="plain", **arguments).choices[0]
+    chat = api.chat.completions.create(messages=[{"role": "user", "content": "x"}], **arguments)
+    assert choice.logprobs is None and "plain" not in choice.text
+    for told, prompt in ((choice.prompt_logprobs, b"plain"), (chat.prompt_logprobs, b"user: x\nassistant:")):
+        assert told[0] is None and len(told) == len(prompt)
+        for entry, token, one in zip(told[1:], prompt[1:], scores(prompt, 2), strict=True):
+            assert entry.keys() == {str(token), *(str(id) for id, _ in one.top)}
+            assert entry[str(token)]["logprob"] == pytest.approx(one.logprob, abs=1e-9)
+            assert entry[str(token)]["decoded_token"] == bytes([token]).decode(errors="replace")
+            assert [entry[str(id)]["rank"] for id, _ in one.top] == [1, 2]
+    both = api.completions.create(prompt="plain", logprobs=0, echo=True, **arguments).choices[0]
+    assert (
+        both.prompt_logprobs == choice.prompt_logprobs
+        and [len(top) for top in both.logprobs.top_logprobs[1:5]] == [1] * 4
+    )
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_cut_stop_text_has_no_logprobs_but_is_counted(api, stream):
     arguments = {**GREEDY, "messages": [{"role": "user", "content": "cut me"}], "extra_body": {"ignore_eos": True}}
@@ -300,8 +404,8 @@ def test_the_client_sees_its_mistakes_as_the_errors_it_knows(api):
     assert missing.value.code == "model_not_found" and "gpt-5" in missing.value.message
     with pytest.raises(openai.NotFoundError):
         api.models.retrieve("gpt-5")
-    with pytest.raises(openai.BadRequestError, match="echo"):
-        api.completions.create(prompt="x", model=MODEL, echo=True)
+    with pytest.raises(openai.BadRequestError, match="suffix"):
+        api.completions.create(prompt="x", model=MODEL, suffix="y")
     with pytest.raises(openai.BadRequestError, match="No role 'wizard'"):
         api.chat.completions.create(messages=[{"role": "wizard", "content": "x"}], model=MODEL)
 
@@ -692,6 +796,42 @@ def test_when_full_it_says_so():
             assert reply.status == 429 and reply.headers["retry-after"] == "1"
             assert reply.error()["type"] == "rate_limit_error"
         until(lambda: service.app.open == 0)
+
+
+def test_more_choices_than_may_run_and_wait_are_told_when_to_come_again():
+    """One rule: as many as run at once, and as many as may wait beside them, over all requests."""
+    workers = StubWorkers()
+    workers.engine = {"max_sequences": 2, "max_waiting": 3}
+    with stub_service(workers) as service, client(service.url) as api:
+        until(lambda: service.link.state == "ready")
+        workers.model.delay = 0.1
+        body = {"prompt": "x" * 40, "n": 5, "max_tokens": 60, "ignore_eos": True}
+        with send_only(service.url, "/v1/completions", body):
+            until(lambda: service.link.stats and service.link.stats.generated_tokens > 4)
+            stats = service.link.stats
+            assert (stats.running, stats.waiting, stats.waiting_tokens) == (2, 3, 3 * 100)
+            with pytest.raises(openai.RateLimitError, match="2 choices run and 3 wait") as caught:
+                api.completions.create(prompt="x", model=MODEL, stream=True)
+            # Three of 100 tokens wait, and some twenty a second come, after the prompts at least.
+            assert 3 <= int(caught.value.response.headers["retry-after"]) <= 60
+            assert caught.value.code == "overloaded" and service.link.stats.waiting == 3
+        until(lambda: all_blocks_free(service.url))
+        workers.model.delay = 0.0
+        assert len(api.completions.create(prompt="x", model=MODEL, n=5).choices) == 5
+
+
+def test_when_to_come_again_is_bounded_and_by_what_is_known():
+    stats = EngineStats(1, 1, 8, 8, prompt_tokens=0, generated_tokens=0, steps=0, waiting_tokens=10**9)
+    link = Link(None, tell=print)
+    assert link.retry_after() == 1, "nothing is known yet"
+    link._start_took = 7.2
+    assert link.retry_after() == 8, "as long as the last start took"
+    link.state, link.stats = "ready", stats
+    assert link.retry_after() == 60
+    link.stats = EngineStats(1, 0, 8, 8, prompt_tokens=0, generated_tokens=0, steps=0)
+    assert link.retry_after() == 1
+    link.state = "stopping"
+    assert link.retry_after() == 1
 
 
 def test_while_draining_new_requests_go_elsewhere_and_old_ones_finish():

@@ -15,6 +15,7 @@ import pytest
 
 from fgsnap.errors import HostError, SnapshotRefused
 from fgsnap.runtime import wire, worker
+from fgsnap.runtime.blocks import BlockPool
 from fgsnap.runtime.engine import Engine
 from fgsnap.runtime.options import EngineOptions
 from fgsnap.runtime.process import BOOT
@@ -164,6 +165,29 @@ def test_a_request_that_cannot_run_is_refused_and_the_others_go_on(serve):
     refused = server.until(wire.Refused)
     assert refused.request == "bad" and refused.status == 400 and "1003 tokens" in refused.why
     assert tokens_of(server)[1] == "length"
+
+
+def test_a_request_that_nobody_foresaw_ends_alone_and_leaves_nothing(serve, monkeypatch, capfd):
+    real = BlockPool.digests
+
+    def fragile(self, parent, tokens, start, stop):
+        if 13 in tokens:
+            raise OverflowError("what is inside stays inside")
+        return real(self, parent, tokens, start, stop)
+
+    monkeypatch.setattr(BlockPool, "digests", fragile)
+    server = serve(lambda mark: (engine(), READY))
+    server.send(wire.Submit(request("bad", (13,) * 9)), wire.Submit(request()))
+    refused = server.until(wire.Refused)
+    assert (refused.request, refused.status, refused.code) == ("bad", 500, "engine_error")
+    assert "inside stays" not in f"{refused.what} {refused.why}"
+    assert tokens_of(server)[1] == "length"
+    server.send(wire.Abort("bad"), wire.Submit(request("bad")))  # its id is free
+    assert tokens_of(server, "bad")[1] == "length"
+    server.send(wire.Abort("nobody"))
+    stats = server.until(wire.Outputs, lambda message: not message.step.requests).stats
+    assert (stats.running, stats.waiting, stats.waiting_tokens, stats.kv_blocks_free) == (0, 0, 0, stats.kv_blocks)
+    assert "OverflowError" in capfd.readouterr().err
 
 
 def test_a_nan_ends_one_request_only(serve):
