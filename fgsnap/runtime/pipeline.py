@@ -6,6 +6,7 @@ Names, options, defaults and results are those of DeepSpeed-MII's ``mii.pipeline
 # Annotations are not postponed here: msgspec would have to compile each one from its text at every start.
 
 import difflib
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -200,6 +201,7 @@ class Pipeline:
     def close(self) -> None:
         """Let go of weights, KV cache and other ranks. Streams that are open end with an error."""
         self._engine.close()
+        gc.collect()  # a decoder is in a cycle with its own methods, and may hold most of the memory and other ranks
         self._snapshot.close()
 
     destroy = close  # its name in MII
