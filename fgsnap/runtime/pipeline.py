@@ -5,9 +5,8 @@ Names, options, defaults and results are those of DeepSpeed-MII's ``mii.pipeline
 
 # Annotations are not postponed here: msgspec would have to compile each one from its text at every start.
 
-import difflib
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -113,6 +112,7 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
     __str__ = __repr__
 
 
+Pieces = Generator[Response, None, None]
 StreamingFn = Callable[[list[Response]], object]
 
 
@@ -183,7 +183,7 @@ class Pipeline:
                 streaming_fn(pieces)
         return [_joined(pieces) for pieces in parts]
 
-    def stream(self, prompts: Prompt | Sequence[Prompt], **options: Unpack[Options]) -> Iterator[Response]:
+    def stream(self, prompts: Prompt | Sequence[Prompt], **options: Unpack[Options]) -> Pieces:
         """The same answers piece by piece, as they come; ``index`` says which one a piece belongs to.
 
         Leaving the iterator early, or closing it, ends what is left of the answers.
@@ -329,14 +329,21 @@ def opened(snapshot: Snapshot, options: EngineOptions) -> Pipeline:
 
 
 def _checked(options: Options) -> Options:
-    names = list(Options.__annotations__)
     for name in options:
-        if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f"Did you mean {close[0]}?" if close else f"There are {', '.join(names)}."
-            hint = "Call the pipeline's stream(), or give a streaming_fn." if name == "stream" else hint
-            raise RequestError(f"There is no option {name!r}.", "", hint, param=name)
+        if name not in Options.__annotations__:
+            raise RequestError(
+                f"There is no option {name!r}.", "", _hint(name, list(Options.__annotations__)), param=name
+            )
     return typed(cast(Mapping[str, Any], options), Options)
+
+
+def _hint(name: str, names: list[str]) -> str:
+    if name == "stream":
+        return "Call the pipeline's stream(), or give a streaming_fn."
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, names, n=1)
+    return f"Did you mean {close[0]}?" if close else f"There are {', '.join(names)}."
 
 
 def _batch(prompts: Prompt | Sequence[Prompt]) -> tuple[Sequence[Prompt], list[str]]:

@@ -36,7 +36,8 @@ def snapshot(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=BACKENDS)
 def pipe(request, snapshot):
-    with fgsnap.load(snapshot, backend=request.param, device="cpu", kv_memory=KV_MEMORY, max_batch_tokens=16) as made:
+    options = {"kv_memory": KV_MEMORY, "max_batch_tokens": 16, "threads": 1}
+    with fgsnap.load(snapshot, backend=request.param, device="cpu", **options) as made:
         yield made
 
 
