@@ -414,10 +414,9 @@ def chat(snapshot: Path, system: str | None, **settings: Any) -> None:
       fgsnap chat snap/ --system "Answer in one sentence."
     """
     from fgsnap.runtime.generate import chat as hold
-    from fgsnap.runtime.request import SamplingParams
 
     engine = engine_of(settings)
-    hold(snapshot, read=_read_line, emit=_emit, engine=engine, system=system, params=SamplingParams(**settings))
+    hold(snapshot, read=_read_line, emit=_emit, engine=engine, system=system, **_options(settings))
 
 
 @cli.command()
@@ -637,21 +636,21 @@ def _answer(path: Path, prompt: str, engine: EngineOptions, settings: dict[str, 
         _emit(text)
 
     try:
-        result = answer(path, prompt, emit=emit if streamed else None, engine=engine, **settings)
+        result = answer(path, prompt, emit=emit if streamed else None, engine=engine, **_options(settings))
     finally:
         if emitted:  # what goes wrong in the middle has a line of its own, too
             click.echo()
     if result.finish_reason == "length":
         most = settings["max_tokens"]
-        limit = f"--max-tokens {most}" if result.completion_tokens >= most else "the end of the context"
+        limit = f"--max-tokens {most}" if result.generated_length >= most else "the end of the context"
         click.echo(f"Stopped at {limit}.", err=True)
     if not streamed:
         print_json(
             {
-                "text": result.text,
+                "text": result.generated_text,
                 "finish_reason": result.finish_reason,
-                "prompt_tokens": result.prompt_tokens,
-                "completion_tokens": result.completion_tokens,
+                "prompt_tokens": result.prompt_length,
+                "completion_tokens": result.generated_length,
             }
         )
 
@@ -685,7 +684,12 @@ def engine_of(settings: dict[str, Any]) -> EngineOptions:
     """What ``engine_options`` added to the settings, taken out of them."""
     from fgsnap.runtime.options import EngineOptions
 
-    return EngineOptions(**{name: settings.pop(name) for name in EngineOptions.__struct_fields__})
+    return EngineOptions(**{name: settings.pop(name) for name in EngineOptions.__struct_fields__ if name in settings})
+
+
+def _options(settings: dict[str, Any]) -> dict[str, Any]:
+    """What ``sampling_options`` and others added to the settings, by the names of the pipeline's options."""
+    return {"max_new_tokens" if name == "max_tokens" else name: value for name, value in settings.items()}
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:

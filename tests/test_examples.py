@@ -7,11 +7,13 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fgsnap.cli import cli
 from tests.commands import every_command
+from tests.serving import servable_snapshot
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = every_command()
@@ -43,6 +45,39 @@ def test_the_demo_ends_with_the_error_of_the_command_that_failed(tmp_path):
     done = demo(tmp_path / "absent.gguf", tmp_path / "snapshot", "hello")
     assert done.returncode == 4
     assert "Traceback" not in done.stderr
+
+
+def test_the_pipeline_answers_a_batch_and_a_conversation(tmp_path):
+    convert = [sys.executable, "-m", "fgsnap", "convert", real_checkpoint(), "-o", tmp_path / "snapshot"]
+    subprocess.run([*convert, "--target", "cpu", "--no-canary"], check=True, capture_output=True)
+    command = [sys.executable, ROOT / "examples" / "pipeline.py", tmp_path / "snapshot"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    capital, numbers, answer, refused = done.stdout.splitlines()
+    assert "Paris" in capital and "four" in numbers
+    assert answer == "The capital of France is Paris."
+    assert refused == "prompts[1] was refused: prompts[1]: The prompt is empty."
+
+
+def test_the_pipeline_example_ends_with_three_lines_where_there_is_no_snapshot(tmp_path):
+    command = [sys.executable, ROOT / "examples" / "pipeline.py", tmp_path / "absent"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "absent" in done.stderr and "Traceback" not in done.stderr
+
+
+def shown_in(page: str) -> list[str]:
+    """The Python programs that a page shows."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def test_what_the_page_on_python_shows_runs(tmp_path, monkeypatch, capsys):
+    servable_snapshot(tmp_path / "snap")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for program in shown_in("docs/python.md"):
+        exec(program, names)
+    names["pipe"].close()
+    assert capsys.readouterr().out
 
 
 def spellings(parameter) -> list[str]:

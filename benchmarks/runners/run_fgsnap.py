@@ -11,13 +11,12 @@ import jobs
 TOLD = jobs.results_apart()
 
 from fgsnap.bench import local  # noqa: E402
-from fgsnap.runtime.engine import Engine  # noqa: E402
-from fgsnap.runtime.generate import generate  # noqa: E402
 from fgsnap.runtime.options import EngineOptions  # noqa: E402
 from fgsnap.runtime.ranks import load_as_chosen  # noqa: E402
 from fgsnap.runtime.request import SamplingParams  # noqa: E402
+from fgsnap.runtime.shared import Ask, SharedEngine  # noqa: E402
 from fgsnap.runtime.text import Text  # noqa: E402
-from fgsnap.runtime.worker import check_canary  # noqa: E402
+from fgsnap.runtime.worker import check_canary, engine_as_chosen  # noqa: E402
 from fgsnap.snapshot import open_snapshot  # noqa: E402
 
 
@@ -28,12 +27,12 @@ class Fgsnap:
         decoder = load_as_chosen(self._snapshot, options)  # before the tokenizer has threads: it may fork
         self._text = Text(self._snapshot)
         check_canary(decoder, self._snapshot)
-        self._engine = Engine(decoder, eos_token_ids=self._text.eos_token_ids, token_budget=options.max_batch_tokens)
+        self._engine = engine_as_chosen(decoder, self._snapshot, options)
 
     def answer(self, question: str, tokens: int) -> str:
         prompt = self._text.encode_chat([{"role": "user", "content": question}])
-        params = SamplingParams(tokens, temperature=0.0)
-        return "".join(delta.text for delta in generate(self._engine, self._text, prompt, params))
+        steps = SharedEngine(self._engine, self._text).generate([Ask(prompt, SamplingParams(tokens, temperature=0.0))])
+        return "".join(delta.text for deltas in steps for delta in deltas)
 
     def decode(self, prompts: Sequence[Sequence[int]], tokens: int) -> float:
         run = local.run(self._engine, [tuple(prompt) for prompt in prompts], tokens)

@@ -13,4 +13,6 @@ A request's life, one module a line:
 
 What runs around it: launch starts two processes, process is the engine's as its parent holds it, service is the HTTP
 side from readiness to the last answer, and startup and metrics tell what happened.
+
+Without HTTP: pipeline is the Python API, over an engine that is shared by whoever waits; generate is run and chat.
 """

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
+Count = Annotated[int, msgspec.Meta(ge=1)]
+
 
 class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What ``fgsnap serve`` and ``run`` let the user choose; None means the engine's or the snapshot's own value."""
+    """What ``serve``, ``run`` and ``fgsnap.load`` let a user choose; None: the engine's or the snapshot's own value."""
 
     backend: str = "auto"
     device: str = "auto"
     dtype: str = "auto"
-    max_batch_tokens: int = 512
-    max_num_seqs: int = 256
-    max_waiting: int = 4096
+    max_batch_tokens: Count = 512
+    max_num_seqs: Count = 256
+    max_waiting: Count = 4096
     admission: Literal["reserve", "optimistic"] = "reserve"
     prefix_caching: bool = True
-    max_model_len: int | None = None
-    kv_memory: int | None = None
-    threads: int | None = None
-    tp: int | None = None
+    max_model_len: Count | None = None
+    kv_memory: Count | None = None
+    threads: Count | None = None
+    tp: Count | None = None
 
 
 def most_live(engine: EngineOptions) -> int:

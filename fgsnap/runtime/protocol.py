@@ -67,7 +67,7 @@ class CompletionBody(Sampled, frozen=True, kw_only=True):
     best_of: Choices | None = None
 
 
-Body = TypeVar("Body", bound=Sampled)
+Body = TypeVar("Body")
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -80,8 +80,11 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     tool_calls: list[dict[str, Any]] | None = None
 
 
+Messages = Annotated[list[Message], msgspec.Meta(min_length=1, max_length=4096)]
+
+
 class ChatBody(Sampled, frozen=True, kw_only=True):
-    messages: Annotated[list[Message], msgspec.Meta(min_length=1, max_length=4096)]
+    messages: Messages
     max_completion_tokens: Count | None = None
     logprobs: bool | None = False
     top_logprobs: TopLogprobs | None = None
@@ -151,7 +154,7 @@ def parse_completion(body: bytes, vocab_size: int) -> Call:
     """The body of POST /v1/completions. RequestError names the field at fault."""
     sent = _object(body, CompletionBody)
     _bound_prompts(sent.get("prompt"))
-    wanted = _typed(sent, CompletionBody)
+    wanted = typed(sent, CompletionBody)
     if wanted.max_tokens == 0 and not wanted.echo:
         raise _wrong("max_tokens", "Expected `int` >= 1; 0 is for the logprobs of a prompt, with echo.")
     prompts = _prompts(wanted.prompt, vocab_size)
@@ -167,23 +170,36 @@ def parse_chat(body: bytes, vocab_size: int) -> Call:
     """The body of POST /v1/chat/completions. RequestError names the field at fault."""
     sent = _object(body, ChatBody)
     _refuse_unsupported(sent, UNSUPPORTED_IN_CHAT)
-    wanted = _typed(sent, ChatBody)
+    wanted = typed(sent, ChatBody)
     if wanted.top_logprobs and not wanted.logprobs:
         raise _wrong("top_logprobs", "top_logprobs needs logprobs to be true.")
-    for index, message in enumerate(wanted.messages):
-        if message.content is None and not message.tool_calls:
-            raise _wrong(f"messages[{index}].content", "The field is missing.")
     return _call(
         wanted,
         vocab_size,
         chat=True,
-        messages=tuple(msgspec.to_builtins(message) for message in wanted.messages),
+        messages=_spoken(wanted.messages),
         logprobs=(wanted.top_logprobs or 0) if wanted.logprobs else None,
         max_tokens=wanted.max_completion_tokens or wanted.max_tokens,
     )
 
 
-def _object(body: bytes, kind: type[Body]) -> dict[str, Any]:
+class _Conversation(msgspec.Struct, frozen=True):
+    messages: Messages
+
+
+def conversation(messages: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """Messages of Python as a template may have them. RequestError names the field at fault."""
+    return _spoken(typed({"messages": messages}, _Conversation).messages)
+
+
+def _spoken(messages: Sequence[Message]) -> tuple[dict[str, Any], ...]:
+    for index, message in enumerate(messages):
+        if message.content is None and not message.tool_calls:
+            raise _wrong(f"messages[{index}].content", "The field is missing.")
+    return tuple(msgspec.to_builtins(message) for message in messages)
+
+
+def _object(body: bytes, kind: type[msgspec.Struct]) -> dict[str, Any]:
     """The fields that mean something here. What others hold is not read, for it may be long."""
     if not body.strip():
         raise _wrong("", "The body is empty; it must be a JSON object.")
@@ -237,12 +253,13 @@ def _among(value: Any, neutral: Sequence[Any]) -> bool:
     return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral)
 
 
-def _typed(sent: dict[str, Any], kind: type[Body]) -> Body:
+def typed(sent: Mapping[str, Any], kind: type[Body]) -> Body:
+    """What was sent, checked. RequestError names the field at fault."""
     try:
         return msgspec.convert(sent, kind)
     except msgspec.ValidationError as error:
-        reason, _, path = str(error).partition(" - at `$")
-        field = path.rstrip("`").lstrip(".")
+        reason, _, path = str(error).partition(" - at `")
+        field = path.rpartition("$")[2].rstrip("`").lstrip(".")
         if missing := re.fullmatch(r"Object missing required field `(\w+)`", reason):
             raise _wrong(f"{field}.{missing[1]}".lstrip("."), "The field is missing.") from None
         raise _wrong(field, f"{reason}.") from None
@@ -260,10 +277,11 @@ def _prompts(prompt: str | list[str | int | list[int]], vocab_size: int) -> tupl
     if kinds == {str}:
         return tuple(prompt)  # type: ignore[arg-type]
     lists: list[Any] = [prompt] if kinds == {int} else prompt
-    return tuple(_token_ids(ids, vocab_size) for ids in lists)
+    return tuple(token_ids(ids, vocab_size) for ids in lists)
 
 
-def _token_ids(ids: list[int], vocab_size: int) -> tuple[int, ...]:
+def token_ids(ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+    """A prompt that came as token ids. RequestError if it is empty or one is not in the vocabulary."""
     if not ids:
         raise _wrong("prompt", "A list of token ids is empty.")
     if min(ids) < 0 or max(ids) >= vocab_size:

@@ -83,7 +83,7 @@ class Text:
             raise RequestError(
                 "This model has no chat template.",
                 "The checkpoint brought none, so there is no telling how it reads a conversation.",
-                "Send a plain prompt to /v1/completions.",
+                "Send a plain prompt (over HTTP, to /v1/completions).",
                 param="messages",
             )
         return self._template.render(
@@ -216,7 +216,7 @@ def _template_error(reason: str) -> RequestError:
     return RequestError(
         "The model's chat template cannot render this conversation.",
         reason,
-        "Check the roles and fields of the messages, or send a plain prompt to /v1/completions.",
+        "Check the roles and fields of the messages, or send a plain prompt.",
         param="messages",
     )
 

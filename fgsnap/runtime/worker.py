@@ -26,6 +26,7 @@ from fgsnap.runtime.request import NO_STEP
 if TYPE_CHECKING:
     from fgsnap.runtime.decoder import Decoder
     from fgsnap.runtime.engine import Engine
+    from fgsnap.runtime.options import EngineOptions
     from fgsnap.snapshot import Snapshot
 
 
@@ -158,7 +159,6 @@ def begin_engine(told: Callable[[], wire.Begin], mark: Callable[[str], None]) ->
         SnapshotRefused: damaged, not the one that was served before, or its canary does not match.
         FgsnapError: whatever decoder and backend refuse.
     """
-    from fgsnap.runtime.engine import Engine
     from fgsnap.runtime.ranks import load_as_chosen
 
     for module in AHEAD:
@@ -178,15 +178,7 @@ def begin_engine(told: Callable[[], wire.Begin], mark: Callable[[str], None]) ->
     canary = check_canary(decoder, snapshot)
     mark("canary")
     asked = options.engine
-    engine = Engine(
-        decoder,
-        eos_token_ids=snapshot.manifest.text.eos_token_ids,
-        token_budget=asked.max_batch_tokens,
-        max_sequences=asked.max_num_seqs,
-        max_waiting=asked.max_waiting,
-        admission=asked.admission,
-        prefix_caching=asked.prefix_caching,
-    )
+    engine = engine_as_chosen(decoder, snapshot, asked)
     return engine, wire.Ready(
         backend=decoder.ops.name,
         device=decoder.ops.device,
@@ -197,6 +189,21 @@ def begin_engine(told: Callable[[], wire.Begin], mark: Callable[[str], None]) ->
         kv_blocks=decoder.blocks,
         block_size=decoder.block_size,
         token_budget=asked.max_batch_tokens,
+    )
+
+
+def engine_as_chosen(decoder: Decoder, snapshot: Snapshot, options: EngineOptions) -> Engine:
+    """The engine that a user has chosen, over a decoder of this snapshot."""
+    from fgsnap.runtime.engine import Engine
+
+    return Engine(
+        decoder,
+        eos_token_ids=snapshot.manifest.text.eos_token_ids,
+        token_budget=options.max_batch_tokens,
+        max_sequences=options.max_num_seqs,
+        max_waiting=options.max_waiting,
+        admission=options.admission,
+        prefix_caching=options.prefix_caching,
     )
 
 

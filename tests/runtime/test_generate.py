@@ -13,9 +13,10 @@ from fgsnap.errors import FgsnapError, NotFound, RequestError, SnapshotRefused, 
 from fgsnap.kernels.ops import Batch, Sampling
 from fgsnap.runtime.decoder import load_decoder
 from fgsnap.runtime.engine import Engine
-from fgsnap.runtime.generate import Delta, answer, chat, generate
+from fgsnap.runtime.generate import answer, chat
 from fgsnap.runtime.options import EngineOptions
 from fgsnap.runtime.request import Request, SamplingParams
+from fgsnap.runtime.shared import Ask, Delta, SharedEngine
 from fgsnap.runtime.text import Text
 from fgsnap.snapshot import TextSection, open_snapshot
 from tests.doubles import ByteText, StubModel
@@ -23,6 +24,7 @@ from tests.serving import byte_tokenizer, servable_snapshot
 from tests.snapshots import make_snapshot, tiny_spec
 
 TEXT = ByteText()
+NINE = {"max_new_tokens": 9, "do_sample": False}
 GREEDY = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
 
 
@@ -39,10 +41,16 @@ class Saying(StubModel):
         return [float(id == token) for id in range(self.vocab_size)]
 
 
+def generate(engine, prompt, params, stop=()):
+    """The only answer of an engine, step by step."""
+    for deltas in SharedEngine(engine, TEXT).generate([Ask(prompt, params)], stop):
+        yield from deltas
+
+
 def say(words: str, stop=(), **params) -> list[Delta]:
     engine = Engine(Saying(words.encode(), after=3), eos_token_ids=TEXT.eos_token_ids)
     settings = SamplingParams(**({"max_tokens": 50, "temperature": 0.0} | params))
-    deltas = list(generate(engine, TEXT, TEXT.encode("abc"), settings, stop))
+    deltas = list(generate(engine, TEXT.encode("abc"), settings, stop))
     assert not engine.has_work()
     assert engine.stats().kv_blocks_free == 64
     return deltas
@@ -70,7 +78,7 @@ def test_how_an_answer_ends(words, stop, params, text, finish, tokens):
 
 def test_leaving_early_frees_the_cache():
     engine = Engine(StubModel())
-    deltas = generate(engine, TEXT, [1, 2, 3], GREEDY)
+    deltas = generate(engine, [1, 2, 3], GREEDY)
     next(deltas)
     assert engine.stats().running == 1
     deltas.close()
@@ -79,12 +87,12 @@ def test_leaving_early_frees_the_cache():
 
 def test_a_request_that_cannot_run_is_refused_at_once():
     with pytest.raises(RequestError, match="context"):
-        next(generate(Engine(StubModel()), TEXT, [1] * 300, GREEDY))
+        next(generate(Engine(StubModel()), [1] * 300, GREEDY))
 
 
 def test_a_model_that_fails_says_so():
     with pytest.raises(FgsnapError, match="failed on this prompt"):
-        list(generate(Engine(StubModel(nan_after=3)), TEXT, [1, 2, 3], GREEDY))
+        list(generate(Engine(StubModel(nan_after=3)), [1, 2, 3], GREEDY))
 
 
 @pytest.fixture(scope="module")
@@ -139,17 +147,20 @@ def test_a_snapshot_answers_as_plain_greedy_decoding_does(snapshot, opened, raw,
     expected = greedy(opened, prompt, 20)
     pieces: list[str] = []
     result = answer(
-        snapshot, "Hi", emit=pieces.append, engine=on_reference(max_batch_tokens=budget), max_tokens=20, raw=raw
-    )
-    assert result.text == "".join(pieces) == text.decode(expected)
-    assert result.prompt_tokens == len(prompt)
-    assert result.completion_tokens == len(expected)
+        snapshot, "Hi", emit=pieces.append, engine=on_reference(max_batch_tokens=budget), max_new_tokens=20, raw=raw,
+        do_sample=False,
+    )  # fmt: skip
+    assert result.generated_text == "".join(pieces) == text.decode(expected)
+    assert result.prompt_length == len(prompt)
+    assert result.generated_length == len(expected)
     assert result.finish_reason == ("length" if len(expected) == 20 else "stop")
 
 
 def test_sampling_is_repeatable_by_its_seed(snapshot):
     def sampled(seed: int) -> str:
-        return answer(snapshot, "Hi", engine=on_reference(), temperature=1.0, seed=seed, max_tokens=12).text
+        return answer(
+            snapshot, "Hi", engine=on_reference(), temperature=1.0, seed=seed, max_new_tokens=12
+        ).generated_text
 
     assert sampled(1) == sampled(1)
     assert len({sampled(seed) for seed in range(4)}) > 1
@@ -158,8 +169,7 @@ def test_sampling_is_repeatable_by_its_seed(snapshot):
 def test_a_conversation_remembers_what_was_said(snapshot, opened):
     shown: list[str] = []
     questions = iter(["Hi", "And?", None])
-    params = SamplingParams(max_tokens=9, temperature=0.0)
-    chat(snapshot, read=lambda: next(questions), emit=shown.append, engine=on_reference(), system="S", params=params)
+    chat(snapshot, read=lambda: next(questions), emit=shown.append, engine=on_reference(), system="S", **NINE)
     text, messages, expected = Text(opened), [{"role": "system", "content": "S"}], ""
     for question in ("Hi", "And?"):
         messages.append({"role": "user", "content": question})
@@ -178,8 +188,7 @@ def test_an_interrupt_ends_the_answer_and_not_the_conversation(snapshot, opened)
         if len(shown) == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    params = SamplingParams(max_tokens=9, temperature=0.0)
-    chat(snapshot, read=lambda: next(questions), emit=emit, engine=on_reference(), params=params)
+    chat(snapshot, read=lambda: next(questions), emit=emit, engine=on_reference(), **NINE)
     cut = "".join(shown[: shown.index("\n")])
     text = Text(opened)
     messages = [
@@ -192,26 +201,31 @@ def test_an_interrupt_ends_the_answer_and_not_the_conversation(snapshot, opened)
 
 def test_a_second_interrupt_ends_the_conversation(snapshot):
     before = signal.getsignal(signal.SIGINT)
+    asked = []
+
+    def read() -> str:
+        if asked:
+            os.kill(os.getpid(), signal.SIGINT)
+        asked.append("Hi")
+        return "Hi"
 
     def emit(piece: str) -> None:
         os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
 
-    params = SamplingParams(max_tokens=9, temperature=0.0)
     with pytest.raises(KeyboardInterrupt):
-        chat(snapshot, read=lambda: "Hi", emit=emit, engine=on_reference(), params=params)
+        chat(snapshot, read=read, emit=emit, engine=on_reference(), **NINE)
     assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_conversation_needs_a_template(tmp_path):
     make_snapshot(tmp_path / "snap", tiny_spec(vocab_size=258), text_files={"tokenizer.json": byte_tokenizer()})
     with pytest.raises(UsageError, match="no chat template"):
-        chat(tmp_path / "snap", read=lambda: "Hi", emit=print, engine=on_reference(), params=GREEDY)
+        chat(tmp_path / "snap", read=lambda: "Hi", emit=print, engine=on_reference(), **NINE)
 
 
 def test_the_context_ends_an_answer(snapshot):
-    result = answer(snapshot, "Hi", engine=on_reference(max_model_len=32), max_tokens=500, raw=True)
-    assert result.prompt_tokens + result.completion_tokens <= 32
+    result = answer(snapshot, "Hi", engine=on_reference(max_model_len=32), max_new_tokens=500, raw=True)
+    assert result.prompt_length + result.generated_length <= 32
     with pytest.raises(RequestError, match="context"):
         answer(snapshot, "Hi" * 40, engine=on_reference(max_model_len=32), raw=True)
 
@@ -247,7 +261,7 @@ def test_requests_on_a_real_decoder_answer_in_company_as_alone(opened, budget):
 def test_an_answer_is_refused_where_the_model_computes_something_else(tmp_path):
     path = servable_snapshot(tmp_path / "snap", canary="wrong")
     with pytest.raises(SnapshotRefused, match="does not compute what it should"):
-        answer(path, "hello", max_tokens=3, raw=True)
+        answer(path, "hello", max_new_tokens=3, raw=True)
 
 
 def test_a_prompt_that_fills_the_context_is_refused_with_the_arithmetic(snapshot):

@@ -1,0 +1,215 @@
+"""An engine in this process, shared by whoever waits for answers of it.
+
+Nobody runs it in the background: who waits runs a step, and everything that is open moves on by a token. So answers
+that are wanted at the same time, of one call or of several, from one thread or from many, are one batch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
+
+from fgsnap.errors import FgsnapError, RequestError, UsageError
+from fgsnap.runtime.engine import Engine
+from fgsnap.runtime.request import EngineStats, FinishReason, Output, Request, SamplingParams, Token
+from fgsnap.runtime.text import TextStream
+
+
+class Ask(NamedTuple):
+    """One answer that is wanted. ``place`` says which prompt it is, where there are several."""
+
+    prompt: Sequence[int]
+    params: SamplingParams
+    place: str = ""
+
+
+class Delta(NamedTuple):
+    """What one step added to answer number ``answer``. Its last one carries ``finish``."""
+
+    answer: int
+    text: str
+    tokens: tuple[Token, ...]
+    finish: FinishReason | None
+
+
+class Streams(Protocol):
+    """What is needed of a Text."""
+
+    def stream(self, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> TextStream: ...
+
+
+class SharedEngine:
+    """Answers of one engine. Any thread may ask, and leave an iterator in the middle.
+
+    SIGINT waits for the end of a step, for one that is cut in the middle leaves engine and ranks in disagreement. When
+    a step fails, or a second SIGINT cuts it, the engine is let go, as ``close`` does.
+    """
+
+    def __init__(self, engine: Engine, text: Streams) -> None:
+        self._engine: Engine | None = engine
+        self._text = text
+        self._turn, self._lock = threading.Lock(), threading.Lock()
+        self._inboxes: dict[str, deque[Output]] = {}
+        self._left: deque[str] = deque()
+        self._ids = map(str, itertools.count())
+
+    @property
+    def closed(self) -> bool:
+        return self._engine is None
+
+    def generate(self, asks: Sequence[Ask], stop: Sequence[str] = ()) -> Iterator[list[Delta]]:
+        """The answers, step by step: of each step what it added. Leaving the iterator early ends them all.
+
+        Raises:
+            RequestError: the engine refuses one of them; then none is begun.
+            FgsnapError: the model failed on one of them, and the others are ended.
+            UsageError: the engine is closed.
+        """
+        inbox: deque[Output] = deque()
+        making: dict[str, tuple[int, TextStream]] = {}
+        try:
+            for index, ask in enumerate(asks):
+                making[next(self._ids)] = index, self._text.stream(stop, ask.prompt)
+            self._submit(asks, making, inbox)
+            while making:
+                deltas, ended = [], []
+                for output in self._outputs(inbox):
+                    if output.request in making:  # one that a stop text has ended may have had more to say
+                        deltas.append(delta := _delta(output, *making[output.request]))
+                        if delta.finish is not None:
+                            del making[output.request]
+                            ended.append(output.request)
+                self._leave(ended)  # the engine does not know of stop texts
+                if deltas:
+                    yield deltas
+        finally:
+            self._leave(making)
+
+    def stats(self) -> EngineStats:
+        """Gauges and counters of the engine as of now."""
+        with self._alone() as engine:
+            return engine.stats()
+
+    def close(self) -> None:
+        """Let go of the engine; who still waits for an answer gets an error."""
+        with uninterrupted(), self._lock:
+            self._engine = None
+
+    def _submit(self, asks: Sequence[Ask], ids: Iterable[str], inbox: deque[Output]) -> None:
+        with self._alone() as engine:
+            for id, ask in zip(ids, asks, strict=True):
+                with placed(ask.place):
+                    engine.submit(Request(id, tuple(ask.prompt), ask.params))
+                self._inboxes[id] = inbox
+
+    def _outputs(self, inbox: deque[Output]) -> list[Output]:
+        """What has come for this inbox, after one more step if nothing had."""
+        with self._alone() as engine:
+            if not inbox:
+                self._step(engine)
+            found = list(inbox)
+            inbox.clear()
+            return found
+
+    def _step(self, engine: Engine) -> None:
+        try:
+            step = engine.step()
+        except BaseException:
+            self._engine = None
+            raise
+        for output in step.outputs():
+            self._inboxes[output.request].append(output)
+
+    def _leave(self, ids: Iterable[str]) -> None:
+        """End these requests; those that have ended already are none.
+
+        An iterator may be left wherever garbage is collected, also within a step: whoever has the engine does it then.
+        """
+        self._left.extend(ids)
+        with uninterrupted():
+            if self._left and self._lock.acquire(blocking=False):
+                try:
+                    self._abort_left()
+                finally:
+                    self._lock.release()
+
+    @contextmanager
+    def _alone(self) -> Iterator[Engine]:
+        with uninterrupted():
+            with self._turn:  # one that comes again and again does not overtake one that waits
+                self._lock.acquire()
+            try:
+                self._abort_left()
+                if self._engine is None:
+                    raise UsageError("This pipeline is closed.", "Or a step of it failed.", "Load the snapshot again.")
+                yield self._engine
+                self._abort_left()
+            finally:
+                self._lock.release()
+
+    def _abort_left(self) -> None:
+        while self._left:
+            id = self._left.popleft()
+            self._inboxes.pop(id, None)
+            if self._engine is not None:
+                self._engine.abort(id)
+
+
+def _delta(output: Output, answer: int, stream: TextStream) -> Delta:
+    """What an output adds to an answer; a stop text within it ends the answer."""
+    if output.finish == "error":
+        raise FgsnapError("The model failed on this prompt.", output.error, "Try another --backend.")
+    text = stream.feed([token.id for token in output.tokens])
+    if output.finish is not None:
+        text += stream.flush()
+    return Delta(answer, text, output.tokens, "stop" if stream.finished else output.finish)
+
+
+@contextmanager
+def placed(place: str) -> Iterator[None]:
+    """Have an error about a prompt say which prompt it is about."""
+    try:
+        yield
+    except RequestError as error:
+        if not place or (error.param and not error.param.startswith(("prompt", "messages"))):
+            raise
+        param = place + error.param.removeprefix("prompt").removeprefix("messages")
+        raise RequestError(
+            f"{place}: {error.what}", error.why, error.next_step, status=error.status, param=param, code=error.code
+        ) from None
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """SIGINT in here takes effect when this is over; a second one at once."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    noted = _Noted(handler)
+    signal.signal(signal.SIGINT, noted)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if noted.once:
+            signal.raise_signal(signal.SIGINT)
+
+
+class _Noted:
+    """A handler that notes one signal, and passes on what follows."""
+
+    def __init__(self, handler: Callable[..., object]) -> None:
+        self.once = False
+        self._handler = handler
+
+    def __call__(self, number: int, frame: object) -> None:
+        if self.once:
+            self.once = False
+            self._handler(number, frame)
+        self.once = True
