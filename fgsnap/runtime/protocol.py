@@ -242,7 +242,7 @@ def _typed(sent: dict[str, Any], kind: type[Body]) -> Body:
         return msgspec.convert(sent, kind)
     except msgspec.ValidationError as error:
         reason, _, path = str(error).partition(" - at `$")
-        field = path.rstrip("`").lstrip(".")
+        field = path.rstrip("`").lstrip(".").replace("[...]", "")  # so an object's own names are left out
         if missing := re.fullmatch(r"Object missing required field `(\w+)`", reason):
             raise _wrong(f"{field}.{missing[1]}".lstrip("."), "The field is missing.") from None
         raise _wrong(field, f"{reason}.") from None
