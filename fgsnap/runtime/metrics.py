@@ -108,6 +108,7 @@ def _engine(stats: EngineStats) -> Iterator[Metric]:
     rows = (
         ("gauge", "fgsnap_requests_running", "Requests in the engine's batch.", stats.running),
         ("gauge", "fgsnap_requests_waiting", "Requests queued in the engine.", stats.waiting),
+        ("gauge", "fgsnap_tokens_waiting", "Most tokens that the queued requests can have.", stats.waiting_tokens),
         ("gauge", "fgsnap_kv_blocks", "KV cache blocks.", stats.kv_blocks),
         ("gauge", "fgsnap_kv_blocks_free", "KV cache blocks not promised to a request.", stats.kv_blocks_free),
         ("counter", "fgsnap_prompt_tokens", "Prompt tokens computed or found cached.", stats.prompt_tokens),

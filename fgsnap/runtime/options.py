@@ -25,10 +25,10 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     threads: Count | None = None
     tp: Count | None = None
 
-
-def most_live(engine: EngineOptions) -> int:
-    """How many choices the service takes at once: those that run and those that wait for them."""
-    return min(engine.max_num_seqs, engine.max_batch_tokens) + engine.max_waiting
+    @property
+    def most_live(self) -> int:
+        """How many choices the service takes at once: those that run, and those that wait beside them."""
+        return min(self.max_num_seqs, self.max_batch_tokens) + self.max_waiting
 
 
 class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):

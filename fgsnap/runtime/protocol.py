@@ -259,7 +259,8 @@ def typed(sent: Mapping[str, Any], kind: type[Body]) -> Body:
         return msgspec.convert(sent, kind)
     except msgspec.ValidationError as error:
         reason, _, path = str(error).partition(" - at `")
-        field = path.rpartition("$")[2].rstrip("`").lstrip(".")
+        # What stands before the last $ belongs to another object, and an object's own names are left out as "[...]".
+        field = path.rpartition("$")[2].rstrip("`").lstrip(".").replace("[...]", "")
         if missing := re.fullmatch(r"Object missing required field `(\w+)`", reason):
             raise _wrong(f"{field}.{missing[1]}".lstrip("."), "The field is missing.") from None
         raise _wrong(field, f"{reason}.") from None

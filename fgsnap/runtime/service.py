@@ -22,7 +22,7 @@ from fgsnap.runtime.server import App, Identity, TextSide
 from fgsnap.runtime.worker import ENDING
 
 if TYPE_CHECKING:
-    from fgsnap.runtime.options import ServeOptions, most_live
+    from fgsnap.runtime.options import ServeOptions
     from fgsnap.runtime.process import Worker
     from fgsnap.snapshot import Snapshot
 
@@ -75,7 +75,7 @@ class Service:
             self._link,
             Identity(_model_name(options, snapshot), snapshot.id, snapshot.manifest.spec.vocab_size),
             default_max_tokens=options.default_max_tokens,
-            max_open=most_live(options.engine),
+            max_open=options.engine.most_live,
             keys=keys,
             startup=self.report,
             on_request=self._note_request,

@@ -347,6 +347,144 @@ def test_a_cut_stop_text_has_no_logprobs_but_is_counted(api, stream):
     assert used >= len(entries) + 2 and ByteText().decode(tokens[:used]) == text[: at + 2]
 
 
+def test_a_bias_forces_a_token_or_bans_it(api):
+    first = continuation("bias", 1)[0]
+    forced = api.completions.create(prompt="bias", max_tokens=4, logit_bias={"65": 100}, **GREEDY)
+    assert forced.choices[0].text == "AAAA"
+    banned = api.completions.create(prompt="bias", max_tokens=1, logit_bias={str(first): -100}, logprobs=1, **GREEDY)
+    assert banned.choices[0].logprobs.tokens != [bytes([first]).decode(errors="replace")]
+    both = api.completions.create(prompt="bias", max_tokens=2, logit_bias={"65": 100, "66": 100}, stop="B", **GREEDY)
+    assert set(both.choices[0].text) <= {"A"}
+
+
+def test_an_answer_has_its_least_tokens_before_it_may_end(api):
+    forced = {"logit_bias": {str(ByteText.eos): 100}, "prompt": "end", "max_tokens": 9}
+    assert api.completions.create(**forced, **GREEDY).usage.completion_tokens == 0
+    answer = api.completions.create(**forced, extra_body={"min_tokens": 5}, **GREEDY)
+    assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (5, "stop")
+    stops = {"stop_token_ids": [65], "min_tokens": 3}
+    answer = api.completions.create(prompt="end", max_tokens=9, logit_bias={"65": 90}, extra_body=stops, **GREEDY)
+    assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (3, "stop")
+
+
+@pytest.mark.parametrize("penalty", ["presence_penalty", "frequency_penalty", "repetition_penalty"])
+def test_a_penalty_turns_away_from_what_was_said(api, penalty):
+    arguments = {"prompt": "again", "max_tokens": 24, "logit_bias": {"65": 6.5}, **GREEDY}
+    plain = api.completions.create(extra_body={"ignore_eos": True}, **arguments).choices[0].text
+    held = api.completions.create(extra_body={"ignore_eos": True, penalty: 2}, **arguments).choices[0].text
+    assert plain.count("A") > held.count("A") + 3 and held[0] == plain[0]
+
+
+def test_the_best_of_several_answers_is_the_likeliest(api):
+    arguments = {"prompt": "best", "max_tokens": 6, "temperature": 1.5, "seed": 4, "model": MODEL, "logprobs": 0}
+    made = api.completions.create(n=6, extra_body={"ignore_eos": True}, **arguments)
+    best = api.completions.create(n=2, best_of=6, extra_body={"ignore_eos": True}, **arguments)
+    ranked = sorted(made.choices, key=lambda choice: -sum(choice.logprobs.token_logprobs))
+    assert [choice.text for choice in best.choices] == [choice.text for choice in ranked[:2]]
+    assert [choice.index for choice in best.choices] == [0, 1]
+    assert best.usage == made.usage and best.usage.completion_tokens == 36
+
+
+def test_a_stop_text_ends_each_candidate_by_itself(api):
+    arguments = {"prompt": "many", "max_tokens": 60, "temperature": 1.5, "seed": 8, "n": 4, "model": MODEL}
+    bias = {"97": 9, "98": 9, "99": 9}
+    whole = api.completions.create(logit_bias=bias, extra_body={"ignore_eos": True}, **arguments)
+    cut = api.completions.create(
+        logit_bias=bias, stop=["abc", "ca", "zzz"], extra_body={"ignore_eos": True}, **arguments
+    )
+    for one, other in zip(whole.choices, cut.choices, strict=True):
+        ends = [one.text.find(stop) for stop in ("abc", "ca") if stop in one.text]
+        assert other.text == one.text[: min(ends)] if ends else other.text == one.text
+        assert other.finish_reason == ("stop" if ends else "length")
+    assert {choice.finish_reason for choice in cut.choices} >= {"stop"}
+
+
+def test_time_is_up_with_504():
+    with stub_service() as service, client(service.url) as api:
+        until(lambda: service.link.state == "ready")
+        service.workers.model.delay = 0.02
+        late = {"prompt": "slow", "model": MODEL, "max_tokens": 200, "extra_body": {"ignore_eos": True, "timeout": 0.2}}
+        with pytest.raises(openai.InternalServerError) as caught:
+            api.completions.create(**late)
+        assert (caught.value.status_code, caught.value.code) == (504, "deadline_exceeded")
+        with pytest.raises(openai.APIError, match="out of time"):
+            for _ in api.completions.create(stream=True, **late):
+                pass
+        until(lambda: all_blocks_free(service.url))
+
+
+def test_who_comes_first_is_decided_by_priority_and_keys_take_turns():
+    workers = StubWorkers()
+    workers.engine = {"max_sequences": 1}
+    with stub_service(workers, keys=(b"one", b"two")) as service:
+        until(lambda: service.link.state == "ready")
+        workers.model.may_step.clear()
+        order: list[str] = []
+
+        def one(name, key, **fields):
+            body = {"prompt": "x", "max_tokens": 2, "ignore_eos": True, **fields}
+            assert ask(service.url, "POST", "/v1/completions", body, authorization=f"Bearer {key}").status == 200
+            order.append(name)
+
+        asked = [("now", "one", {}), ("a", "one", {}), ("b", "one", {}), ("c", "two", {})]
+        asked += [("low", "two", {"priority": 1}), ("high", "one", {"priority": -1})]
+        threads = []
+        for count, (name, key, fields) in enumerate(asked, 1):
+            threads.append(threading.Thread(target=one, args=(name, key), kwargs=fields))
+            threads[-1].start()
+            until(lambda count=count: len(service.link._open) == count)
+        workers.model.may_step.set()
+        for thread in threads:
+            thread.join()
+        # The first runs when the others come. Then the other key's turn comes before the second one of the first key.
+        assert order.index("high") == 1 and order.index("low") == 5
+        assert order.index("c") < order.index("b")
+
+
+def test_choices_share_their_prompt_and_other_salts_do_not(service, api):
+    before = samples(service.url)
+    prompt = "a prompt of forty characters, which is it"
+    arguments = {"prompt": prompt, "n": 3, "max_tokens": 2, "temperature": 1, "model": MODEL}
+    for salt, cached in (("s1", 80), ("s1", 120), ("s2", 80)):
+        answer = api.completions.create(extra_body={"cache_salt": salt, "ignore_eos": True}, **arguments)
+        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(prompt), 6)
+        until(lambda: all_blocks_free(service.url))
+        after = samples(service.url)
+        assert after["fgsnap_prompt_tokens_cached_total"] - before["fgsnap_prompt_tokens_cached_total"] == cached
+        assert after["fgsnap_prompt_tokens_total"] - before["fgsnap_prompt_tokens_total"] == 3 * len(prompt)
+        before = after
+
+
+def test_a_prompt_cache_that_is_off_shares_nothing_and_answers_the_same(api):
+    workers = StubWorkers()
+    workers.engine = {"prefix_caching": False}
+    arguments = {
+        "prompt": "just the same prompt",
+        "n": 2,
+        "max_tokens": 6,
+        "extra_body": {"ignore_eos": True},
+        **GREEDY,
+    }
+    with stub_service(workers) as service, client(service.url) as other:
+        answers = [other.completions.create(**arguments).choices[0].text for _ in range(2)]
+        assert answers == [api.completions.create(**arguments).choices[0].text] * 2
+        assert samples(service.url)["fgsnap_prompt_tokens_cached_total"] == 0
+
+
+def test_answers_are_the_same_after_preemption():
+    workers = StubWorkers(blocks=24)
+    workers.engine = {"admission": "optimistic"}
+    with stub_service(workers) as service, client(service.url) as api:
+        answer = api.completions.create(
+            prompt=["first", "second", "third"], max_tokens=40, logprobs=1, extra_body={"ignore_eos": True}, **GREEDY
+        )
+        expected = [ByteText().decode(continuation(prompt, 40)) for prompt in ("first", "second", "third")]
+        assert [choice.text for choice in answer.choices] == expected and answer.usage.completion_tokens == 120
+        now = samples(service.url)
+        assert now["fgsnap_preemptions_total"] > 0 and now["fgsnap_recomputed_tokens_total"] > 0
+        assert now["fgsnap_kv_blocks_free"] == now["fgsnap_kv_blocks"]
+
+
 def test_many_at_once_get_what_each_gets_alone(api):
     prompts = [f"prompt {number}" for number in range(16)]
     found: dict[str, str] = {}
@@ -445,6 +583,47 @@ def test_what_the_engine_refuses_is_a_400_also_for_a_stream(stream):
 def test_bad_bodies(service, body, status):
     reply = ask(service.url, "POST", "/v1/completions", body)
     assert reply.status == status and set(reply.error()) == {"message", "type", "param", "code"}
+
+
+WRONG = [
+    ("min_p", 2), ("repetition_penalty", 0), ("presence_penalty", 9), ("frequency_penalty", "x"),
+    ("logit_bias", {"999": 1}), ("logit_bias", {"1": 1000}), ("min_tokens", 99), ("best_of", 0), ("priority", 0.5),
+    ("timeout", 0), ("cache_salt", ""), ("echo", 5), ("prompt_logprobs", 99), ("stop", ["x"] * 10**6),
+    ("logit_bias", {str(i): 1 for i in range(75_000)}),
+    ("prompt", [[1]] * 1000), ("prompt", ["x"] * 129), ("prompt", [5] * 100_000), ("temperature", 1e300),
+    ("n", 10**300), ("seed", 2**64), ("max_tokens", 2**31),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), WRONG, ids=[f"{field} {n}" for n, (field, _) in enumerate(WRONG)])
+def test_a_wrong_option_is_refused_in_no_time_and_the_engine_does_not_hear_of_it(service, field, value):
+    body = json.dumps({"prompt": "x", "max_tokens": 5, field: value}).encode()
+    before, took = service.link.stats, []
+    for _ in range(4):
+        began = time.monotonic()
+        reply = ask(service.url, "POST", "/v1/completions", body)
+        took.append(time.monotonic() - began)
+        assert (reply.status, reply.error()["type"]) == (400, "invalid_request_error")
+        assert reply.error()["param"] in (field, *(["prompt"] if field == "max_tokens" else []))
+    assert service.link.stats is before and not service.link._open
+    assert min(took) < 0.05
+
+
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"repetition_penalty": 5e-324}, {"repetition_penalty": 10, "temperature": 0.00001}, {"temperature": 5e-324},
+        {"presence_penalty": -2, "frequency_penalty": -2, "repetition_penalty": 0.001}, {"top_p": 5e-324},
+        {"min_p": 1, "top_k": 2**31, "seed": -(2**63)}, {"logit_bias": {str(i): -100 for i in range(258)}},
+        {"stop_token_ids": [*range(64)], "min_tokens": 8}, {"priority": -(2**31)}, {"priority": 2**31},
+        {"prompt_logprobs": 20, "echo": True, "logprobs": 20}, {"timeout": 1e6, "cache_salt": "\U0001f600" * 256},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_option_at_its_limit_is_answered(service, api, extreme):
+    arguments = {"prompt": "aaa", "max_tokens": 8, **extreme}
+    assert ask(service.url, "POST", "/v1/completions", {"model": MODEL, **arguments}).status == 200
+    assert service.link.restarts == 0
 
 
 def test_unknown_routes_and_methods_are_answered_in_the_same_form(service):
@@ -548,6 +727,40 @@ def test_a_client_that_leaves_is_noticed_and_its_blocks_are_free(path, stream):
         assert service.link.stats.steps - steps <= 2, "the step under way, and one more at most"
         assert all_blocks_free(service.url)
         until(lambda: service.app.open == 0)
+
+
+@pytest.mark.parametrize(
+    "options", [{"n": 3}, {"echo": True, "logprobs": 2, "prompt": "y" * 200}, {"n": 3, "best_of": 5}]
+)
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_blocks_are_free_whenever_a_client_leaves(options, steps):
+    """While its prompt is read, while it is scored, while some of its choices wait, and while it answers."""
+    workers = StubWorkers()
+    workers.engine = {"max_sequences": 2}
+    with stub_service(workers) as service:
+        until(lambda: service.link.state == "ready")
+        workers.model.delay = 0.02
+        body = {"prompt": "x" * 100, "max_tokens": 40, "ignore_eos": True, **options}
+        with send_only(service.url, "/v1/completions", body):
+            until(lambda: service.link.stats and service.link.stats.steps >= steps)
+        until(lambda: all_blocks_free(service.url) and samples(service.url)["fgsnap_requests_waiting"] == 0)
+        assert service.link.stats.steps <= steps + 4 and service.link.stats.waiting_tokens == 0
+        until(lambda: service.app.open == 0)
+
+
+def test_a_tokenizer_that_fails_amid_a_stream_is_told_to_that_client_alone(service, monkeypatch, capfd):
+    monkeypatch.setattr(ByteText, "decode", lambda self, ids: 1 / 0 if 33 in ids else "?")
+    asked = {"max_tokens": 6, "ignore_eos": True, "logit_bias": {"33": 100}}
+    reply = ask(service.url, "POST", "/v1/completions", {"prompt": "x", "stream": True, "echo": True, **asked})
+    *_, error, done, _ = reply.body.split(b"\n\n")
+    assert json.loads(error.removeprefix(b"data: "))["error"]["code"] == "internal_error" and done == b"data: [DONE]"
+    assert ask(service.url, "POST", "/v1/completions", {"prompt": "x", **asked}).status == 500
+    assert (
+        ask(service.url, "POST", "/v1/completions", {"prompt": "x", "max_tokens": 2, "logit_bias": {"34": 100}}).status
+        == 200
+    )
+    assert "ZeroDivisionError" in capfd.readouterr().err
+    until(lambda: all_blocks_free(service.url))
 
 
 def test_a_client_that_shuts_its_sending_half_counts_as_gone():

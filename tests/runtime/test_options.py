@@ -1,0 +1,147 @@
+"""Request options end to end: the real command, the official client, and a small random model."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from tests.serving import ask, client, real_service, samples, servable_snapshot, until
+
+MODEL = "tests/random"
+SMALL = ("--kv-memory", "16MiB", "--threads", "1")
+GREEDY = {"model": MODEL, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def snapshot(tmp_path_factory):
+    return servable_snapshot(tmp_path_factory.mktemp("options") / "snap", max_length=1024)
+
+
+@pytest.fixture(scope="module")
+def service(snapshot):
+    with real_service(snapshot, *SMALL) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def api(service):
+    with client(service.url) as made:
+        yield made
+
+
+def completed(service, asked):
+    with client(service.url) as api:
+        return api.completions.create(**asked)
+
+
+def idle(service) -> bool:
+    now = samples(service.url)
+    return now["fgsnap_requests_running"] == 0 and now["fgsnap_kv_blocks_free"] == now["fgsnap_kv_blocks"]
+
+
+def test_three_answers_compute_their_prompt_once(service, api):
+    prompt = "a prompt that is long enough to fill several blocks of the cache, and of which a few are shared"
+    before = samples(service.url)
+    answer = api.completions.create(prompt=prompt, n=3, max_tokens=8, model=MODEL, extra_body={"ignore_eos": True})
+    assert len({choice.text for choice in answer.choices}) == 3
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(prompt), 24)
+    until(lambda: idle(service))
+    after = samples(service.url)
+    # All blocks but the one with the last token, which has to be forwarded.
+    shared = 2 * ((len(prompt) - 1) // 16) * 16
+    assert after["fgsnap_prompt_tokens_cached_total"] - before.get("fgsnap_prompt_tokens_cached_total", 0) == shared
+    assert after["fgsnap_prompt_tokens_total"] - before.get("fgsnap_prompt_tokens_total", 0) == 3 * len(prompt)
+
+
+def test_a_seed_repeats_its_answer_in_any_company(api):
+    arguments = {
+        "prompt": "seeded", "max_tokens": 24, "seed": 11, "temperature": 1.2, "top_p": 0.95, "n": 2, "model": MODEL,
+        "extra_body": {"ignore_eos": True, "min_p": 0.01, "repetition_penalty": 1.1}, "presence_penalty": 0.3,
+    }  # fmt: skip
+    alone = [choice.text for choice in api.completions.create(**arguments).choices]
+    found: list[list[str]] = []
+
+    def again():
+        found.append([choice.text for choice in api.completions.create(**arguments).choices])
+
+    def other(number):
+        api.completions.create(prompt=f"{number}" * 50 * number, max_tokens=20, temperature=1.5, model=MODEL)
+
+    threads = [threading.Thread(target=again) for _ in range(3)]
+    threads += [threading.Thread(target=other, args=(number,)) for number in range(1, 6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [alone] * 3
+
+
+def test_biases_penalties_and_least_tokens(api):
+    forced = api.completions.create(prompt="x", max_tokens=6, logit_bias={"65": 100}, **GREEDY)
+    assert forced.choices[0].text != "" and len(set(forced.choices[0].text)) == 1
+    told = api.completions.create(prompt="x", max_tokens=1, logprobs=0, logit_bias={"65": 100}, **GREEDY)
+    assert told.choices[0].logprobs.token_logprobs[0] < -0.1, "of the logits as the model gave them"
+    repeating = {"prompt": "x", "max_tokens": 30, "logit_bias": {"65": 4}, **GREEDY}
+    plain = api.completions.create(extra_body={"ignore_eos": True}, **repeating).choices[0].text
+    held = api.completions.create(extra_body={"ignore_eos": True}, frequency_penalty=2, **repeating).choices[0].text
+    assert len(set(held)) > len(set(plain))
+    ending = {"prompt": "x", "max_tokens": 9, "logit_bias": {"257": 100}, **GREEDY}
+    assert api.completions.create(**ending).usage.completion_tokens == 0
+    answer = api.completions.create(extra_body={"min_tokens": 4}, **ending)
+    assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (4, "stop")
+
+
+def test_stops_across_tokens_and_by_token(api):
+    free = {"prompt": "stops", "max_tokens": 40, "seed": 3, "n": 3, "model": MODEL, "logit_bias": {"65": 9, "66": 9}}
+    whole = api.completions.create(extra_body={"ignore_eos": True}, **free)
+    stop = "ccc"  # ids 65 and 66 are b and c here
+    cut = api.completions.create(stop=[stop, "never"], extra_body={"ignore_eos": True}, **free)
+    assert any(stop in choice.text for choice in whole.choices)
+    for one, other in zip(whole.choices, cut.choices, strict=True):
+        assert other.text == one.text.partition(stop)[0]
+        assert other.finish_reason == ("stop" if stop in one.text else "length")
+    by_token = api.completions.create(extra_body={"ignore_eos": True, "stop_token_ids": [65, 66]}, **free)
+    assert all(len(one.text) <= len(other.text) for one, other in zip(by_token.choices, whole.choices, strict=True))
+    assert {choice.finish_reason for choice in by_token.choices} == {"stop"}
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_text_is_scored_as_its_tokens_were_when_they_were_generated(tmp_path, service, api, tp):
+    """lm-eval-harness's request; a degree of two gives the same numbers, within rounding."""
+    text = api.completions.create(
+        prompt=[*range(40)], max_tokens=30, logprobs=0, extra_body={"ignore_eos": True}, **GREEDY
+    )
+    chosen = text.choices[0].logprobs.token_logprobs
+    prompts = [[*range(40)], [*range(100, 200)] * 3, [7]]
+    ask_for = {"prompt": prompts, "max_tokens": 1, "logprobs": 1, "echo": True, "seed": 1234, **GREEDY}
+    scored = api.completions.create(**ask_for)
+    assert [len(choice.logprobs.tokens) for choice in scored.choices] == [41, 301, 2]
+    assert scored.choices[0].logprobs.token_logprobs[-1] == pytest.approx(chosen[0], abs=1e-5)
+    for choice in scored.choices:
+        logprobs = choice.logprobs
+        assert logprobs.token_logprobs[0] is None
+        for token, number, top in zip(
+            logprobs.tokens[1:], logprobs.token_logprobs[1:], logprobs.top_logprobs[1:], strict=True
+        ):
+            assert top[token] == number
+    until(lambda: idle(service))
+    if tp > 1:
+        with real_service(servable_snapshot(tmp_path / "snap", tp=tp, max_length=1024), *SMALL) as ranks:
+            again = completed(ranks, ask_for)
+        for one, two in zip(scored.choices, again.choices, strict=True):
+            assert two.logprobs.token_logprobs[1:] == pytest.approx(one.logprobs.token_logprobs[1:], abs=1e-4)
+
+
+def test_bounds_of_the_command_line(snapshot):
+    options = ("--max-num-seqs", "1", "--max-waiting", "1", "--admission", "optimistic", "--no-prefix-caching")
+    with real_service(snapshot, *SMALL, *options) as service, client(service.url) as api:
+        body = {"prompt": "x" * 60, "max_tokens": 400, "n": 3, "ignore_eos": True}
+        reply = ask(service.url, "POST", "/v1/completions", body)
+        assert reply.status == 429 and 1 <= int(reply.headers["retry-after"]) <= 60
+        assert reply.error()["code"] == "overloaded"
+        until(lambda: idle(service))
+        answer = api.completions.create(prompt="x" * 60, n=2, max_tokens=4, model=MODEL)
+        assert len(answer.choices) == 2
+        now = samples(service.url)
+        assert now["fgsnap_prompt_tokens_cached_total"] == 0
