@@ -677,10 +677,10 @@ def _standard_input() -> str:
 
 
 def engine_of(settings: dict[str, Any]) -> EngineOptions:
-    """What ``engine_options`` added to the settings, taken out of them."""
+    """The engine's options among the settings, taken out of them. Only ``serve`` has those of its queue."""
     from fgsnap.runtime.options import EngineOptions
 
-    return EngineOptions(**{name: settings.pop(name) for name in EngineOptions.__struct_fields__})
+    return EngineOptions(**{name: settings.pop(name) for name in EngineOptions.__struct_fields__ if name in settings})
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
