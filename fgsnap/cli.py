@@ -69,7 +69,10 @@ def engine_options(command: Command) -> Command:
                 help="Tensor parallel degree; default: the snapshot's, or what this host has processors or GPUs for.",
             ),
             option("--max-model-len", type=click.IntRange(min=1), help="Longest context; default: the model's."),
-            option("--max-batch-tokens", type=click.IntRange(min=1), default=512, help="Token budget of one forward."),
+            option(
+                "--max-batch-tokens", type=click.IntRange(min=1),
+                help="Token budget of one forward; default: what 'fgsnap bench budget' measured here, else 512.",
+            ),
             option("--kv-memory", type=ByteSize(), help="KV cache; default: 2GiB, or half of what the weights leave."),
             option("--threads", type=click.IntRange(min=1), help="CPU threads of all ranks; default: those there are."),
         )

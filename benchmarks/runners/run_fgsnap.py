@@ -28,7 +28,7 @@ class Fgsnap:
         decoder = load_as_chosen(self._snapshot, options)  # before the tokenizer has threads: it may fork
         self._text = Text(self._snapshot)
         check_canary(decoder, self._snapshot)
-        self._engine = Engine(decoder, eos_token_ids=self._text.eos_token_ids, token_budget=options.max_batch_tokens)
+        self._engine = Engine(decoder, eos_token_ids=self._text.eos_token_ids)
 
     def answer(self, question: str, tokens: int) -> str:
         prompt = self._text.encode_chat([{"role": "user", "content": question}])

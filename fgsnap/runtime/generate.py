@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from fgsnap.errors import FgsnapError, RequestError, UsageError
+from fgsnap.runtime.budget import settled_budget
 from fgsnap.runtime.engine import Engine
 from fgsnap.runtime.options import EngineOptions
 from fgsnap.runtime.ranks import load_as_chosen
@@ -204,7 +205,7 @@ def opened(path: Path | str, options: EngineOptions = _DEFAULT_ENGINE) -> Iterat
         end_when_unreadable(snapshot)
         text = Text(snapshot)
         check_canary(decoder, snapshot)
-        budget = options.max_batch_tokens
+        budget = settled_budget(options.max_batch_tokens, snapshot.id, decoder).tokens
         engine = Engine(decoder, eos_token_ids=text.eos_token_ids, token_budget=budget, max_sequences=1)
         yield Model(engine, text, decoder.max_length)
     finally:

@@ -6,6 +6,9 @@ from typing import Literal
 
 import msgspec
 
+BudgetSource = Literal["asked for", "measured", "default"]
+"""Where the token budget of a forward comes from."""
+
 
 class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What ``fgsnap serve`` and ``run`` let the user choose; None means the engine's or the snapshot's own value."""
@@ -13,7 +16,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     backend: str = "auto"
     device: str = "auto"
     dtype: str = "auto"
-    max_batch_tokens: int = 512
+    max_batch_tokens: int | None = None
     max_num_seqs: int = 256
     max_waiting: int = 4096
     admission: Literal["reserve", "optimistic"] = "reserve"

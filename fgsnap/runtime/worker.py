@@ -148,6 +148,7 @@ def begin_engine(told: Callable[[], wire.Begin], mark: Callable[[str], None]) ->
         SnapshotRefused: damaged, not the one that was served before, or its canary does not match.
         FgsnapError: whatever decoder and backend refuse.
     """
+    from fgsnap.runtime.budget import settled_budget
     from fgsnap.runtime.engine import Engine
     from fgsnap.runtime.ranks import load_as_chosen
 
@@ -168,10 +169,11 @@ def begin_engine(told: Callable[[], wire.Begin], mark: Callable[[str], None]) ->
     canary = check_canary(decoder, snapshot)
     mark("canary")
     asked = options.engine
+    budget = settled_budget(asked.max_batch_tokens, snapshot.id, decoder)
     engine = Engine(
         decoder,
         eos_token_ids=snapshot.manifest.text.eos_token_ids,
-        token_budget=asked.max_batch_tokens,
+        token_budget=budget.tokens,
         max_sequences=asked.max_num_seqs,
         max_waiting=asked.max_waiting,
         admission=asked.admission,
@@ -186,7 +188,8 @@ def begin_engine(told: Callable[[], wire.Begin], mark: Callable[[str], None]) ->
         max_length=decoder.max_length,
         kv_blocks=decoder.blocks,
         block_size=decoder.block_size,
-        token_budget=asked.max_batch_tokens,
+        token_budget=budget.tokens,
+        budget_source=budget.source,
     )
 
 
