@@ -34,7 +34,7 @@ DECODED = 256
 READ = 512
 """Tokens of each prompt that were read before."""
 
-LONGEST = 10.0
+LONGEST = 5.0
 """Seconds of a forward after which no larger one is tried."""
 
 
