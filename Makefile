@@ -75,6 +75,8 @@ bench: $(BENCH)/.installed
 	$(BENCH)/bin/python benchmarks/parity.py --output benchmarks/results
 	$(BENCH)/bin/python benchmarks/families.py --output benchmarks/results
 	$(BENCH)/bin/python benchmarks/sampling.py --output benchmarks/results
+	$(BENCH)/bin/python benchmarks/starvation.py --output benchmarks/results
+	$(BENCH)/bin/python benchmarks/plots.py starvation
 	$(BENCH)/bin/python benchmarks/report.py
 
 # PEERS_ARGS='--only startup,speed' measures these parts anew, --fresh all of them. The last line is JSON.
