@@ -28,12 +28,12 @@ SPLITFUSE = """\
 ## SplitFuse under a backlog
 
 {model}: {decodes} answers are being generated all the time while {clients} clients ask one prompt after the other, of
-{shortest} to {longest} tokens, and take {answer} tokens each, until {requests} have been answered. Gaps are those
-between two tokens of the {decodes} answers. The same engine and model throughout, in turn within every round; the other
-two policies live in the benchmark: *prefill first* forwards waiting prompts whole and alone, up to {most} tokens at
-once, as vLLM did when SplitFuse was published; *no chunking* forwards whole prompts beside the decodes. {knee} tokens
-is the budget that was measured in this run. The backlog is the share of steps that left prompt tokens behind. Promised:
-P95 / P50 of at most {goal}.
+{shortest} to {longest} tokens and {requests} in all, and take {answer} tokens each. It ends when the prompts do not
+suffice for all clients any more. Gaps are those between two tokens of the {decodes} answers. The same engine and model
+throughout, in turn within every round; the other two policies live in the benchmark: *prefill first* forwards waiting
+prompts whole and alone, up to {most} tokens at once, as vLLM did when SplitFuse was published; *no chunking* forwards
+whole prompts beside the decodes. {knee} tokens is the budget that was measured in this run. The backlog is the share of
+steps that left prompt tokens behind. Promised: P95 / P50 of at most {goal}.
 
 ![How large the forwards were, and how long the gaps](splitfuse.png)
 
