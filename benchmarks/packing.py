@@ -57,7 +57,7 @@ def main() -> None:
 def engine_of(folder: Path, target: str) -> Engine:
     command = [FGSNAP, "convert", str(smollm2_gguf()), "-o", str(folder), "--target", target]
     subprocess.run(command, check=True, capture_output=True)
-    return Engine(load_as_chosen(open_snapshot(folder), OPTIONS), token_budget=OPTIONS.max_batch_tokens)
+    return Engine(load_as_chosen(open_snapshot(folder), OPTIONS))
 
 
 def measured(engine: Engine, seed: int) -> Mapping[str, float]:

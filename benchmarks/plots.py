@@ -1,18 +1,20 @@
-"""Draw docs/peers-*.png from benchmarks/results/peers.json and from nothing else.
+"""Draw the pictures in docs/ from benchmarks/results/*.json and from nothing else.
 
-    python benchmarks/plots.py
+    python benchmarks/plots.py [RESULT ...]
 
-`make peers` does it, with the matplotlib of the Python that it measures with.
+RESULT is peers, splitfuse or starvation; left out, all that there are. `make peers` and `make bench` do it, with the
+matplotlib of the Python that they measure with.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import plots_scheduling
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -20,14 +22,18 @@ from fgsnap.bench.plot import draw
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-RESULT = ROOT / "benchmarks" / "results" / "peers.json"
+RESULTS = ROOT / "benchmarks" / "results"
 SLA = 1  # the middle one: 4 tokens/s
 
 
 def main() -> None:
-    if not RESULT.exists():
-        sys.exit(f"there is no {RESULT.relative_to(ROOT)} yet: run make peers")
-    parts = json.loads(RESULT.read_text())["parts"]
+    asked = sys.argv[1:] or [name for name in DRAWN if (RESULTS / f"{name}.json").exists()]
+    for name in asked:
+        DRAWN[name](json.loads((RESULTS / f"{name}.json").read_text()))
+
+
+def peers(result: Mapping[str, Any]) -> None:
+    parts = result["parts"]
     for name, part in parts.items():
         if name.startswith("curve"):
             draw({engine: _one_sla(levels) for engine, levels in part["curves"].items()}, _picture(name))
@@ -72,6 +78,13 @@ def _one_sla(levels: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _picture(name: str) -> Path:
     return DOCS / f"peers-{name}.png"
+
+
+DRAWN: dict[str, Callable[[Mapping[str, Any]], None]] = {
+    "peers": peers,
+    "splitfuse": lambda result: plots_scheduling.splitfuse(result, DOCS / "splitfuse.png"),
+    "starvation": lambda result: plots_scheduling.starvation(result, DOCS / "starvation.png"),
+}
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any
 
 from report_families import families
 from report_peers import peers
+from report_scheduling import scheduler, splitfuse, starvation
 from tables import spread, table
 
 from fgsnap.convert.families import FAMILIES as MODEL_TYPES
@@ -210,6 +211,9 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         "parity": parity,
         "gemma": gemma,
         "sampling": sampling,
+        "scheduler": scheduler,
+        "splitfuse": splitfuse,
+        "starvation": starvation,
     }
     known = {name: section for name, section in sections.items() if name in results}
     parts = [section(results[name]) + measured_on(name, results[name]) for name, section in known.items()]

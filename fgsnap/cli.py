@@ -69,7 +69,10 @@ def engine_options(command: Command) -> Command:
                 help="Tensor parallel degree; default: the snapshot's, or what this host has processors or GPUs for.",
             ),
             option("--max-model-len", type=click.IntRange(min=1), help="Longest context; default: the model's."),
-            option("--max-batch-tokens", type=click.IntRange(min=1), default=512, help="Token budget of one forward."),
+            option(
+                "--max-batch-tokens", type=click.IntRange(min=1),
+                help="Token budget of one forward; default: what 'fgsnap bench budget' measured here, else 512.",
+            ),
             option("--kv-memory", type=ByteSize(), help="KV cache; default: 2GiB, or half of what the weights leave."),
             option("--threads", type=click.IntRange(min=1), help="CPU threads of all ranks; default: those there are."),
         )
@@ -681,7 +684,7 @@ def _standard_input() -> str:
 
 
 def engine_of(settings: dict[str, Any]) -> EngineOptions:
-    """What ``engine_options`` added to the settings, taken out of them."""
+    """The engine's options among the settings, taken out of them. Only ``serve`` has those of its queue."""
     from fgsnap.runtime.options import EngineOptions
 
     return EngineOptions(**{name: settings.pop(name) for name in EngineOptions.__struct_fields__ if name in settings})

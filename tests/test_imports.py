@@ -41,7 +41,10 @@ INNER = {
     ),
     "fgsnap.diff": ("fgsnap.spec", "fgsnap.progress", "fgsnap.snapshot", "fgsnap.convert"),
     "fgsnap.bench.command": ("fgsnap.errors", "fgsnap.cli", "fgsnap.bench", "fgsnap.runtime"),
-    "fgsnap.bench": ("fgsnap.errors", "fgsnap.environment", "fgsnap.snapshot", "fgsnap.runtime", "fgsnap.bench"),
+    "fgsnap.bench": (
+        "fgsnap.errors", "fgsnap.atomic", "fgsnap.environment", "fgsnap.snapshot", "fgsnap.kernels.ops",
+        "fgsnap.runtime", "fgsnap.bench",
+    ),
 }  # fmt: skip
 
 # Third-party packages each part may name anywhere in its source.

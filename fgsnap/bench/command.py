@@ -207,10 +207,38 @@ def serve(snapshot: Path | None, url: str | None, plot: Path | None, **settings:
         draw({result["model"]: result["levels"]}, plot)
 
 
+@click.command()
+@click.argument("snapshot", type=click.Path(path_type=Path))
+@option(
+    "--share", type=click.FloatRange(0, 1, min_open=True), default=0.9,
+    help="Of the best tokens/s; the smallest forward that has it is the budget.",
+)  # fmt: skip
+@rounds_option(5)
+@common_options
+def budget(snapshot: Path, share: float, rounds: int, **settings: Any) -> None:
+    """Measure how many tokens a forward should carry.
+
+    Forwards of 1 to 2048 tokens are timed: pieces of prompts with some decodes beside. The fewest tokens with nearly
+    the best throughput are kept in the user's cache, for this snapshot on this host; 'fgsnap serve', 'run' and 'bench'
+    use them wherever --max-batch-tokens is not given.
+
+    \b
+    Examples:
+      fgsnap bench budget snap/
+      fgsnap bench budget snap/ --share 0.8 --threads 4
+    """
+    engine, tell, finish = _begin("budget", settings)
+    from fgsnap.bench import show
+    from fgsnap.bench.budget import budget as measure
+
+    finish(measure(snapshot, engine, share, rounds, tell), show.budget)
+
+
 COMMANDS: dict[str, click.Command] = {
     "startup": startup,
     "latency": latency,
     "throughput": throughput,
+    "budget": budget,
     "serve": serve,
 }
 

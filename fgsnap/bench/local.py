@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from fgsnap.bench.record import quantile, summary
 from fgsnap.errors import FgsnapError, HostError, UsageError
+from fgsnap.runtime.budget import settled_budget
 from fgsnap.runtime.decoder import Decoder
 from fgsnap.runtime.engine import Engine
 from fgsnap.runtime.options import EngineOptions
@@ -60,8 +61,8 @@ def latency(
     snapshot: Path, options: EngineOptions, shape: Shape, batch: int, rounds: int, tell: Callable[[str], None]
 ) -> dict[str, Any]:
     """``batch`` requests at once, ``rounds`` times: seconds and tokens/s, each the median of rounds with its spread."""
-    with _loaded(snapshot, options, shape, batch) as (decoder, facts):
-        runs = list(_rounds(decoder, options, shape, batch, batch, rounds, tell))
+    with loaded(snapshot, options, _room_for(shape, batch)) as (decoder, facts):
+        runs = list(_rounds(decoder, facts["max_batch_tokens"], shape, batch, batch, rounds, tell))
     rows: dict[str, Sequence[float | None]] = {
         "first_token": [quantile(run.first_tokens, 0.5) for run in runs],
         "prefill_tokens_per_second": [prefill_rate(run.steps) for run in runs],
@@ -82,11 +83,11 @@ def throughput(
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
     """For each batch size, ``requests`` requests of which so many run at once; None: twice the batch size."""
-    with _loaded(snapshot, options, shape, max(batches)) as (decoder, facts):
+    with loaded(snapshot, options, _room_for(shape, max(batches))) as (decoder, facts):
         rows = []
         for batch in batches:
             count = requests or 2 * batch
-            runs = list(_rounds(decoder, options, shape, batch, count, rounds, tell))
+            runs = list(_rounds(decoder, facts["max_batch_tokens"], shape, batch, count, rounds, tell))
             rates: dict[str, Sequence[float | None]] = {
                 "prefill_tokens_per_second": [prefill_rate(run.steps) for run in runs],
                 "decode_tokens_per_second": [decode_rate(run.steps, batch) for run in runs],
@@ -139,7 +140,7 @@ def decode_rate(steps: Sequence[Step], batch: int) -> float | None:
 
 def _rounds(
     decoder: Decoder,
-    options: EngineOptions,
+    budget: int,
     shape: Shape,
     batch: int,
     requests: int,
@@ -148,7 +149,7 @@ def _rounds(
 ) -> Iterator[Run]:
     """The counted runs, after one that only warms up; every run has prompts of its own."""
     draw = random.Random(SEED)
-    engine = Engine(decoder, token_budget=options.max_batch_tokens, max_sequences=batch)
+    engine = Engine(decoder, token_budget=budget, max_sequences=batch)
     for number in range(rounds + 1):
         prompts = [tuple(draw.choices(range(decoder.vocab_size), k=shape.prompt)) for _ in range(requests)]
         done = run(engine, prompts, shape.answer)
@@ -158,22 +159,28 @@ def _rounds(
 
 
 @contextmanager
-def _loaded(
-    snapshot: Path, options: EngineOptions, shape: Shape, batch: int
+def loaded(
+    snapshot: Path, options: EngineOptions, check: Callable[[Decoder, int], None] = lambda decoder, budget: None
 ) -> Iterator[tuple[Decoder, dict[str, Any]]]:
-    """The model, proved by its canary, and what it is; refused where ``batch`` such requests cannot run at once."""
+    """The model, proved by its canary, and what it is. ``check`` may refuse it, and its token budget, before that."""
     opened = open_snapshot(snapshot)
     try:
         decoder = load_as_chosen(opened, options)
         end_when_unreadable(opened)
-        _check_room(decoder, shape, batch, options.max_batch_tokens)
+        budget = settled_budget(options.max_batch_tokens, opened.id, decoder).tokens
+        check(decoder, budget)
         canary = check_canary(decoder, opened)
         ops = decoder.ops
         facts = {"snapshot": opened.id, "backend": ops.name, "device": ops.device, "setting": decoder.setting}
-        more = {"dtype": decoder.dtype, "tp": decoder.tp, "max_batch_tokens": options.max_batch_tokens}
+        more = {"dtype": decoder.dtype, "tp": decoder.tp, "max_batch_tokens": budget}
         yield decoder, {**facts, **more, "canary": canary}
     finally:
         opened.close()
+
+
+def _room_for(shape: Shape, batch: int) -> Callable[[Decoder, int], None]:
+    """Refuses a model in which ``batch`` such requests cannot run at once."""
+    return lambda decoder, budget: _check_room(decoder, shape, batch, budget)
 
 
 def _check_room(decoder: Decoder, shape: Shape, batch: int, budget: int) -> None:

@@ -98,13 +98,15 @@ def _command() -> list[str]:
 
 
 def _flags(engine: EngineOptions) -> list[str]:
-    chosen = {name: getattr(engine, name) for name in engine.__struct_fields__}
-    return [
-        part
-        for name, value in chosen.items()
-        if value is not None
-        for part in ("--" + name.replace("_", "-"), str(value))
-    ]
+    """What was chosen; the rest is the server's own default."""
+    chosen = {name.replace("_", "-"): getattr(engine, name) for name in engine.__struct_fields__}
+    default = EngineOptions()
+    flags: list[str] = []
+    for name, value in chosen.items():
+        if value == getattr(default, name.replace("-", "_")):
+            continue
+        flags += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+    return flags
 
 
 def _free_port() -> int:

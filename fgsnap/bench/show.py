@@ -39,6 +39,24 @@ def throughput(result: Result) -> None:
     _table(("batch", "requests", "prefill", "decode", "answers, overall"), rows)
 
 
+def budget(result: Result) -> None:
+    click.echo(f"{result['host']}\n")
+    best = max(row["tokens_per_second"] for row in result["forwards"])
+    rows = [
+        (
+            row["tokens"],
+            row["decodes"],
+            *_spread(row["seconds"], 2, 1000),
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['tokens_per_second'] / best:.0%}",
+        )
+        for row in result["forwards"]
+    ]
+    _table(("tokens", "decodes", "ms, median", "min", "max", "tokens/s", "of the best"), rows)
+    knee = f"{result['max_batch_tokens']} tokens: the fewest with {result['share']:.0%} of the best tokens/s"
+    click.echo(f"\nA forward should carry {knee}.\nKept in {result['path']}, where 'fgsnap serve' and 'run' find it.")
+
+
 def serve(result: Result) -> None:
     workload, levels = result["workload"], result["levels"]
     lengths = f"{workload['prompt_mean']} prompt + {workload['answer_mean']} answer tokens in the mean"

@@ -8,6 +8,9 @@ import msgspec
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
+BudgetSource = Literal["asked for", "measured", "default"]
+"""Where the token budget of a forward comes from."""
+
 
 class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What ``serve``, ``run`` and ``fgsnap.load`` let a user choose; None: the engine's or the snapshot's own value."""
@@ -15,7 +18,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     backend: str = "auto"
     device: str = "auto"
     dtype: str = "auto"
-    max_batch_tokens: Count = 512
+    max_batch_tokens: Count | None = None
     max_num_seqs: Count = 256
     max_waiting: Count = 4096
     admission: Literal["reserve", "optimistic"] = "reserve"
@@ -28,7 +31,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def most_live(self) -> int:
         """How many choices the service takes at once: those that run, and those that wait beside them."""
-        return min(self.max_num_seqs, self.max_batch_tokens) + self.max_waiting
+        return min(self.max_num_seqs, self.max_batch_tokens or self.max_num_seqs) + self.max_waiting
 
 
 class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):

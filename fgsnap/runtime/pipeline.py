@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self, TypedDict, Unpack,
 import msgspec
 
 from fgsnap.errors import RequestError, UsageError
+from fgsnap.runtime.budget import settled_budget
 from fgsnap.runtime.options import EngineOptions
 from fgsnap.runtime.protocol import (
     Bias,
@@ -323,7 +324,8 @@ def opened(snapshot: Snapshot, options: EngineOptions) -> Pipeline:
         decoder = load_as_chosen(snapshot, options)  # before the tokenizer has threads: it may fork
         text = Text(snapshot)
         check_canary(decoder, snapshot)
-        engine = engine_as_chosen(decoder, snapshot, options)
+        budget = settled_budget(options.max_batch_tokens, snapshot.id, decoder)
+        engine = engine_as_chosen(decoder, snapshot, options, budget.tokens)
         failing.pop_all()
         return Pipeline(snapshot, text, SharedEngine(engine, text), decoder.max_length)
 

@@ -191,6 +191,8 @@ class Service:
         if (self._options.engine.backend, ready.backend, ready.device) == ("auto", "reference", "cpu"):
             _tell(f"{ready.reason}; the reference backend computes, more slowly.")
         what = f"{ready.backend} on {ready.device}, {ready.setting}, {ready.canary}"
+        if ready.budget_source == "measured":
+            what += f", {ready.token_budget} tokens a forward as measured"
         _tell(f"ready at {self._url} ({what}) in {seconds:.2f} s")
         self._write_report()
 

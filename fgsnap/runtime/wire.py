@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from fgsnap.runtime.options import EngineOptions
+from fgsnap.runtime.options import BudgetSource, EngineOptions
 from fgsnap.runtime.request import EngineStats, Request, Step
 
 MAX_FRAME = 64 << 20
@@ -48,7 +48,8 @@ class Phase(msgspec.Struct, frozen=True, tag=True):
 class Ready(msgspec.Struct, frozen=True, tag=True):
     """The canary matched (or was switched off, as ``canary`` says); requests are served from now on.
 
-    ``setting`` is what the backend computes with, and ``reason`` why it was chosen.
+    ``setting`` is what the backend computes with, and ``reason`` why it was chosen; ``budget_source`` is where
+    ``token_budget`` comes from.
     """
 
     backend: str
@@ -60,6 +61,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     kv_blocks: int
     block_size: int
     token_budget: int
+    budget_source: BudgetSource = "default"
 
 
 class Outputs(msgspec.Struct, frozen=True, tag=True):

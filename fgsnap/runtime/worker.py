@@ -159,6 +159,7 @@ def begin_engine(told: Callable[[], wire.Begin], mark: Callable[[str], None]) ->
         SnapshotRefused: damaged, not the one that was served before, or its canary does not match.
         FgsnapError: whatever decoder and backend refuse.
     """
+    from fgsnap.runtime.budget import settled_budget
     from fgsnap.runtime.ranks import load_as_chosen
 
     for module in AHEAD:
@@ -178,7 +179,8 @@ def begin_engine(told: Callable[[], wire.Begin], mark: Callable[[str], None]) ->
     canary = check_canary(decoder, snapshot)
     mark("canary")
     asked = options.engine
-    engine = engine_as_chosen(decoder, snapshot, asked)
+    budget = settled_budget(asked.max_batch_tokens, snapshot.id, decoder)
+    engine = engine_as_chosen(decoder, snapshot, asked, budget.tokens)
     return engine, wire.Ready(
         backend=decoder.ops.name,
         device=decoder.ops.device,
@@ -188,18 +190,19 @@ def begin_engine(told: Callable[[], wire.Begin], mark: Callable[[str], None]) ->
         max_length=decoder.max_length,
         kv_blocks=decoder.blocks,
         block_size=decoder.block_size,
-        token_budget=asked.max_batch_tokens,
+        token_budget=budget.tokens,
+        budget_source=budget.source,
     )
 
 
-def engine_as_chosen(decoder: Decoder, snapshot: Snapshot, options: EngineOptions) -> Engine:
-    """The engine that a user has chosen, over a decoder of this snapshot."""
+def engine_as_chosen(decoder: Decoder, snapshot: Snapshot, options: EngineOptions, budget: int) -> Engine:
+    """The engine that a user has chosen, over a decoder of this snapshot, with so many tokens a forward."""
     from fgsnap.runtime.engine import Engine
 
     return Engine(
         decoder,
         eos_token_ids=snapshot.manifest.text.eos_token_ids,
-        token_budget=options.max_batch_tokens,
+        token_budget=budget,
         max_sequences=options.max_num_seqs,
         max_waiting=options.max_waiting,
         admission=options.admission,
