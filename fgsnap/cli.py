@@ -685,7 +685,7 @@ def engine_of(settings: dict[str, Any]) -> EngineOptions:
     """What ``engine_options`` added to the settings, taken out of them."""
     from fgsnap.runtime.options import EngineOptions
 
-    return EngineOptions(**{name: settings.pop(name) for name in EngineOptions.__struct_fields__})
+    return EngineOptions(**{name: settings.pop(name) for name in EngineOptions.__struct_fields__ if name in settings})
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
