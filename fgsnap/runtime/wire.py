@@ -72,7 +72,7 @@ class Outputs(msgspec.Struct, frozen=True, tag=True):
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
-    """A submitted request that this engine can never run; fields as errors.RequestError."""
+    """A submitted request that this engine does not take; fields as errors.RequestError."""
 
     request: str
     what: str
