@@ -677,10 +677,10 @@ def _standard_input() -> str:
 
 
 def engine_of(settings: dict[str, Any]) -> EngineOptions:
-    """What ``engine_options`` added to the settings, taken out of them."""
+    """The settings that are the engine's, taken out of the others; a command that does not have one leaves it alone."""
     from fgsnap.runtime.options import EngineOptions
 
-    return EngineOptions(**{name: settings.pop(name) for name in EngineOptions.__struct_fields__})
+    return EngineOptions(**{name: settings.pop(name) for name in EngineOptions.__struct_fields__ if name in settings})
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
