@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 
 import pytest
@@ -289,6 +290,20 @@ def test_those_that_left_do_not_pile_up_in_the_queue():
     assert len(bench.scheduler._queue) <= 2 * 51 + MOST_PROMPTS
     order = [name for made in bench.run() for name in made if name.startswith("kept")]
     assert order == [f"kept{index}" for index in range(50)]
+
+
+def test_the_order_survives_that_most_leave_the_queue():
+    draw = random.Random(1)
+    bench = Bench(max_sequences=1)
+    priorities = {str(index): draw.randrange(1000) for index in range(600)}
+    for name, priority in priorities.items():
+        bench.add(name, 1, 1, priority=priority)
+    kept = draw.sample(sorted(priorities), 100)
+    for name in sorted(priorities, key=priorities.__getitem__):
+        if name not in kept:
+            bench.remove(name)
+    order = [priorities[name] for made in bench.run() for name in made]
+    assert order == sorted(order)
 
 
 # ---- prefixes -------------------------------------------------------------------------------------------------------
