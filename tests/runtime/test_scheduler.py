@@ -496,6 +496,13 @@ def test_who_grows_gives_up_its_own_blocks_when_it_costs_least():
     bench.run()
 
 
+def test_optimistic_promises_the_blocks_of_the_prompt_and_of_the_next_token():
+    bench = Bench(blocks=4, admission="optimistic")
+    bench.add("a", 4, 8)
+    bench.step()
+    assert bench.pool.available == 2
+
+
 def test_none_starts_so_that_those_that_generate_soon_take_its_blocks_back():
     bench = Bench(blocks=16, admission="optimistic", budget=30, max_sequences=30)
     for name in "ab":
