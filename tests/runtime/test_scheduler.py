@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 
 import pytest
@@ -291,6 +292,20 @@ def test_those_that_left_do_not_pile_up_in_the_queue():
     assert order == [f"kept{index}" for index in range(50)]
 
 
+def test_the_order_survives_that_most_leave_the_queue():
+    draw = random.Random(1)
+    bench = Bench(max_sequences=1)
+    priorities = {str(index): draw.randrange(1000) for index in range(600)}
+    for name, priority in priorities.items():
+        bench.add(name, 1, 1, priority=priority)
+    kept = draw.sample(sorted(priorities), 100)
+    for name in sorted(priorities, key=priorities.__getitem__):
+        if name not in kept:
+            bench.remove(name)
+    order = [priorities[name] for made in bench.run() for name in made]
+    assert order == sorted(order)
+
+
 # ---- prefixes -------------------------------------------------------------------------------------------------------
 
 
@@ -479,6 +494,13 @@ def test_who_grows_gives_up_its_own_blocks_when_it_costs_least():
         bench.step()
     assert bench.states() == {"first": "running", "last": "waiting"}
     bench.run()
+
+
+def test_optimistic_promises_the_blocks_of_the_prompt_and_of_the_next_token():
+    bench = Bench(blocks=4, admission="optimistic")
+    bench.add("a", 4, 8)
+    bench.step()
+    assert bench.pool.available == 2
 
 
 def test_none_starts_so_that_those_that_generate_soon_take_its_blocks_back():
