@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 import msgspec
 
 from fgsnap.errors import RequestError
-from fgsnap.runtime.request import SamplingParams
+from fgsnap.runtime.request import Constraint, SamplingParams
 
 MAX_CHOICES = 128
 COMPLETION_MAX_TOKENS = 16  # what OpenAI's completions answer with when max_tokens is left out
@@ -92,18 +92,23 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "bad_words": (None, []),
     "prompt_logprobs": (None, False),
     "use_beam_search": (None, False),
-    "response_format": (None, {"type": "text"}),
-    "structured_outputs": (None, {}),
-    "guided_json": (None,),
-    "guided_regex": (None,),
-    "guided_choice": (None,),
-    "guided_grammar": (None,),
     "tools": (None, []),
     "functions": (None, []),
     "audio": (None,),
     "chat_template": (None,),
     "chat_template_kwargs": (None, {}),
 }
+
+
+CONSTRAINING = (
+    "response_format",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+)
+"""Fields that say what the answer has to be."""
 
 
 class Call(NamedTuple):
@@ -144,7 +149,13 @@ def parse_completion(body: bytes, vocab_size: int) -> Call:
     choices = _choices(wanted)
     _bound_choices(len(prompts), choices)
     call = _call(
-        wanted, vocab_size, chat=False, prompts=prompts, logprobs=wanted.logprobs, max_tokens=wanted.max_tokens
+        wanted,
+        vocab_size,
+        chat=False,
+        prompts=prompts,
+        logprobs=wanted.logprobs,
+        max_tokens=wanted.max_tokens,
+        constraint=_constraint(sent),
     )
     return call._replace(choices=choices)
 
@@ -165,6 +176,7 @@ def parse_chat(body: bytes, vocab_size: int) -> Call:
         messages=tuple(msgspec.to_builtins(message) for message in wanted.messages),
         logprobs=(wanted.top_logprobs or 0) if wanted.logprobs else None,
         max_tokens=wanted.max_completion_tokens or wanted.max_tokens,
+        constraint=_constraint(sent),
     )
 
 
@@ -182,6 +194,14 @@ def _object(body: bytes) -> dict[str, Any]:
         raise _wrong("", f"The body must be a JSON object, not {_json_name(sent)}.")
     _refuse_unsupported(sent)
     return sent
+
+
+def _constraint(sent: Mapping[str, Any]) -> Constraint | None:
+    if sent.keys().isdisjoint(CONSTRAINING):
+        return None
+    from fgsnap.runtime.constraining import constraint_of
+
+    return constraint_of(sent, CONSTRAINING)
 
 
 def _refuse_unsupported(sent: Mapping[str, Any]) -> None:
@@ -269,6 +289,7 @@ def _call(
     messages: tuple[dict[str, Any], ...] = (),
     logprobs: int | None,
     max_tokens: int | None,
+    constraint: Constraint | None,
 ) -> Call:
     if wanted.stream_options is not None and not wanted.stream:
         raise _wrong("stream_options", "stream_options needs stream to be true.")
@@ -292,6 +313,7 @@ def _call(
             ignore_eos=bool(wanted.ignore_eos),
             min_tokens=wanted.min_tokens or 0,
             logprobs=-1 if logprobs is None else logprobs,
+            constraint=constraint,
         ),
         max_tokens=max_tokens,
         choices=wanted.n or 1,

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 from fgsnap.kernels.ops import Edits, Sampling
 from fgsnap.runtime.request import Request, SamplingParams
+
+if TYPE_CHECKING:
+    from fgsnap.runtime.constraint import Matcher
 
 # Below this a temperature only overflows the softmax; the limit it approaches is greedy.
 COLDEST = 1e-5
@@ -26,23 +30,29 @@ class Sequence:
         enders: tokens that end it.
         row: its place in the roster, or -1.
         forwarded: how many of its tokens were ever cached, so that none is counted twice.
-        state: "waiting", "running" or "gone".
+        matcher: tells which tokens its constraint allows next.
+        state: "new" before it is scheduled for the first time, "waiting", "running" or "gone".
     """
 
     __slots__ = (
-        "cached", "deadline", "digests", "enders", "forwarded", "how", "id", "order", "params", "promised",
-        "prompt_length", "request", "root", "row", "state", "table", "tokens",
+        "cached", "deadline", "digests", "enders", "forwarded", "how", "id", "matcher", "order", "params",
+        "promised", "prompt_length", "request", "root", "row", "state", "table", "tokens",
     )  # fmt: skip
 
-    def __init__(self, request: Request, seed: int, eos: Collection[int], root: bytes) -> None:
+    def __init__(
+        self, request: Request, seed: int, eos: Collection[int], root: bytes, matcher: Matcher | None = None
+    ) -> None:
         params = request.params
         self.request = request
         self.id = request.id
         self.params = params
         self.tokens = list(request.prompt)
         self.prompt_length = len(request.prompt)
-        self.enders = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos))
-        self.how = _sampling(params, seed, _edits(params, request.prompt, self.enders))
+        # With a constraint eos also says that nothing else can come; where ignore_eos is set, it is allowed only then.
+        heeds_eos = matcher is not None or not params.ignore_eos
+        self.enders = frozenset(params.stop_token_ids) | (frozenset(eos) if heeds_eos else frozenset())
+        self.matcher = matcher
+        self.how = _sampling(params, seed, _edits(params, request.prompt, self.enders, matcher))
         self.cached = 0
         self.forwarded = 0
         self.table: list[int] = []
@@ -52,7 +62,7 @@ class Sequence:
         self.order: tuple[int, int, int] = (0, 0, 0)
         self.deadline = float("inf")
         self.row = -1
-        self.state = "waiting"
+        self.state = "new"
 
     @property
     def longest(self) -> int:
@@ -75,8 +85,22 @@ class Sequence:
             if edits.penalizes:
                 edits.count(token)
             if edits.banned and self.generated >= self.params.min_tokens:
-                edits.banned = ()
-                edits.version += 1
+                _unban(edits)
+            if self.matcher is not None and token >= 0 and token not in self.enders:
+                self.matcher.accept(token)
+
+    def constrain(self) -> None:
+        """Have the next token picked as its constraint says, once that is known."""
+        matcher, edits = self.matcher, self.how.edits
+        assert matcher is not None and edits is not None
+        edits.allowed = matcher.mask()
+        if matcher.complete and edits.banned:
+            _unban(edits)
+
+
+def _unban(edits: Edits) -> None:
+    edits.banned = ()
+    edits.version += 1
 
 
 def _sampling(params: SamplingParams, seed: int, edits: Edits | None) -> Sampling:
@@ -85,7 +109,9 @@ def _sampling(params: SamplingParams, seed: int, edits: Edits | None) -> Samplin
     return Sampling(params.temperature, params.top_k, params.top_p, params.min_p, seed, params.logprobs, edits)
 
 
-def _edits(params: SamplingParams, prompt: Collection[int], enders: Collection[int]) -> Edits | None:
+def _edits(
+    params: SamplingParams, prompt: Collection[int], enders: Collection[int], matcher: Matcher | None
+) -> Edits | None:
     """What is done to its logits; None for most, which is quicker."""
     edits = Edits(
         repetition=params.repetition_penalty,
@@ -95,4 +121,4 @@ def _edits(params: SamplingParams, prompt: Collection[int], enders: Collection[i
         banned=sorted(enders) if params.min_tokens else (),
         prompt=sorted(set(prompt)) if params.repetition_penalty != 1.0 else (),
     )
-    return edits if edits.penalizes or edits.bias or edits.banned else None
+    return edits if matcher is not None or edits.penalizes or edits.bias or edits.banned else None
