@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from fgsnap.runtime.grammars import Grammars
@@ -15,7 +16,9 @@ def byte_grammars() -> Grammars:
 
 
 def main(arguments: Sequence[str]) -> int:
-    return live(arguments, byte_vocabulary)
+    if arguments[2:] == ["without"]:
+        sys.modules["llguidance"] = None  # type: ignore[assignment]
+    return live(arguments[:2], byte_vocabulary)
 
 
 def byte_vocabulary() -> Vocabulary:

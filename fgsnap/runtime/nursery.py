@@ -206,7 +206,7 @@ class Child:
         if not first.is_error():
             first.deep_copy().compute_bitmask()  # of which much is kept for those that follow
         if first.is_error():
-            raise Unable(_brief(first.get_error()), "constraint")
+            raise Unable(_reason(first), "constraint")
         return first
 
     def _take(self, message: grammars.ToGrammar, first: Any) -> None:
@@ -225,7 +225,7 @@ class Child:
         matcher, open_end = self._answers[number]
         mask = bytearray(matcher.compute_bitmask())
         if matcher.is_error():
-            self._send(grammars.Broken(number, _brief(matcher.get_error())))
+            self._send(grammars.Broken(number, _reason(matcher)))
         elif not any(mask):
             self._send(grammars.Broken(number, NO_ROOM))
         else:
@@ -261,6 +261,11 @@ def _limit_memory() -> None:
     if hard == resource.RLIM_INFINITY or most < hard:
         resource.setrlimit(resource.RLIMIT_AS, (most, hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # what ends it is nothing to look into
+
+
+def _reason(matcher: Any) -> str:
+    why = _brief(matcher.get_error())
+    return NO_ROOM if why.startswith("NoExtension") else why
 
 
 def _brief(why: str) -> str:
