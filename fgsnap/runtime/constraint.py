@@ -30,7 +30,7 @@ class Matcher(Protocol):
     def code(self) -> str: ...
 
     def accept(self, token: int) -> None:
-        """Take the answer's next token in. What may come after it is found out meanwhile."""
+        """Take the answer's next token in. What may come after it is found out from the next ``flush`` on."""
         ...
 
     def mask(self) -> memoryview:
@@ -51,6 +51,10 @@ class Grammars(Protocol):
         Args:
             open_end: end the answer only where it cannot go on, not where it may end.
         """
+        ...
+
+    def flush(self) -> None:
+        """Have it found out what may come after the tokens that were accepted."""
         ...
 
     def hear(self) -> None:

@@ -139,7 +139,10 @@ class Engine:
         for sequence in self._constrained:
             sequence.constrain()
         samples = self._model.sample(logits, work.how, work.positions) if work.how else NO_SAMPLES
-        return self._commit(work, samples, ends)
+        step = self._commit(work, samples, ends)
+        if self._constrained and self._grammars is not None:
+            self._grammars.flush()
+        return step
 
     def stats(self) -> EngineStats:
         """Gauges and counters as of now. Blocks promised to a running request count as taken."""

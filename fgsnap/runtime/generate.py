@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import select
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,9 +17,9 @@ from fgsnap.errors import FgsnapError, RequestError, UsageError
 from fgsnap.runtime.engine import Engine
 from fgsnap.runtime.options import EngineOptions
 from fgsnap.runtime.ranks import load_as_chosen
-from fgsnap.runtime.request import FinishReason, Request, SamplingParams, Token
+from fgsnap.runtime.request import Constraint, FinishReason, Output, Request, SamplingParams, Token
 from fgsnap.runtime.text import Text, TextStream
-from fgsnap.runtime.worker import check_canary, end_when_unreadable
+from fgsnap.runtime.worker import begin_grammars, check_canary, end_when_unreadable
 from fgsnap.snapshot import open_snapshot
 
 _DEFAULT_ENGINE = EngineOptions()
@@ -59,10 +61,10 @@ def generate(
     stream = text.stream(stop, prompt)
     engine.submit(request)
     try:
-        while engine.has_work():
+        while _goes_on(engine):
             for output in engine.step().outputs():
                 if output.finish == "error":
-                    raise FgsnapError("The model failed on this prompt.", output.error, "Try another --backend.")
+                    raise _failed(params, output)
                 delta = stream.feed([token.id for token in output.tokens])
                 finish = output.finish
                 if finish is not None:
@@ -74,6 +76,24 @@ def generate(
                     return
     finally:
         engine.abort(request.id)
+
+
+def _goes_on(engine: Engine) -> bool:
+    """Whether a step would bring anything; while all that may do so is compiled, this waits."""
+    awaited = engine.awaited()
+    if awaited is not None and not engine.has_work():
+        readiness = select.poll()
+        readiness.register(awaited, select.POLLIN)
+        readiness.poll()
+    return awaited is not None or engine.has_work()
+
+
+def _failed(params: SamplingParams, output: Output) -> FgsnapError:
+    if params.constraint is not None and output.code != "not_finite":
+        return RequestError(
+            "The constraint failed.", f"{output.error}.", param=params.constraint.field, code=output.code
+        )
+    return FgsnapError("The model failed on this prompt.", output.error, "Try another --backend.")
 
 
 def answer(
@@ -89,6 +109,7 @@ def answer(
     seed: int | None = None,
     stop: Sequence[str] = (),
     raw: bool = False,
+    constraint: Constraint | None = None,
 ) -> Answer:
     """Open a snapshot, check its canary, answer one prompt, and close it.
 
@@ -105,7 +126,8 @@ def answer(
     with opened(path, engine) as model:
         text = model.text
         ids = text.encode(prompt) if raw or not text.has_chat_template else text.encode_chat([_user(prompt)])
-        return model.answer(ids, SamplingParams(max_tokens, temperature, top_k, top_p, seed=seed), stop, emit)
+        params = SamplingParams(max_tokens, temperature, top_k, top_p, seed=seed, constraint=constraint)
+        return model.answer(ids, params, stop, emit)
 
 
 def chat(
@@ -204,9 +226,15 @@ def opened(path: Path | str, options: EngineOptions = _DEFAULT_ENGINE) -> Iterat
         end_when_unreadable(snapshot)
         text = Text(snapshot)
         check_canary(decoder, snapshot)
-        budget = options.max_batch_tokens
-        engine = Engine(decoder, eos_token_ids=text.eos_token_ids, token_budget=budget, max_sequences=1)
-        yield Model(engine, text, decoder.max_length)
+        engine = Engine(
+            decoder,
+            eos_token_ids=text.eos_token_ids,
+            token_budget=options.max_batch_tokens,
+            max_sequences=1,
+            grammars=functools.partial(begin_grammars, str(path)),
+        )
+        with contextlib.closing(engine):
+            yield Model(engine, text, decoder.max_length)
     finally:
         snapshot.close()
 

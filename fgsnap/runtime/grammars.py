@@ -9,6 +9,7 @@ engine computes the next logits.
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 from collections import deque
@@ -27,9 +28,9 @@ MOST_GRAMMARS = 128
 MOST_IDLE = 16
 """Grammars that are kept for later answers."""
 
-MOST_COMPILING = 2
+MOST_COMPILING = max(1, len(os.sched_getaffinity(0)) // 2)
 MOST_WAITING = 256
-"""Different grammars that are compiled at once, and that wait for it."""
+"""Different grammars that are compiled at once, and that wait for it. The model computes too."""
 
 
 class Open(msgspec.Struct, frozen=True, tag=True):
@@ -153,13 +154,24 @@ class Grammar:
         if self.matchers.pop(number, None) is not None and self.state != "gone":
             self.send(Close(number))
             if not self.matchers:
+                self.flush()
                 self._changed(self)
 
     def send(self, message: ToGrammar) -> None:
-        """Send at once, once it is compiled. What finds no room goes when the other end has been heard."""
+        """Send with the next ``flush``."""
         self._unsent += frame(message)
-        if self.state == "compiled":
-            self._flush()
+
+    def flush(self) -> None:
+        """Send, once it is compiled, for what there is room; the rest goes when the other end has been heard."""
+        if self.state != "compiled":
+            return
+        try:
+            while self._unsent:
+                del self._unsent[: self.pipe.send(self._unsent, socket.MSG_DONTWAIT)]
+        except BlockingIOError:
+            return
+        except OSError:
+            self._unsent.clear()  # it is gone, which is heard of when it is listened to
 
     def hear(self, *, wait: bool) -> None:
         """Take in what it has said."""
@@ -167,7 +179,7 @@ class Grammar:
             readiness = select.poll()
             readiness.register(self.pipe, select.POLLIN | select.POLLOUT)
             readiness.poll()
-            self._flush()
+            self.flush()
         try:
             data = self.pipe.recv(1 << 18, socket.MSG_DONTWAIT if self._unsent or not wait else 0)
         except BlockingIOError:
@@ -201,19 +213,10 @@ class Grammar:
             self.end(message.why, message.code)
         elif isinstance(message, Compiled):
             self.state = "compiled"
-            self._flush()
+            self.flush()
             self._changed(self)
         else:
             self.state = "begun"
-
-    def _flush(self) -> None:
-        try:
-            while self._unsent:
-                del self._unsent[: self.pipe.send(self._unsent, socket.MSG_DONTWAIT)]
-        except BlockingIOError:
-            return
-        except OSError:
-            self._unsent.clear()  # it is gone, which is heard of when it is listened to
 
     def _lost(self) -> None:
         if self.state == "begun":
@@ -246,8 +249,13 @@ class Grammars:
         grammar = self._known.pop(constraint, None) or self._made(constraint)
         self._known[constraint] = grammar
         matcher = grammar.open(open_end)
+        grammar.flush()
         self._compile()
         return matcher
+
+    def flush(self) -> None:
+        for grammar in self._known.values():
+            grammar.flush()
 
     def hear(self) -> None:
         for descriptor, _ in self._poll.poll(0):

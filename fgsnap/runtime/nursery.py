@@ -179,6 +179,7 @@ class Child:
         self._make = make
         self._eos = known.eos if known else ()
         self._answers: dict[int, tuple[Any, bool]] = {}
+        self._said = bytearray()
 
     def live(self, constraint: Constraint) -> None:
         """Compile, and follow answers until the engine closes its end."""
@@ -192,10 +193,13 @@ class Child:
             self._send(grammars.Unfit(error.why, error.code))
             return
         self._send(grammars.Compiled())
-        for message in _messages(self._pipe):
-            signal.setitimer(signal.ITIMER_REAL, STEP_SECONDS)
-            self._take(message, first)
+        for messages in _messages(self._pipe):
+            for message in messages:
+                signal.setitimer(signal.ITIMER_REAL, STEP_SECONDS)
+                self._take(message, first)
             signal.setitimer(signal.ITIMER_REAL, 0)
+            self._pipe.sendall(self._said)
+            self._said.clear()
 
     def _compiled(self, constraint: Constraint) -> Any:
         """A matcher at the beginning, from which others are copied."""
@@ -225,12 +229,12 @@ class Child:
         matcher, open_end = self._answers[number]
         mask = bytearray(matcher.compute_bitmask())
         if matcher.is_error():
-            self._send(grammars.Broken(number, _reason(matcher)))
+            self._say(grammars.Broken(number, _reason(matcher)))
         elif not any(mask):
-            self._send(grammars.Broken(number, NO_ROOM))
+            self._say(grammars.Broken(number, NO_ROOM))
         else:
             complete = self._mend(mask, matcher.is_stopped(), open_end)
-            self._send(grammars.Mask(number, bytes(mask), complete))
+            self._say(grammars.Mask(number, bytes(mask), complete))
 
     def _mend(self, mask: bytearray, stopped: bool, open_end: bool) -> bool:
         """Allow every token that ends an answer, or none, where the library allows the one it knows."""
@@ -244,14 +248,18 @@ class Child:
                 mask[token // 8] |= 1 << token % 8
         return complete
 
+    def _say(self, message: grammars.Mask | grammars.Broken) -> None:
+        self._said += grammars.frame(message)
+
     def _send(self, message: grammars.FromGrammar) -> None:
         self._pipe.sendall(grammars.frame(message))
 
 
-def _messages(pipe: socket.socket) -> Iterator[grammars.ToGrammar]:
+def _messages(pipe: socket.socket) -> Iterator[list[grammars.ToGrammar]]:
+    """Those that come together."""
     buffer = wire.FrameBuffer()
     while data := pipe.recv(1 << 16):
-        yield from map(grammars.decode_to_grammar, buffer.feed(data))
+        yield [*map(grammars.decode_to_grammar, buffer.feed(data))]
 
 
 def _limit_memory() -> None:

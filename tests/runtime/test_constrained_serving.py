@@ -7,6 +7,7 @@ import json
 import re
 import threading
 import time
+from pathlib import Path
 
 import jsonschema
 import openai
@@ -16,10 +17,13 @@ import pytest
 from fgsnap.errors import RequestError
 from fgsnap.runtime import protocol
 from fgsnap.runtime.constraining import LONGEST
+from fgsnap.runtime.generate import answer
+from fgsnap.runtime.request import Constraint
 from tests.runtime.test_constraints import PERSON
 from tests.serving import (
     MODEL,
     StubWorkers,
+    alive,
     ask,
     client,
     real_service,
@@ -206,3 +210,37 @@ def test_a_client_that_leaves_while_its_schema_compiles(service):
     until(lambda: service.app.open == 0, 3)
     with client(service.url) as llm:
         assert said(llm, guided_regex="still here") == "still here"
+
+
+def test_with_tensor_parallel_ranks(tmp_path):
+    """Rank 0 alone picks."""
+    with (
+        real_service(
+            servable_snapshot(tmp_path / "snap", tp=2, max_length=1024), "--served-model-name", MODEL
+        ) as running,
+        client(running.url) as llm,
+    ):
+        assert said(llm, guided_choice=["yes", "no"]) in ("yes", "no")
+
+
+def test_a_python_program(tmp_path):
+    snapshot = servable_snapshot(tmp_path / "snap")
+    assert answer(snapshot, "Hi", constraint=Constraint("regex", "(a|b){5}c"), max_tokens=20).text[-1] == "c"
+    with pytest.raises(RequestError) as refused:
+        answer(snapshot, "Hi", constraint=Constraint("regex", "("), max_tokens=20)
+    assert refused.value.code == "constraint"
+
+
+def test_the_grammar_processes_end_with_the_service(tmp_path):
+    with real_service(servable_snapshot(tmp_path / "snap", max_length=1024), "--served-model-name", MODEL) as running:
+        worker = running.worker()
+        with client(running.url) as llm:
+            assert said(llm, guided_choice=["yes"]) == "yes"
+        (nursery,) = children(worker)
+        (grammar,) = children(nursery)
+        running.process.kill()
+        until(lambda: not any(map(alive, (worker, nursery, grammar))))
+
+
+def children(pid: int) -> list[int]:
+    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
