@@ -9,11 +9,13 @@ import time
 
 import jsonschema
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from fgsnap.errors import RequestError
 from fgsnap.runtime.engine import Engine
 from fgsnap.runtime.grammars import MOST_IDLE, Grammars
-from fgsnap.runtime.nursery import STEP_SECONDS
+from fgsnap.runtime.nursery import COMPILE_SECONDS, STEP_SECONDS
 from fgsnap.runtime.process import spawn
 from fgsnap.runtime.request import Constraint, Output, Request, SamplingParams
 from tests.doubles import ByteText, StubModel
@@ -30,6 +32,9 @@ PERSON = {
     "additionalProperties": False,
     "x-guidance": {"whitespace_flexible": False},
 }
+
+
+PATTERNS = ["[a-f]{3,9}", "(foo|bar)+baz{2}", "[0-9]{3}-[0-9]{4}", "é{2}ü|ö{3}", "a?b*c+d{0,4}"]
 
 
 @pytest.fixture(scope="module")
@@ -88,13 +93,56 @@ def test_answers_match_their_schema(engine):
     assert len({text for text, _ in found.values()}) > 15
 
 
-@pytest.mark.parametrize(
-    "pattern", ["[a-f]{3,9}", "(foo|bar)+baz{2}", "[0-9]{3}-[0-9]{4}", "é{2}ü|ö{3}", "a?b*c+d{0,4}"]
-)
+@pytest.mark.parametrize("pattern", PATTERNS)
 def test_answers_match_their_expression(engine, pattern):
     found = answers(engine, *(request(f"r{index}", "regex", pattern, temperature=2.0) for index in range(10)))
     for text, last in found.values():
         assert last.finish == "stop" and re.fullmatch(pattern, text)
+
+
+NAMES = st.sampled_from(["a", "bc", "ü", 'quo"te', "$x"])
+SCHEMAS = st.recursive(
+    st.one_of(
+        st.just({"type": "boolean"}),
+        st.just({"type": "null"}),
+        st.builds(lambda low, size: {"type": "integer", "minimum": low, "maximum": low + size},
+                  st.integers(-1000, 1000), st.integers(0, 500)),
+        st.builds(lambda values: {"enum": values}, st.lists(st.sampled_from(["x", "yé", 3, None, True]), min_size=1)),
+        st.builds(lambda size: {"type": "string", "maxLength": size}, st.integers(0, 4)),
+        st.builds(lambda pattern: {"type": "string", "pattern": f"^({pattern})$"}, st.sampled_from(PATTERNS)),
+    ),
+    lambda inner: st.one_of(
+        st.builds(lambda items, least: {"type": "array", "items": items, "minItems": least, "maxItems": least + 2},
+                  inner, st.integers(0, 2)),
+        st.builds(lambda one, other: {"anyOf": [one, other]}, inner, inner),
+        st.builds(lambda found: {"type": "object", "properties": found, "required": [*found][:1],
+                                 "additionalProperties": False}, st.dictionaries(NAMES, inner, min_size=1, max_size=3)),
+    ),
+    max_leaves=6,
+)  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(schema=SCHEMAS, seed=st.integers(0, 99), options=st.sampled_from([{}, {"top_k": 3}, {"temperature": 0.0}]))
+def test_answers_match_any_schema(engine, schema, seed, options):
+    free = {**schema, "x-guidance": {"whitespace_flexible": False}}
+    text, finish = answer(engine, "json", free, seed=seed, max_tokens=200, **options)
+    assert finish in ("stop", "length")
+    if finish == "stop":
+        jsonschema.validate(json.loads(text), schema)
+    else:
+        assert len(text) > 20
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    parts=st.lists(st.sampled_from([*PATTERNS, "[^a]", "ü*", "(x|yz){2}", "."]), min_size=1, max_size=4), data=st.data()
+)
+def test_answers_match_any_expression(engine, parts, data):
+    """The text that comes is whole characters, also where tokens are not."""
+    pattern = data.draw(st.sampled_from(["", "|"])).join(f"({part})" for part in parts)
+    text, finish = answer(engine, "regex", pattern, seed=data.draw(st.integers(0, 99)))
+    assert finish == "stop" and re.fullmatch(pattern, text)
 
 
 def test_a_grammar(engine):
@@ -209,11 +257,11 @@ def test_a_hostile_constraint_ends_alone_and_soon(engine, name):
             engine.abort("other")
             engine.submit(Request("other", (1, 2), SamplingParams(250, ignore_eos=True)))
     engine.abort("other")
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 4 * COMPILE_SECONDS
     assert longest < 2 * STEP_SECONDS
     last = outputs["hostile"][-1]
     assert (last.finish, last.code) == ("error", "constraint") and 0 < len(last.error) < 600
-    assert len(outputs["other"]) > 5
+    assert outputs["other"]
 
 
 def test_what_only_looks_hostile(engine):
