@@ -204,7 +204,7 @@ class Engine:
         silent = [row for row in roster.append(tokens[:decodes]) if self._stops(roster.sequences[row], tokens[row])]
         stopped = [roster.sequences[row] for row in silent]
         for sequence in roster.due():
-            if sequence.tokens[-1] not in sequence.enders:
+            if not self._stops(sequence, sequence.tokens[-1]):
                 ends.append(self._end(sequence, Output(sequence.id, finish="length")))
         for row, sequence in enumerate(work.through, decodes):
             requests.append(sequence.id)

@@ -14,8 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from fgsnap.errors import RequestError
 from fgsnap.kernels.ops import Batch, Sampled, Samples, Sampling
 from fgsnap.runtime.engine import Engine
-from fgsnap.runtime.request import Output, Request, SamplingParams
-from tests.doubles import StubModel
+from fgsnap.runtime.request import Constraint, Output, Request, SamplingParams
+from tests.doubles import StubGrammars, StubModel
 
 VOCAB = 24
 EOS = (3, 7)
@@ -29,7 +29,7 @@ def finish(engine: Engine) -> dict[str, list[Output]]:
     """Step until nothing is left, within the bound that progress promises; outputs by request."""
     outputs: dict[str, list[Output]] = {}
     for _ in range(2000):
-        if not engine.has_work():
+        if not (engine.has_work() or engine.awaited()):
             return outputs
         for output in engine.step().outputs():
             outputs.setdefault(output.request, []).append(output)
@@ -42,7 +42,7 @@ def summary(outputs: list[Output]) -> tuple[list[int], str | None]:
 
 
 def alone(request: Request, **settings) -> tuple[list[int], str | None]:
-    engine = Engine(stub(**settings), eos_token_ids=EOS)
+    engine = Engine(stub(**settings), eos_token_ids=EOS, grammars=lambda: StubGrammars(VOCAB, EOS))
     engine.submit(request)
     return summary(finish(engine)[request.id])
 
@@ -61,6 +61,10 @@ params = st.builds(
     stop_token_ids=st.sampled_from([(), (5,), (5, 6)]),
     ignore_eos=st.booleans(),
     logprobs=st.sampled_from([-1, 0, 2]),
+    min_tokens=st.sampled_from([0, 0, 1]),
+    constraint=st.sampled_from([None, None, None, "1", "4", "6", "20", "0 unfit", "3 breaks"]).map(
+        lambda text: text and Constraint("lark", text)
+    ),
 )
 # Many begin alike, and some are equal.
 prompts = st.one_of(
@@ -92,9 +96,10 @@ class EngineLife(RuleBasedStateMachine):
     def start(self, budget, data, block_size, admission, caching):
         self.model = stub(blocks=-(-LONGEST // block_size) + data.draw(st.integers(0, 10)), block_size=block_size)
         self.budget, self.clock, self.most = budget, Clock(), data.draw(st.integers(1, 20))
+        self.grammars = StubGrammars(VOCAB, EOS)
         self.engine = Engine(
             self.model, eos_token_ids=EOS, token_budget=budget, max_sequences=self.most, admission=admission,
-            prefix_caching=caching, clock=self.clock,
+            prefix_caching=caching, clock=self.clock, grammars=lambda: self.grammars,
         )  # fmt: skip
         self.requests: dict[str, Request] = {}
         self.outputs: dict[str, list[Output]] = {}
@@ -154,7 +159,9 @@ class EngineLife(RuleBasedStateMachine):
             stats = self.engine.stats()
             live = [name for name in self.requests if name not in self.aborted and not self.done(name)]
             assert stats.running + stats.waiting == len(live)
-            assert self.engine.has_work() == bool(live)
+            constrained = [name for name in live if self.requests[name].params.constraint]
+            assert (self.engine.has_work() or self.engine.awaited() is not None) == bool(live)
+            assert len(self.grammars.matchers) == len(constrained)
             assert live or stats.kv_blocks_free == stats.kv_blocks, "blocks leaked"
             assert stats.running <= self.most
 
@@ -162,7 +169,7 @@ class EngineLife(RuleBasedStateMachine):
         if not hasattr(self, "model"):
             return
         left = [name for name in self.requests if name not in self.aborted and not self.done(name)]
-        for _ in range(bound(self.budget, self.most, [self.requests[name] for name in left], self.engine)):
+        for _ in range(3 + bound(self.budget, self.most, [self.requests[name] for name in left], self.engine)):
             self.hear(self.engine.step().outputs())
         assert not self.engine.has_work(), "the engine makes no progress"
         for name, original in self.requests.items():
@@ -388,3 +395,14 @@ def test_a_step_costs_microseconds():
     for _ in range(200):
         engine.step()
     assert (time.process_time() - began) / 200 < 0.002
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 3])
+def test_a_row_without_a_token_at_the_last_step_ends_once(max_tokens):
+    """It has neither its last token nor another end than the error."""
+    model = Scripted({2 + max_tokens: -1})
+    engine = Engine(model)
+    engine.submit(request("r", max_tokens=max_tokens))
+    outputs = finish(engine)["r"]
+    assert outputs[-1].code == "not_finite"
+    assert len([token for output in outputs for token in output.tokens]) == max_tokens - 1
