@@ -245,6 +245,7 @@ class Grammars:
 
     def matcher(self, constraint: Constraint, *, open_end: bool) -> Matcher:
         """RequestError 429 where there are too many grammars."""
+        self.hear()  # whether one that is known has ended meanwhile
         constraint = msgspec.structs.replace(constraint, field="")
         grammar = self._known.pop(constraint, None) or self._made(constraint)
         self._known[constraint] = grammar

@@ -156,6 +156,7 @@ def _fork(parent: socket.socket, pipe: socket.socket, constraint: Constraint, ma
     code = 1
     try:
         parent.close()
+        _be_quiet()
         if die_with(nursery):
             Child(pipe, *make).live(constraint)
         code = 0
@@ -163,6 +164,12 @@ def _fork(parent: socket.socket, pipe: socket.socket, constraint: Constraint, ma
         code = 0  # the engine is gone, or wants it no more
     finally:
         os._exit(code)
+
+
+def _be_quiet() -> None:
+    """Keep a library that a stranger's grammar ends from writing into the operator's log."""
+    if not os.environ.get("FGSNAP_DEBUG"):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 class Child:

@@ -333,3 +333,13 @@ def test_without_the_library_a_constraint_is_refused():
     made = Grammars(lambda: spawn("tests.grammars", "without"))
     assert answer(constrained_engine(made), "regex", "a") == ("", "not_supported")
     made.close()
+
+
+def test_a_known_grammar_that_ended_meanwhile_is_compiled_again():
+    made = byte_grammars()
+    engine = constrained_engine(made)
+    assert answer(engine, "regex", "one") == ("one", "stop")
+    (known,) = made._known.values()
+    known.pipe.shutdown(2)
+    assert answer(engine, "regex", "one") == ("one", "stop")
+    made.close()
