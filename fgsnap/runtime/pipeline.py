@@ -180,7 +180,7 @@ class Pipeline:
             options: see Options.
 
         Raises:
-            RequestError: a prompt or an option is wrong; ``param`` names it, and nothing was run.
+            RequestError: a prompt or an option is wrong; ``param`` names it, and nothing of this call goes on.
             FgsnapError: the model failed; nothing of this call goes on.
         """
         wanted = self._wanted(prompts, options)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import os
 import re
 import threading
 import time
@@ -14,11 +16,11 @@ import openai
 import pydantic
 import pytest
 
+import fgsnap
 from fgsnap.errors import RequestError
 from fgsnap.runtime import protocol
 from fgsnap.runtime.constraining import LONGEST
 from fgsnap.runtime.generate import answer
-from fgsnap.runtime.request import Constraint
 from tests.runtime.test_constraints import PERSON
 from tests.serving import (
     MODEL,
@@ -223,11 +225,53 @@ def test_with_tensor_parallel_ranks(tmp_path):
 
 
 def test_a_python_program(tmp_path):
-    snapshot = servable_snapshot(tmp_path / "snap")
-    assert answer(snapshot, "Hi", constraint=Constraint("regex", "(a|b){5}c"), max_tokens=20).text[-1] == "c"
-    with pytest.raises(RequestError) as refused:
-        answer(snapshot, "Hi", constraint=Constraint("regex", "("), max_tokens=20)
-    assert refused.value.code == "constraint"
+    snapshot = servable_snapshot(tmp_path / "snap", max_length=1024)
+    with fgsnap.load(snapshot) as pipe:
+        free = pipe("Hi", max_new_tokens=30, seed=1)
+        answers = pipe(["Hi", "Ho"], regex="(a|b){5}c", max_new_tokens=20, n=2, ignore_eos=True)
+        assert all(re.fullmatch("(a|b){5}c", answer.generated_text) for answer in answers) and len(answers) == 4
+        assert {answer.finish_reason for answer in answers} == {"stop"}
+        assert pipe("Hi", choice=["yes", "no"])[0].generated_text in ("yes", "no")
+        assert json.loads(pipe("Hi", json_schema={"const": [1, "x"]})[0].generated_text) == [1, "x"]
+        assert "".join(map(str, pipe.stream("Hi", grammar='start: "a" start "b" | "c"', max_new_tokens=99))).strip("ab")
+        for wrong, param in (
+            ({"regex": "("}, "regex"),
+            ({"choice": []}, "choice"),
+            ({"regex": "a", "grammar": "b"}, "gra"),
+        ):
+            with pytest.raises(RequestError) as refused:
+                pipe("Hi", **wrong)
+            assert refused.value.param.startswith(param)
+        assert pipe.stats().running == pipe.stats().waiting == 0
+        assert pipe("Hi", max_new_tokens=30, seed=1) == free
+        (nursery,) = children(os.getpid())
+        grammars = children(nursery)
+        assert grammars
+    until(lambda: not any(map(alive, (nursery, *grammars))))
+    assert answer(snapshot, "Hi", regex="(a|b){5}c", max_new_tokens=20).generated_text[-1] == "c"
+
+
+def test_python_threads_go_on_while_others_compile(tmp_path):
+    """And whoever waits for nothing but a compiler takes no time."""
+    hostile = {"properties": {f"k{index}": {"type": "string"} for index in range(3900)}}
+
+    def compile_it() -> None:
+        with contextlib.suppress(RequestError):
+            pipe("Hi", json_schema=hostile, max_new_tokens=2)
+
+    with fgsnap.load(servable_snapshot(tmp_path / "snap", max_length=1024)) as pipe:
+        pipe("Hi", choice=["yes"])
+        began = time.process_time()
+        compile_it()
+        assert time.process_time() - began < 1
+        hostile["properties"]["another"] = {"type": "string"}
+        other = threading.Thread(target=compile_it)
+        other.start()
+        until(lambda: pipe.stats().waiting)
+        began = time.monotonic()
+        assert len(pipe("Ho", max_new_tokens=3, ignore_eos=True)[0].tokens) == 3
+        assert time.monotonic() - began < 1
+        other.join()
 
 
 def test_the_grammar_processes_end_with_the_service(tmp_path):
