@@ -83,13 +83,15 @@ def vocabulary(path: Path) -> Vocabulary:
 
 
 def live(ends: Sequence[str], read: Callable[[], Vocabulary]) -> int:
-    """Fork a child for each grammar that comes, until the engine is gone."""
-    descriptor, parent = map(int, ends)
+    """Fork a child for each grammar that comes, until the engine is gone.
+
+    That is when its end of the socket is closed. To ask the kernel would be wrong: it takes the thread that started
+    this process for the parent, and in a Python program that one may end long before the engine.
+    """
+    descriptor = int(ends[0])
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children
-    if not die_with(parent):
-        return 0
     with socket.socket(fileno=descriptor) as pipe:
         make = _maker(read)
         for pipe_of_one, constraint in _asked(pipe):

@@ -226,6 +226,7 @@ def test_with_tensor_parallel_ranks(tmp_path):
 
 def test_a_python_program(tmp_path):
     snapshot = servable_snapshot(tmp_path / "snap", max_length=1024)
+    others = {*children(os.getpid())}
     with fgsnap.load(snapshot) as pipe:
         free = pipe("Hi", max_new_tokens=30, seed=1)
         answers = pipe(["Hi", "Ho"], regex="(a|b){5}c", max_new_tokens=20, n=2, ignore_eos=True)
@@ -244,7 +245,7 @@ def test_a_python_program(tmp_path):
             assert refused.value.param.startswith(param)
         assert pipe.stats().running == pipe.stats().waiting == 0
         assert pipe("Hi", max_new_tokens=30, seed=1) == free
-        (nursery,) = children(os.getpid())
+        (nursery,) = {*children(os.getpid())} - others
         grammars = children(nursery)
         assert grammars
     until(lambda: not any(map(alive, (nursery, *grammars))))
@@ -260,7 +261,13 @@ def test_python_threads_go_on_while_others_compile(tmp_path):
             pipe("Hi", json_schema=hostile, max_new_tokens=2)
 
     with fgsnap.load(servable_snapshot(tmp_path / "snap", max_length=1024)) as pipe:
-        pipe("Hi", choice=["yes"])
+        others = {*children(os.getpid())}
+        first = threading.Thread(target=pipe, args=("Hi",), kwargs={"choice": ["yes"]})
+        first.start()
+        first.join()
+        time.sleep(0.1)
+        (nursery,) = {*children(os.getpid())} - others
+        assert alive(nursery), "its processes end with the program, not with a thread of it"
         began = time.process_time()
         compile_it()
         assert time.process_time() - began < 1
