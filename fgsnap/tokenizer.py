@@ -50,6 +50,11 @@ class Tokenizer(Protocol):
         """Whether each character of a token's text stands for one byte."""
         ...
 
+    @property
+    def special(self) -> frozenset[int]:
+        """The tokens that no text is made of."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """The tokens of a text, without those that a model wants around it."""
         ...
@@ -82,6 +87,7 @@ class Whole:
         self._library = _read(data, SOURCE)
         self.byte_level = _is_byte_level(self._library)
         self.size: int = self._library.get_vocab_size()
+        self.special = _special(self._library)
 
     def encode(self, text: str) -> list[int]:
         # As a batch of one: only batches let other threads run meanwhile, and a long prompt takes seconds.
@@ -105,6 +111,7 @@ class Cut:
         tokens, texts, frame = _parts(data)
         self._frame = _read(data[frame], CUT)
         self.byte_level = _is_byte_level(self._frame)
+        self.special = _special(self._frame)
         self._decoder = self._frame.decoder
         self._added = self._frame.get_added_tokens_decoder()
         self._special = frozenset(token.content for token in self._added.values() if token.special)
@@ -172,6 +179,10 @@ def _read(data: bytes, name: str) -> Any:
     library.no_truncation()
     library.no_padding()
     return library
+
+
+def _special(library: Any) -> frozenset[int]:
+    return frozenset(id for id, token in library.get_added_tokens_decoder().items() if token.special)
 
 
 def _is_byte_level(library: Any) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 from fgsnap.errors import RequestError
 from fgsnap.kernels.ops import Batch, Edits, Sampled, Samples, Sampling
 from fgsnap.kernels.philox import uniform
+from fgsnap.runtime.request import Constraint
 from fgsnap.runtime.text import TextStream
 
 
@@ -167,6 +168,79 @@ def _draw(row: Sequence[float], how: Sampling, number: float) -> int:
         if running > target:
             return token
     return kept[-1]
+
+
+class StubGrammars:
+    """Constraints that are a number n: an answer of n tokens, each of which makes the sum of all of them even.
+
+    It may end from half of them on. With "unfit" it cannot be compiled, and "breaks" it after n tokens.
+    """
+
+    def __init__(self, vocab_size: int, eos: Sequence[int]) -> None:
+        self.vocab_size, self.eos = vocab_size, tuple(eos)
+        self.matchers: set[StubMatcher] = set()
+
+    def matcher(self, constraint: Constraint, *, open_end: bool) -> StubMatcher:
+        matcher = StubMatcher(self, constraint.text.split(), open_end)
+        self.matchers.add(matcher)
+        return matcher
+
+    def flush(self) -> None:
+        pass
+
+    def hear(self) -> None:
+        for matcher in self.matchers:
+            matcher.compile()
+
+    def fileno(self) -> int:
+        return -1
+
+    def close(self) -> None:
+        pass
+
+
+class StubMatcher:
+    """One of StubGrammars'."""
+
+    def __init__(self, grammars: StubGrammars, words: list[str], open_end: bool) -> None:
+        self.pending, self.complete, self.error, self.code = True, False, "", ""
+        self._grammars, self._words, self._open_end = grammars, words, open_end
+        self._length = int(words[0])
+        self._before = 1 + self._length % 3  # looks until it is compiled
+        self._tokens: list[int] = []
+
+    def compile(self) -> None:
+        self._before -= 1
+        if self._before == 0:
+            self.pending = False
+            self._fail("unfit")
+
+    def accept(self, token: int) -> None:
+        assert self in self._grammars.matchers and not self.pending and not self._before > 0
+        assert not self.error and self._allows(token)
+        self._tokens.append(token)
+        self.pending = True
+
+    def mask(self) -> memoryview:
+        assert self in self._grammars.matchers and not self._before > 0
+        self.pending = False
+        self.complete = len(self._tokens) == self._length
+        if self.complete:
+            self._fail("breaks")
+        bits = 0 if self.error else sum(1 << token for token in range(self._grammars.vocab_size) if self._allows(token))
+        return memoryview(bits.to_bytes(-(-self._grammars.vocab_size // 32) * 4, "little"))
+
+    def close(self) -> None:
+        self._grammars.matchers.remove(self)
+
+    def _allows(self, token: int) -> bool:
+        if token in self._grammars.eos:
+            return self.complete or (len(self._tokens) >= self._length // 2 and not self._open_end)
+        return not self.complete and (sum(self._tokens) + token) % 2 == 0
+
+    def _fail(self, how: str) -> None:
+        if how in self._words:
+            self.error, self.code = how, "constraint"
 
 
 class ByteText:

@@ -27,6 +27,7 @@ from fgsnap.runtime.process import Worker
 from fgsnap.runtime.server import App, Identity
 from fgsnap.snapshot import Canary, TextSection
 from tests.doubles import ByteText, StubModel
+from tests.grammars import byte_grammars
 from tests.snapshots import make_snapshot, tiny_spec
 
 MODEL = "stub"
@@ -79,7 +80,8 @@ class StubWorkers:
             if self.fail_starts:
                 self.fail_starts -= 1
                 raise RuntimeError("no luck")
-            engine = Engine(model, eos_token_ids=(ByteText.eos,), **{"token_budget": 32, **self.engine})
+            settings = {"token_budget": 32, "grammars": byte_grammars, **self.engine}
+            engine = Engine(model, eos_token_ids=(ByteText.eos,), **settings)
             sizes = (model.max_length, model.blocks, model.block_size)
             return engine, wire.Ready("stub", "cpu", "1 thread", "asked for", "none", *sizes, token_budget=32)
 

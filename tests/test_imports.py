@@ -66,6 +66,7 @@ OUTER = {
     "fgsnap.kernels.choose": {"torch"},
     "fgsnap.kernels": set(),
     "fgsnap.convert": {"blake3", "msgspec", "numpy", "gguf", "huggingface_hub", "tokenizers"},
+    "fgsnap.runtime.nursery": {"llguidance"},
     "fgsnap.runtime": {"msgspec", "starlette", "h11", "prometheus_client", "tokenizers", "minijinja"},
     "fgsnap.diff": {"msgspec"},
     "fgsnap.bench.plot": {"matplotlib"},
@@ -134,7 +135,18 @@ def test_the_package_itself_imports_nothing():
     assert done.stdout.splitlines() == ["{'fgsnap'}", "True"]
 
 
-NEVER = ("transformers", "huggingface_hub", "torch", "numpy", "fastapi", "openai", "boto3", "pydantic", "safetensors")
+NEVER = (
+    "transformers",
+    "huggingface_hub",
+    "torch",
+    "numpy",
+    "fastapi",
+    "openai",
+    "boto3",
+    "pydantic",
+    "safetensors",
+    "llguidance",
+)
 
 
 @pytest.mark.parametrize(
@@ -145,8 +157,9 @@ NEVER = ("transformers", "huggingface_hub", "torch", "numpy", "fastapi", "openai
         ("fgsnap.bench.command", (*NEVER, "matplotlib", "tokenizers", "msgspec", "fgsnap.runtime")),
         ("fgsnap.diff", (*NEVER, "click", "tokenizers", "fgsnap.convert", "fgsnap.runtime")),
         ("fgsnap.snapshot", (*NEVER, "tokenizers", "starlette", "fgsnap.convert", "fgsnap.runtime")),
-        ("fgsnap.runtime.engine", (*NEVER, "starlette", "h11", "fgsnap.convert")),
+        ("fgsnap.runtime.engine", (*NEVER, "starlette", "h11", "fgsnap.convert", "fgsnap.runtime.grammars")),
         ("fgsnap.runtime.worker", (*NEVER, "starlette", "h11", "tokenizers", "minijinja", "fgsnap.convert")),
+        ("fgsnap.runtime.nursery", (*NEVER, "starlette", "h11", "llguidance", "fgsnap.kernels", "fgsnap.convert")),
         ("fgsnap.runtime.server", (*NEVER, "fgsnap.convert", "fgsnap.kernels.native")),
         (
             "fgsnap.runtime.service",

@@ -12,15 +12,18 @@ import os
 import time
 from collections.abc import Callable, Collection
 from heapq import heapify, heappop, heappush
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fgsnap.errors import RequestError
 from fgsnap.kernels.ops import Batch, Sampled, Samples, Sampling
 from fgsnap.runtime.blocks import BlockPool
-from fgsnap.runtime.request import EngineStats, Output, Request, Step, Token
+from fgsnap.runtime.request import EngineStats, Output, Request, SamplingParams, Step, Token
 from fgsnap.runtime.roster import NO_TOKEN
 from fgsnap.runtime.scheduler import Admission, Scheduler, Work
 from fgsnap.runtime.sequence import Sequence
+
+if TYPE_CHECKING:
+    from fgsnap.runtime.constraint import Grammars, Matcher
 
 
 class Model(Protocol):
@@ -51,6 +54,7 @@ class Engine:
         max_waiting: most requests waiting beside ``max_sequences`` that run; more are refused with status 429.
         admission: "reserve" all blocks that a request can ever need, or "optimistic": start more, and preempt.
         prefix_caching: share the blocks of equal beginnings.
+        grammars: gives what makes grammars of constraints, when the first one is asked for; None: they are refused.
         clock: seconds, for deadlines.
     """
 
@@ -64,6 +68,7 @@ class Engine:
         max_waiting: int = 4096,
         admission: Admission = "reserve",
         prefix_caching: bool = True,
+        grammars: Callable[[], Grammars] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._model = model
@@ -74,19 +79,31 @@ class Engine:
         self._max_live = min(max_sequences, token_budget) + max_waiting
         self._clock = clock
         self._live: dict[str, Sequence] = {}
+        self._begin_grammars = grammars
+        self._grammars: Grammars | None = None
+        self._compiling: dict[Sequence, None] = {}  # not scheduled yet: their first mask is pending
+        self._constrained: dict[Sequence, None] = {}  # the others with a constraint
         self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap; who ended before is passed over
+        self._deadlines_set = 0
         self._prompt_tokens = 0
         self._generated_tokens = 0
         self._recomputed_tokens = 0
 
     def submit(self, request: Request) -> None:
-        """Queue a request. RequestError if it is malformed or could never run, whatever else is running."""
+        """Queue a request. RequestError if it is malformed or could never run, whatever else is running.
+
+        One with a constraint is queued once that is compiled, and ends with an error if it cannot be.
+        """
         self._check(request)
         seed = request.params.seed
         if seed is None:
             seed = int.from_bytes(os.urandom(8))
         sequence = Sequence(request, seed, self._eos, self._pool.root(request.cache_salt))
-        self._scheduler.add(sequence)
+        sequence.matcher = self._matcher(request.params)
+        if sequence.matcher is None:
+            self._scheduler.add(sequence)
+        else:
+            self._compiling[sequence] = None
         self._live[request.id] = sequence  # last, so that what fails before leaves nothing behind
         if request.timeout is not None:
             self._end_by(sequence, self._clock() + request.timeout)
@@ -95,27 +112,43 @@ class Engine:
         """Drop a request, free its blocks and say no more about it. One that already ended is no error."""
         sequence = self._live.pop(request, None)
         if sequence is not None:
-            self._scheduler.remove(sequence)
+            self._remove(sequence)
+
+    def close(self) -> None:
+        """End the processes that constraints have begun."""
+        if self._grammars is not None:
+            self._grammars.close()
 
     def has_work(self) -> bool:
         """Whether ``step`` would run a forward."""
-        return bool(self._live)
+        return len(self._live) > len(self._compiling)
+
+    def awaited(self) -> int | None:
+        """A file descriptor that is readable when a constraint may be compiled, for ``step``; None: none is pending."""
+        return self._grammars.fileno() if self._grammars is not None and self._compiling else None
 
     def step(self) -> Step:
         """Run one forward and return what it produced, at most one token a request."""
         ends = self._expire() if self._deadlines else []
+        if self._compiling:
+            ends += self._begin_compiled()
         work = self._scheduler.schedule()
         if work is None:
             return Step([], [], {}, ends)
         logits = self._model.forward(work.batch)
+        for sequence in self._constrained:
+            sequence.constrain()
         samples = self._model.sample(logits, work.how, work.positions) if work.how else NO_SAMPLES
-        return self._commit(work, samples, ends)
+        step = self._commit(work, samples, ends)
+        if self._constrained and self._grammars is not None:
+            self._grammars.flush()
+        return step
 
     def stats(self) -> EngineStats:
         """Gauges and counters as of now. Blocks promised to a running request count as taken."""
         return EngineStats(
             running=self._scheduler.running,
-            waiting=self._scheduler.waiting,
+            waiting=self._waiting,
             kv_blocks=self._pool.blocks,
             kv_blocks_free=self._pool.available,
             prompt_tokens=self._prompt_tokens + self._scheduler.cached_tokens,
@@ -124,8 +157,42 @@ class Engine:
             cached_tokens=self._scheduler.cached_tokens,
             preemptions=self._scheduler.preemptions,
             recomputed_tokens=self._recomputed_tokens,
-            waiting_tokens=self._scheduler.waiting_tokens,
+            waiting_tokens=self._scheduler.waiting_tokens + sum(one.longest for one in self._compiling),
         )
+
+    @property
+    def _waiting(self) -> int:
+        return self._scheduler.waiting + len(self._compiling)
+
+    def _matcher(self, params: SamplingParams) -> Matcher | None:
+        if params.constraint is None:
+            return None
+        if self._begin_grammars is None:
+            raise RequestError(
+                "Answers cannot be constrained here.",
+                "The engine was made without grammars.",
+                param=params.constraint.field,
+                status=501,
+                code="not_supported",
+            )
+        self._grammars = self._grammars or self._begin_grammars()
+        return self._grammars.matcher(params.constraint, open_end=params.ignore_eos)
+
+    def _begin_compiled(self) -> list[Output]:
+        """Schedule those whose constraint has been compiled, and end those for which it could not be."""
+        assert self._grammars is not None
+        self._grammars.hear()
+        ends = []
+        for sequence in [*self._compiling]:
+            matcher = sequence.matcher
+            assert matcher is not None
+            if matcher.error:
+                ends.append(self._end(sequence, Output(sequence.id, (), "error", matcher.error, matcher.code)))
+            elif not matcher.pending:
+                del self._compiling[sequence]
+                self._constrained[sequence] = None
+                self._scheduler.add(sequence)
+        return ends
 
     def _commit(self, work: Work, samples: Samples, ends: list[Output]) -> Step:
         """Add the tokens to their texts, and take out whoever has ended."""
@@ -180,17 +247,32 @@ class Engine:
     def _stopped(self, sequence: Sequence) -> Output:
         """End a sequence whose last token does not belong to it."""
         if sequence.tokens.pop() == NO_TOKEN:
-            return self._end(sequence, _not_finite(sequence), spoiled=True)
+            matcher = sequence.matcher
+            if matcher is not None and matcher.error:
+                return self._end(sequence, Output(sequence.id, (), "error", matcher.error, matcher.code))
+            or_else = "" if matcher is None else ", or its constraint and other options leave no token"
+            return self._end(sequence, _not_finite(sequence, or_else), spoiled=True)
         return self._end(sequence, Output(sequence.id, finish="stop"))
 
     def _end(self, sequence: Sequence, output: Output, *, spoiled: bool = False) -> Output:
         del self._live[sequence.id]
-        self._scheduler.remove(sequence, spoiled=spoiled)
+        self._remove(sequence, spoiled=spoiled)
         return output
+
+    def _remove(self, sequence: Sequence, *, spoiled: bool = False) -> None:
+        if sequence in self._compiling:
+            del self._compiling[sequence]
+            sequence.state = "gone"
+        else:
+            self._scheduler.remove(sequence, spoiled=spoiled)
+        if sequence.matcher is not None:
+            self._constrained.pop(sequence, None)
+            sequence.matcher.close()
 
     def _end_by(self, sequence: Sequence, deadline: float) -> None:
         sequence.deadline = deadline
-        heappush(self._deadlines, (deadline, sequence.order[2], sequence))
+        self._deadlines_set += 1
+        heappush(self._deadlines, (deadline, self._deadlines_set, sequence))
         if len(self._deadlines) > 2 * len(self._live) + FEW_DEADLINES:
             self._deadlines = [entry for entry in self._deadlines if entry[2].state != "gone"]
             heapify(self._deadlines)
@@ -209,7 +291,7 @@ class Engine:
         if request.id in self._live:
             raise RequestError(f"A request with the id '{request.id}' is still running.", param="id")
         if len(self._live) >= self._max_live:
-            waiting = self._scheduler.waiting
+            waiting = self._waiting
             raise RequestError(
                 "The queue is full.",
                 f"{len(self._live) - waiting} choices run and {waiting} wait, together the most that may.",
@@ -294,8 +376,9 @@ def _parted(work: Work, samples: Samples) -> tuple[Samples, list[Output]]:
     return Samples([samples.tokens[row] for row in left], logprobs), outputs
 
 
-def _not_finite(sequence: Sequence) -> Output:
-    return Output(sequence.id, (), "error", "the model gave no finite logit for this request", "not_finite")
+def _not_finite(sequence: Sequence, or_else: str = "") -> Output:
+    why = f"the model gave no finite logit for this request{or_else}"
+    return Output(sequence.id, (), "error", why, "not_finite")
 
 
 NO_SAMPLES = Samples([], {})

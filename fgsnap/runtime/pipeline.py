@@ -5,6 +5,7 @@ Names, options, defaults and results are those of DeepSpeed-MII's ``mii.pipeline
 
 # Annotations are not postponed here: msgspec would have to compile each one from its text at every start.
 
+import functools
 import gc
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -30,10 +31,10 @@ from fgsnap.runtime.protocol import (
     typed,
 )
 from fgsnap.runtime.ranks import load_as_chosen
-from fgsnap.runtime.request import EngineStats, SamplingParams, Token
+from fgsnap.runtime.request import Constraint, EngineStats, SamplingParams, Token
 from fgsnap.runtime.shared import Ask, Delta, SharedEngine, placed
 from fgsnap.runtime.text import Text
-from fgsnap.runtime.worker import check_canary, engine_as_chosen
+from fgsnap.runtime.worker import begin_grammars, check_canary, engine_as_chosen
 from fgsnap.snapshot import Snapshot, open_snapshot
 
 Message = Mapping[str, Any]
@@ -41,6 +42,7 @@ Prompt = str | Sequence[Message] | Sequence[int]
 """A text to continue; a conversation, as messages with ``role`` and ``content``; or token ids."""
 
 MAX_LENGTH = 1024  # of prompt and answer, as in MII, where a call says nothing of lengths
+CONSTRAINING = ("json_schema", "regex", "choice", "grammar")
 MAX_WAITING = 1 << 40  # a batch is as long as its caller makes it
 
 
@@ -63,6 +65,8 @@ class Options(TypedDict, total=False):
         repetition_penalty, presence_penalty, frequency_penalty: as OpenAI and Hugging Face have them; off are 1, 0, 0.
         logit_bias: what to add to the logits of tokens, by token id.
         logprobs: give log probabilities with the tokens, and those of so many of the likeliest ones beside.
+        json_schema, regex, choice, grammar: what an answer has to be, one of them: JSON by a schema (an object or its
+            text), a match of an expression, one of these texts, or what a Lark grammar derives.
         n: answers of each prompt.
         return_full_text: an answer's text begins with its prompt's.
     """
@@ -84,6 +88,10 @@ class Options(TypedDict, total=False):
     frequency_penalty: Penalty | None
     logit_bias: Mapping[TokenId, Bias] | None
     logprobs: TopLogprobs | None
+    json_schema: Any
+    regex: str | None
+    choice: list[str] | None
+    grammar: str | None
     n: Choices | None
     return_full_text: bool | None
 
@@ -172,7 +180,7 @@ class Pipeline:
             options: see Options.
 
         Raises:
-            RequestError: a prompt or an option is wrong; ``param`` names it, and nothing was run.
+            RequestError: a prompt or an option is wrong; ``param`` names it, and nothing of this call goes on.
             FgsnapError: the model failed; nothing of this call goes on.
         """
         wanted = self._wanted(prompts, options)
@@ -217,13 +225,14 @@ class Pipeline:
 
     def _wanted(self, prompts: Prompt | Sequence[Prompt], options: Options) -> _Wanted:
         checked = _checked(options)
+        constraint = _constraint(checked)
         asks: list[Ask] = []
         openings: list[str] = []
         batch, places = _batch(prompts)
         for prompt, place in zip(batch, places, strict=True):
             with placed(place):
                 opening, ids = self._encoded(prompt)
-                params = _params(checked, _room(checked, len(ids), self._max_length))
+                params = _params(checked, _room(checked, len(ids), self._max_length), constraint)
             for choice in range(checked.get("n") or 1):
                 seed = None if params.seed is None else (params.seed + choice) % 2**64
                 asks.append(Ask(ids, msgspec.structs.replace(params, seed=seed), place))
@@ -325,7 +334,8 @@ def opened(snapshot: Snapshot, options: EngineOptions) -> Pipeline:
         text = Text(snapshot)
         check_canary(decoder, snapshot)
         budget = settled_budget(options.max_batch_tokens, snapshot.id, decoder)
-        engine = engine_as_chosen(decoder, snapshot, options, budget.tokens)
+        grammars = functools.partial(begin_grammars, str(snapshot.path))
+        engine = engine_as_chosen(decoder, snapshot, options, budget.tokens, grammars)
         failing.pop_all()
         return Pipeline(snapshot, text, SharedEngine(engine, text), decoder.max_length)
 
@@ -382,7 +392,15 @@ def _room(options: Options, prompt: int, context: int) -> int:
     return room
 
 
-def _params(options: Options, max_tokens: int) -> SamplingParams:
+def _constraint(options: Options) -> Constraint | None:
+    if options.keys().isdisjoint(CONSTRAINING):
+        return None
+    from fgsnap.runtime.constraining import constraint_of
+
+    return constraint_of(options, CONSTRAINING)
+
+
+def _params(options: Options, max_tokens: int, constraint: Constraint | None) -> SamplingParams:
     temperature, top_p, logprobs = options.get("temperature"), options.get("top_p"), options.get("logprobs")
     if options.get("do_sample") is False:
         temperature = 0.0
@@ -401,6 +419,7 @@ def _params(options: Options, max_tokens: int) -> SamplingParams:
         ignore_eos=options.get("ignore_eos") or False,
         min_tokens=options.get("min_new_tokens") or 0,
         logprobs=-1 if logprobs is None else logprobs,
+        constraint=constraint,
     )
 
 

@@ -16,12 +16,13 @@ from fgsnap.runtime import wire
 from fgsnap.runtime.worker import ENDING, live
 
 # Where fgsnap is not installed, it is found where this process found it.
-BOOT = """
+BOOT_OF = """
 import sys
 sys.path.append(sys.argv.pop(1))
-from fgsnap.runtime.worker import main
+from {module} import main
 sys.exit(main(sys.argv[1:]))
 """
+BOOT = BOOT_OF.format(module="fgsnap.runtime.worker")
 USUAL_REASONS = {
     signal.SIGKILL: "out of memory is the usual reason",
     signal.SIGBUS: "a page of a mapped file could not be read",
@@ -131,15 +132,17 @@ def _become(be: Callable[[], int], role: str, mask: set[int | signal.Signals]) -
         os._exit(code)
 
 
-def spawn() -> Worker:
+def spawn(module: str = "fgsnap.runtime.worker", *more: str) -> Worker:
     """Start a worker in a fresh interpreter: the server has threads by now, and may no longer fork.
 
+    It is the ``main`` of ``module``, whose arguments are a socket's descriptor, this process and ``more``.
     The interpreter is told not to look for modules in the working directory, as ``-m`` alone would make it.
     """
     ours, theirs = socket.socketpair()
     theirs.set_inheritable(True)
-    arguments = [str(theirs.fileno()), str(os.getpid())]
-    command = [sys.executable, "-P", "-c", BOOT, str(Path(__file__).parents[2]), *arguments]
+    arguments = [str(theirs.fileno()), str(os.getpid()), *more]
+    boot = BOOT_OF.format(module=module)
+    command = [sys.executable, "-P", "-c", boot, str(Path(__file__).parents[2]), *arguments]
     try:
         pid = os.posix_spawn(sys.executable, command, os.environ)
     finally:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 import msgspec
 
 from fgsnap.errors import RequestError
-from fgsnap.runtime.request import SamplingParams
+from fgsnap.runtime.request import Constraint, SamplingParams
 
 MAX_CHOICES = 128
 COMPLETION_MAX_TOKENS = 16  # what OpenAI's completions answer with when max_tokens is left out
@@ -96,12 +96,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "length_penalty": (None, 1),
     "bad_words": (None, []),
     "use_beam_search": (None, False),
-    "response_format": (None, {"type": "text"}),
-    "structured_outputs": (None, {}),
-    "guided_json": (None,),
-    "guided_regex": (None,),
-    "guided_choice": (None,),
-    "guided_grammar": (None,),
     "tools": (None, []),
     "functions": (None, []),
     "audio": (None,),
@@ -114,6 +108,16 @@ BRIEF = frozenset(("stop", "stop_token_ids", "logit_bias", "cache_salt", "model"
 LONGEST_LIST = 1 << 16  # bytes of JSON that one of these takes at most
 
 UNSUPPORTED_IN_CHAT: dict[str, tuple[Any, ...]] = {"echo": (None, False), "best_of": (None, 1)}
+
+CONSTRAINING = (
+    "response_format",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+)
+"""Fields that say what the answer has to be."""
 
 
 class Call(NamedTuple):
@@ -161,7 +165,13 @@ def parse_completion(body: bytes, vocab_size: int) -> Call:
     choices = _choices(wanted)
     _bound_choices(len(prompts), choices)
     call = _call(
-        wanted, vocab_size, chat=False, prompts=prompts, logprobs=wanted.logprobs, max_tokens=wanted.max_tokens
+        wanted,
+        vocab_size,
+        chat=False,
+        prompts=prompts,
+        logprobs=wanted.logprobs,
+        max_tokens=wanted.max_tokens,
+        constraint=_constraint(sent),
     )
     return (_echoing(call) if wanted.echo else call)._replace(choices=choices)
 
@@ -180,6 +190,7 @@ def parse_chat(body: bytes, vocab_size: int) -> Call:
         messages=_spoken(wanted.messages),
         logprobs=(wanted.top_logprobs or 0) if wanted.logprobs else None,
         max_tokens=wanted.max_completion_tokens or wanted.max_tokens,
+        constraint=_constraint(sent),
     )
 
 
@@ -207,7 +218,7 @@ def _object(body: bytes, kind: type[msgspec.Struct]) -> dict[str, Any]:
         if body.lstrip()[:1] != b"{":
             raise _wrong("", f"The body must be a JSON object, not {_json_name(msgspec.json.decode(body))}.")
         raws = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-        known = {*kind.__struct_fields__, *UNSUPPORTED, *UNSUPPORTED_IN_CHAT}
+        known = {*kind.__struct_fields__, *UNSUPPORTED, *UNSUPPORTED_IN_CHAT, *CONSTRAINING}
         sent = {name: _value(name, raw) for name, raw in raws.items() if name in known}
     except RecursionError:
         raise _wrong("", "The body is nested too deeply.") from None
@@ -236,6 +247,14 @@ def _value(name: str, raw: msgspec.Raw) -> Any:
 def _without_path(error: Exception) -> str:
     """What is wrong; msgspec adds where, as a path whose names are all left out."""
     return str(error).partition(" - at `")[0]
+
+
+def _constraint(sent: Mapping[str, Any]) -> Constraint | None:
+    if sent.keys().isdisjoint(CONSTRAINING):
+        return None
+    from fgsnap.runtime.constraining import constraint_of
+
+    return constraint_of(sent, CONSTRAINING)
 
 
 def _refuse_unsupported(sent: Mapping[str, Any], unsupported: Mapping[str, tuple[Any, ...]]) -> None:
@@ -345,6 +364,7 @@ def _call(
     messages: tuple[dict[str, Any], ...] = (),
     logprobs: int | None,
     max_tokens: int | None,
+    constraint: Constraint | None,
 ) -> Call:
     if wanted.stream_options is not None and not wanted.stream:
         raise _wrong("stream_options", "stream_options needs stream to be true.")
@@ -372,6 +392,7 @@ def _call(
             min_tokens=wanted.min_tokens or 0,
             logprobs=-1 if logprobs is None else logprobs,
             prompt_logprobs=prompt_top,
+            constraint=constraint,
         ),
         max_tokens=max_tokens,
         choices=wanted.n or 1,

@@ -10,6 +10,20 @@ import msgspec
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
+class Constraint(msgspec.Struct, frozen=True, array_like=True):
+    """What an answer has to be.
+
+    Attributes:
+        kind: "json" by a schema, "regex", or "lark", a grammar.
+        text: the schema, the expression or the grammar.
+        field: of the request's body, for errors.
+    """
+
+    kind: Literal["json", "regex", "lark"]
+    text: str
+    field: str = "constraint"
+
+
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """How one request's tokens are picked and when it ends.
 
@@ -18,7 +32,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     added to its logit). ``seed`` None draws one at submission. ``min_tokens``: eos and stop tokens are not picked
     before so many others. ``logprobs`` -1: none; 0: of the picked token; n: also of the n most likely;
     ``prompt_logprobs`` likewise, of the prompt's tokens but the first, which has none. ``max_tokens`` 0 only computes
-    the prompt. Stop *strings* belong to the text side.
+    the prompt. ``constraint``: what the answer has to be; once it cannot go on it ends, whatever ``ignore_eos`` and
+    ``min_tokens`` say. Stop *strings* belong to the text side.
     """
 
     max_tokens: int
@@ -36,6 +51,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     min_tokens: int = 0
     logprobs: int = -1
     prompt_logprobs: int = -1
+    constraint: Constraint | None = None
 
 
 class Request(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -71,8 +87,10 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     """What one step produced for one request. The last output of a request carries ``finish``.
 
     The token that ended the request (an eos or stop token) is not among ``tokens``. ``error`` says why finish is
-    "error", and ``code`` which kind it is: "not_finite", "deadline_exceeded" or "constraint". ``prompt`` are the next
-    of the prompt's tokens with their logprobs, where these were asked for: each once, before the first of ``tokens``.
+    "error", and ``code`` which kind it is: "not_finite", "deadline_exceeded", or of its constraint "constraint" (it
+    cannot be compiled or followed), "not_supported" or "unavailable" (another attempt may succeed). ``prompt`` are the
+    next of the prompt's tokens with their logprobs, where these were asked for: each once, before the first of
+    ``tokens``.
     """
 
     request: str

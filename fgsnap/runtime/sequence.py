@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 from fgsnap.kernels.ops import Edits, Sampling
 from fgsnap.runtime.request import Request, SamplingParams
+
+if TYPE_CHECKING:
+    from fgsnap.runtime.constraint import Matcher
 
 # Below this a temperature only overflows the softmax; the limit it approaches is greedy.
 COLDEST = 1e-5
@@ -29,11 +33,12 @@ class Sequence:
         forwarded: how many of its tokens were ever cached, so that none is counted twice.
         scored: positions of the prompt before this one have told the logprob of the token after them.
         to_score: where that ends; 0 where prompt logprobs are not wanted.
-        state: "waiting", "running" or "gone".
+        matcher: tells which tokens its constraint allows next, where it has one; whoever makes it sets it.
+        state: "new" before it is scheduled for the first time, "waiting", "running" or "gone".
     """
 
     __slots__ = (
-        "cached", "deadline", "digests", "enders", "forwarded", "how", "id", "last_step", "order", "params",
+        "cached", "deadline", "digests", "enders", "forwarded", "how", "id", "last_step", "matcher", "order", "params",
         "promised", "prompt_length", "request", "root", "row", "scored", "state", "table", "to_score", "tokens",
     )  # fmt: skip
 
@@ -44,7 +49,10 @@ class Sequence:
         self.params = params
         self.tokens = list(request.prompt)
         self.prompt_length = len(request.prompt)
-        self.enders = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos))
+        # With a constraint eos also says that nothing else can come; where ignore_eos is set, it is allowed only then.
+        heeds_eos = params.constraint is not None or not params.ignore_eos
+        self.enders = frozenset(params.stop_token_ids) | (frozenset(eos) if heeds_eos else frozenset())
+        self.matcher: Matcher | None = None
         self.how = _sampling(params, seed, _edits(params, request.prompt, self.enders))
         self.cached = 0
         self.forwarded = 0
@@ -58,7 +66,7 @@ class Sequence:
         self.deadline = float("inf")
         self.row = -1
         self.last_step = 0
-        self.state = "waiting"
+        self.state = "new"
 
     @property
     def longest(self) -> int:
@@ -95,8 +103,22 @@ class Sequence:
             if edits.penalizes:
                 edits.count(token)
             if edits.banned and self.generated >= self.params.min_tokens:
-                edits.banned = ()
-                edits.version += 1
+                _unban(edits)
+            if self.matcher is not None and token >= 0 and token not in self.enders:
+                self.matcher.accept(token)
+
+    def constrain(self) -> None:
+        """Have the next token picked as its constraint says, once that is known."""
+        matcher, edits = self.matcher, self.how.edits
+        assert matcher is not None and edits is not None
+        edits.allowed = matcher.mask()
+        if matcher.complete and edits.banned:
+            _unban(edits)
+
+
+def _unban(edits: Edits) -> None:
+    edits.banned = ()
+    edits.version += 1
 
 
 def _sampling(params: SamplingParams, seed: int, edits: Edits | None) -> Sampling:
@@ -115,4 +137,5 @@ def _edits(params: SamplingParams, prompt: Collection[int], enders: Collection[i
         banned=sorted(enders) if params.min_tokens else (),
         prompt=sorted(set(prompt)) if params.repetition_penalty != 1.0 else (),
     )
-    return edits if edits.penalizes or edits.bias or edits.banned else None
+    constrained = params.constraint is not None
+    return edits if constrained or edits.penalizes or edits.bias or edits.banned else None

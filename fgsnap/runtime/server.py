@@ -22,7 +22,7 @@ from fgsnap.runtime import answers, metrics, protocol, wire
 from fgsnap.runtime.answers import Piece
 from fgsnap.runtime.connections import show_failure
 from fgsnap.runtime.link import Inbox, Link, Lost, unavailable
-from fgsnap.runtime.request import Output, Token
+from fgsnap.runtime.request import Constraint, Output, Token
 from fgsnap.runtime.request import Request as EngineRequest
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ BODY_SECONDS = 60.0
 KEEP_ALIVE_SECONDS = 10.0
 INLINE_CHARACTERS = 1 << 14  # longer texts are tokenized on a thread, so that the streams of others flow on
 INLINE_BYTES = 1 << 18  # longer bodies are read on a thread too
+CONSTRAINT_STATUS = {"constraint": 400, "not_supported": 501, "unavailable": 503}
 PUBLIC = frozenset(("/health", "/health/live", "/health/ready", "/health/startup"))
 
 Pieces = AsyncGenerator[Piece | None, None]
@@ -259,7 +260,7 @@ class App:
                 making[work.request.id] = _Choice(work, self._text.stream(stop, work.request.prompt))
                 self._link.submit(work.request, inbox)
             while making:
-                output = await _next(inbox)
+                output = await _next(inbox, works[0].request.params.constraint)
                 if output is None:
                     yield None
                 elif (choice := making.get(output.request)) is not None:
@@ -404,8 +405,11 @@ def _works(
     return works
 
 
-async def _next(inbox: Inbox) -> Output | None:
-    """The next output, or None after KEEP_ALIVE_SECONDS without one. RequestError for bad news."""
+async def _next(inbox: Inbox, constraint: Constraint | None) -> Output | None:
+    """The next output, or None after KEEP_ALIVE_SECONDS without one. RequestError for bad news.
+
+    Which may be of the ``constraint`` that all of them have.
+    """
     try:
         async with asyncio.timeout(KEEP_ALIVE_SECONDS):
             item = await inbox.get()
@@ -417,6 +421,10 @@ async def _next(inbox: Inbox) -> Output | None:
         raise RequestError(item.what, item.why, item.next_step, status=item.status, param=item.param, code=item.code)
     if item.code == "deadline_exceeded":
         raise RequestError("The request ran out of time.", f"{item.error}.", status=504, code=item.code)
+    if item.finish == "error" and constraint is not None and item.code in CONSTRAINT_STATUS:
+        what, status = f"The constraint in {constraint.field} failed.", CONSTRAINT_STATUS[item.code]
+        param = constraint.field.partition(".")[0]
+        raise RequestError(what, f"{item.error}.".capitalize(), status=status, param=param, code=item.code)
     if item.finish in ("error", "abort"):
         why = item.error or "The engine dropped it."
         raise RequestError("The request failed in the engine.", why, status=500, code="engine_error")

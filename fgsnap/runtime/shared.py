@@ -7,6 +7,7 @@ that are wanted at the same time, of one call or of several, from one thread or 
 from __future__ import annotations
 
 import itertools
+import select
 import signal
 import threading
 from collections import deque
@@ -16,8 +17,11 @@ from typing import NamedTuple, Protocol
 
 from fgsnap.errors import FgsnapError, RequestError, UsageError
 from fgsnap.runtime.engine import Engine
-from fgsnap.runtime.request import EngineStats, FinishReason, Output, Request, SamplingParams, Token
+from fgsnap.runtime.request import Constraint, EngineStats, FinishReason, Output, Request, SamplingParams, Token
 from fgsnap.runtime.text import TextStream
+
+PATIENCE_MS = 50
+"""While all that is wanted is being compiled, whoever waits lets others ask so often."""
 
 
 class Ask(NamedTuple):
@@ -66,15 +70,15 @@ class SharedEngine:
         """The answers, step by step: of each step what it added. Leaving the iterator early ends them all.
 
         Raises:
-            RequestError: the engine refuses one of them; then none is begun.
+            RequestError: the engine refuses one of them, and then none is begun; or a constraint cannot be followed.
             FgsnapError: the model failed on one of them, and the others are ended.
             UsageError: the engine is closed.
         """
         inbox: deque[Output] = deque()
-        making: dict[str, tuple[int, TextStream]] = {}
+        making: dict[str, tuple[int, TextStream, Constraint | None]] = {}
         try:
             for index, ask in enumerate(asks):
-                making[next(self._ids)] = index, self._text.stream(stop, ask.prompt)
+                making[next(self._ids)] = index, self._text.stream(stop, ask.prompt), ask.params.constraint
             self._submit(asks, making, inbox)
             while making:
                 deltas, ended = [], []
@@ -98,7 +102,7 @@ class SharedEngine:
     def close(self) -> None:
         """Let go of the engine; who still waits for an answer gets an error."""
         with uninterrupted(), self._lock:
-            self._engine = None
+            self._let_go()
 
     def _submit(self, asks: Sequence[Ask], ids: Iterable[str], inbox: deque[Output]) -> None:
         with self._alone() as engine:
@@ -118,12 +122,18 @@ class SharedEngine:
 
     def _step(self, engine: Engine) -> None:
         try:
+            _await(engine)
             step = engine.step()
         except BaseException:
-            self._engine = None
+            self._let_go()
             raise
         for output in step.outputs():
             self._inboxes[output.request].append(output)
+
+    def _let_go(self) -> None:
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
 
     def _leave(self, ids: Iterable[str]) -> None:
         """End these requests; those that have ended already are none.
@@ -160,9 +170,21 @@ class SharedEngine:
                 self._engine.abort(id)
 
 
-def _delta(output: Output, answer: int, stream: TextStream) -> Delta:
+def _await(engine: Engine) -> None:
+    """Wait where a step would bring nothing yet, as all that is wanted is being compiled."""
+    awaited = engine.awaited()
+    if awaited is not None and not engine.has_work():
+        readiness = select.poll()
+        readiness.register(awaited, select.POLLIN)
+        readiness.poll(PATIENCE_MS)
+
+
+def _delta(output: Output, answer: int, stream: TextStream, constraint: Constraint | None) -> Delta:
     """What an output adds to an answer; a stop text within it ends the answer."""
     if output.finish == "error":
+        if constraint is not None and output.code != "not_finite":
+            what = f"The constraint in {constraint.field} failed."
+            raise RequestError(what, f"{output.error}.".capitalize(), param=constraint.field, code=output.code)
         raise FgsnapError("The model failed on this prompt.", output.error, "Try another --backend.")
     text = stream.feed([token.id for token in output.tokens])
     if output.finish is not None:

@@ -7,10 +7,12 @@ in a fresh interpreter; see ``process``. It never outlives its parent.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib
 import math
 import os
+import select
 import signal
 import socket
 import sys
@@ -26,6 +28,7 @@ from fgsnap.runtime.request import NO_STEP
 if TYPE_CHECKING:
     from fgsnap.runtime.decoder import Decoder
     from fgsnap.runtime.engine import Engine
+    from fgsnap.runtime.grammars import Grammars
     from fgsnap.runtime.options import EngineOptions
     from fgsnap.snapshot import Snapshot
 
@@ -40,6 +43,10 @@ AHEAD = ("fgsnap.snapshot", "fgsnap.kernels.native", "fgsnap.runtime.canary")
 
 TELL_SECONDS = 1.0
 """What computes without a rank that has ended gets so long to fail, and to be told why, before its process ends."""
+
+
+PATIENCE_SECONDS = 1
+"""While it waits for a constraint to be compiled, a worker is heard of, and looks at deadlines, so often."""
 
 
 class ParentGone(Exception):
@@ -65,9 +72,15 @@ class Pipe:
         assert isinstance(message, wire.Begin)
         return message
 
-    def receive(self, *, wait: bool) -> list[wire.ToWorker]:
-        """Every whole message that has arrived; with ``wait`` sleep until some bytes do."""
+    def receive(self, *, wait: bool, beside: int | None = None) -> list[wire.ToWorker]:
+        """Every whole message that has arrived; with ``wait`` sleep until some bytes do.
+
+        Or until there is something to read at the file descriptor ``beside``.
+        """
         messages: list[wire.ToWorker] = []
+        if wait and beside is not None:
+            self._sleep(beside)
+            wait = False
         while True:
             try:
                 data = self._end.recv(1 << 16, 0 if wait and not messages else socket.MSG_DONTWAIT)
@@ -78,6 +91,12 @@ class Pipe:
             if not data:
                 raise ParentGone
             messages += map(wire.decode_to_worker, self._buffer.feed(data))
+
+    def _sleep(self, beside: int) -> None:
+        readiness = select.poll()
+        readiness.register(self._end, select.POLLIN)
+        readiness.register(beside, select.POLLIN)
+        readiness.poll(PATIENCE_SECONDS * 1000)
 
 
 def run(pipe: Pipe, begin: Callable[[Callable[[str], None]], tuple[Engine, wire.Ready]], started: float) -> int:
@@ -92,7 +111,8 @@ def run(pipe: Pipe, begin: Callable[[Callable[[str], None]], tuple[Engine, wire.
         engine, ready = begin(_phases(pipe, started))
         startup.collect_garbage()
         pipe.send(ready)
-        _serve(pipe, engine)
+        with contextlib.closing(engine):
+            _serve(pipe, engine)
     except ParentGone:
         return 0
     except FgsnapError as error:
@@ -106,12 +126,12 @@ def run(pipe: Pipe, begin: Callable[[Callable[[str], None]], tuple[Engine, wire.
 def _serve(pipe: Pipe, engine: Engine) -> None:
     """Take in what has arrived, step, tell; sleep on the pipe when there is no work."""
     while True:
-        for message in pipe.receive(wait=not engine.has_work()):
+        for message in pipe.receive(wait=not engine.has_work(), beside=engine.awaited()):
             if isinstance(message, wire.Stop):
                 return
             _take(pipe, engine, message)
         # Also without a step: who aborted the last request wants to see its blocks free.
-        step = engine.step() if engine.has_work() else NO_STEP
+        step = engine.step() if engine.has_work() or engine.awaited() is not None else NO_STEP
         pipe.send(wire.Outputs(step, engine.stats()))
 
 
@@ -180,7 +200,8 @@ def begin_engine(told: Callable[[], wire.Begin], mark: Callable[[str], None]) ->
     mark("canary")
     asked = options.engine
     budget = settled_budget(asked.max_batch_tokens, snapshot.id, decoder)
-    engine = engine_as_chosen(decoder, snapshot, asked, budget.tokens)
+    grammars = functools.partial(begin_grammars, options.snapshot)
+    engine = engine_as_chosen(decoder, snapshot, asked, budget.tokens, grammars)
     return engine, wire.Ready(
         backend=decoder.ops.name,
         device=decoder.ops.device,
@@ -195,8 +216,17 @@ def begin_engine(told: Callable[[], wire.Begin], mark: Callable[[str], None]) ->
     )
 
 
-def engine_as_chosen(decoder: Decoder, snapshot: Snapshot, options: EngineOptions, budget: int) -> Engine:
-    """The engine that a user has chosen, over a decoder of this snapshot, with so many tokens a forward."""
+def engine_as_chosen(
+    decoder: Decoder,
+    snapshot: Snapshot,
+    options: EngineOptions,
+    budget: int,
+    grammars: Callable[[], Grammars] | None = None,
+) -> Engine:
+    """The engine that a user has chosen, over a decoder of this snapshot, with so many tokens a forward.
+
+    Without ``grammars`` it refuses constraints.
+    """
     from fgsnap.runtime.engine import Engine
 
     return Engine(
@@ -207,7 +237,15 @@ def engine_as_chosen(decoder: Decoder, snapshot: Snapshot, options: EngineOption
         max_waiting=options.max_waiting,
         admission=options.admission,
         prefix_caching=options.prefix_caching,
+        grammars=grammars,
     )
+
+
+def begin_grammars(snapshot: str) -> Grammars:
+    """What makes grammars for the tokenizer of a snapshot. Most engines never need it."""
+    from fgsnap.runtime import grammars, nursery
+
+    return grammars.Grammars(functools.partial(nursery.start, snapshot))
 
 
 def _end_soon() -> None:

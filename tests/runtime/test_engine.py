@@ -17,11 +17,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from fgsnap.errors import RequestError
 from fgsnap.kernels.ops import Batch, Edits, Sampled, Samples, Sampling
 from fgsnap.runtime.engine import Engine
-from fgsnap.runtime.request import Output, Request, SamplingParams, Token
+from fgsnap.runtime.request import Constraint, Output, Request, SamplingParams, Token
 from fgsnap.runtime.roster import NO_TOKEN
 from fgsnap.runtime.scheduler import MOST_SCORED
 from fgsnap.runtime.sequence import Sequence
-from tests.doubles import StubModel, pick, said_next
+from tests.doubles import StubGrammars, StubModel, pick, said_next
 
 VOCAB = 24
 EOS = (3, 7)
@@ -35,7 +35,7 @@ def finish(engine: Engine) -> dict[str, list[Output]]:
     """Step until nothing is left, within the bound that progress promises; outputs by request."""
     outputs: dict[str, list[Output]] = {}
     for _ in range(2000):
-        if not engine.has_work():
+        if not (engine.has_work() or engine.awaited()):
             return outputs
         for output in engine.step().outputs():
             outputs.setdefault(output.request, []).append(output)
@@ -48,7 +48,7 @@ def summary(outputs: list[Output]) -> tuple[list[int], str | None]:
 
 
 def alone(request: Request, **settings) -> tuple[list[int], str | None]:
-    engine = Engine(stub(**settings), eos_token_ids=EOS)
+    engine = Engine(stub(**settings), eos_token_ids=EOS, grammars=lambda: StubGrammars(VOCAB, EOS))
     engine.submit(request)
     return summary(finish(engine)[request.id])
 
@@ -84,6 +84,9 @@ edited = st.builds(
     frequency_penalty=st.sampled_from([0.0, 0.5]),
     logit_bias=st.sampled_from([(), ((1, 3.0), (2, -100.0)), ((5, 6.0),)]),
     min_tokens=st.sampled_from([0, 0, 1]),
+    constraint=st.sampled_from([None, None, None, "1", "4", "6", "20", "0 unfit", "3 breaks"]).map(
+        lambda text: text and Constraint("lark", text)
+    ),
 )
 # Many begin alike, and some are equal.
 prompts = st.one_of(
@@ -99,7 +102,15 @@ HISTORIES = int(os.environ.get("FGSNAP_HISTORIES", "2000"))
 def said(request: Request, sick: int | None = None) -> tuple[list[Token], str]:
     """The answer as the rules of sampling word it, of a text and nothing else: no engine, no blocks, no state."""
     params, tokens, given = request.params, list(request.prompt), []
-    enders = {*params.stop_token_ids, *(() if params.ignore_eos else EOS)}
+    follower = None
+    if params.constraint is not None:
+        grammars = StubGrammars(VOCAB, EOS)
+        follower = grammars.matcher(params.constraint, open_end=params.ignore_eos)
+        while follower.pending:
+            grammars.hear()
+        if follower.error:
+            return [], "error"
+    enders = {*params.stop_token_ids, *(() if params.ignore_eos and follower is None else EOS)}
     while len(given) < params.max_tokens:
         edits = Edits(
             repetition=params.repetition_penalty,
@@ -110,12 +121,17 @@ def said(request: Request, sick: int | None = None) -> tuple[list[Token], str]:
             prompt=sorted({*request.prompt}),
         )
         edits.counts = Counter(tokens[len(request.prompt) :])
+        if follower is not None:
+            edits.allowed = follower.mask()
+            edits.banned = () if follower.complete else edits.banned
         how = Sampling(
             params.temperature, params.top_k, params.top_p, params.min_p, params.seed, params.logprobs, edits
         )
         picked = Sampled(-1) if tokens[-1] == sick else pick(said_next(tokens, VOCAB), how, len(tokens))
         if picked.token == -1 or picked.token in enders:
             return given, "error" if picked.token == -1 else "stop"
+        if follower is not None:
+            follower.accept(picked.token)
         tokens.append(picked.token)
         given.append(Token(picked.token, *((picked.logprob, picked.top) if params.logprobs >= 0 else ())))
     return given, "length"
@@ -144,8 +160,10 @@ class Witness:
         self.share = room - room // 2
         self.latest: dict[str, int] = {}
         self.waiting: dict[str, Sequence] = {}
-        self.start, self.preempt, self.remove = scheduler._start, scheduler._preempt, scheduler.remove
-        scheduler._start, scheduler._preempt, scheduler.remove = self.on_start, self.on_preempt, self.on_remove
+        self.add, self.start, self.preempt = scheduler.add, scheduler._start, scheduler._preempt
+        self.remove = scheduler.remove
+        scheduler.add, scheduler._start, scheduler._preempt = self.on_add, self.on_start, self.on_preempt
+        scheduler.remove = self.on_remove
 
     @property
     def step(self) -> int:
@@ -162,7 +180,12 @@ class Witness:
     def running(self) -> list[Sequence]:
         return [*self.scheduler._prompts, *self.scheduler.roster.sequences]
 
-    def on_submit(self, sequence: Sequence) -> None:
+    def on_add(self, sequence: Sequence) -> None:
+        """It is submitted, or its constraint has been compiled."""
+        self.add(sequence)
+        self.on_wait(sequence)
+
+    def on_wait(self, sequence: Sequence) -> None:
         self.waiting[sequence.id] = sequence
         self.latest[sequence.id] = self.step + sum(map(self.cost, self.running()))
 
@@ -184,7 +207,7 @@ class Witness:
         live = [*self.waiting.values(), *self.running()]
         assert sequence is not min(live, key=lambda one: one.order), "the first of all gave up its blocks"
         self.preempt(sequence)
-        self.on_submit(sequence)
+        self.on_wait(sequence)
 
     def on_remove(self, sequence: Sequence, *, spoiled: bool = False) -> None:
         self.waiting.pop(sequence.id, None)
@@ -211,15 +234,16 @@ class EngineLife(RuleBasedStateMachine):
         self.sick, self.queue, self.budget, self.most, self.clock = sick, queue, budget, most, Clock()
         blocks = -(-LONGEST // block_size) + spare
         self.model = stub(blocks=blocks, block_size=block_size, nan_after=sick)
+        self.grammars = StubGrammars(VOCAB, EOS)
         self.engine = Engine(
             self.model, eos_token_ids=EOS, token_budget=budget, max_sequences=most, admission=admission,
-            max_waiting=queue, prefix_caching=caching, clock=self.clock,
+            max_waiting=queue, prefix_caching=caching, clock=self.clock, grammars=lambda: self.grammars,
         )  # fmt: skip
         self.witness = Witness(self.engine, budget, most)
         self.requests: dict[str, Request] = {}
         self.outputs: dict[str, list[Output]] = {}
         self.live: set[str] = set()
-        self.parked = False
+        self.parked = self.compiled = False
 
     @rule(
         prompt=prompts,
@@ -243,7 +267,6 @@ class EngineLife(RuleBasedStateMachine):
             self.requests[request.id] = request
             self.live.add(request.id)
             self.engine.submit(request)
-            self.witness.on_submit(self.engine._live[request.id])
 
     @precondition(lambda self: self.requests)
     @rule(pick=st.integers(0, 1000))
@@ -264,7 +287,7 @@ class EngineLife(RuleBasedStateMachine):
         self.clock.now += 2
 
     def one_step(self):
-        before = len(self.model.batches)
+        before, compiling = len(self.model.batches), len(self.engine._compiling)
         step = self.engine.step()
         for output in step.outputs():
             assert output.request in self.live, "one that was aborted or had ended spoke"
@@ -272,7 +295,8 @@ class EngineLife(RuleBasedStateMachine):
             if output.finish is not None:
                 self.live.remove(output.request)
         made = self.model.batches[before:]
-        assert len(made) == 1 or not (made or self.live), "no step while there is work"
+        assert len(made) == 1 or not (made or self.engine.has_work()), "no step while there is work"
+        self.compiled |= len(self.engine._compiling) < compiling
         assert all(len(batch.tokens) <= self.budget for batch in made)
         self.parked |= bool(self.engine._scheduler._parked)
 
@@ -282,10 +306,13 @@ class EngineLife(RuleBasedStateMachine):
             return
         stats, scheduler = self.engine.stats(), self.engine._scheduler
         assert stats.running + stats.waiting == len(self.live) == len(self.engine._live)
-        assert self.engine.has_work() == bool(self.live)
+        compiling = len(self.engine._compiling)
+        assert self.engine.has_work() == (len(self.live) > compiling)
+        assert (self.engine.awaited() is None) == (not compiling)
+        assert len(self.grammars.matchers) == sum(self.requests[n].params.constraint is not None for n in self.live)
         assert stats.running <= min(self.most, self.budget)
         assert 0 <= stats.kv_blocks_free <= stats.kv_blocks
-        assert stats.waiting == len(self.witness.waiting)
+        assert stats.waiting == len(self.witness.waiting) + compiling
         assert scheduler._parked.keys() <= scheduler._computing.keys(), "who waits for a prefix waits for ever"
         if not self.live:
             nothing_is_left(self.engine)
@@ -293,7 +320,7 @@ class EngineLife(RuleBasedStateMachine):
     def teardown(self):
         if not hasattr(self, "engine"):
             return
-        for _ in range(sum(len(r.prompt) + r.params.max_tokens for r in self.requests.values()) ** 2):
+        for _ in range(sum(len(r.prompt) + r.params.max_tokens for r in self.requests.values()) ** 2 + 3):
             if not self.live:
                 break
             self.one_step()
@@ -315,7 +342,8 @@ class EngineLife(RuleBasedStateMachine):
     def count(self):
         stats, whole = self.engine.stats(), self.outputs.keys() == self.requests.keys()
         prompts = sum(len(request.prompt) for request in self.requests.values())
-        if whole and all(outputs[-1].code != "deadline_exceeded" for outputs in self.outputs.values()):
+        ends = [outputs[-1] for outputs in self.outputs.values()]
+        if whole and all(end.code != "deadline_exceeded" and end.error != "unfit" for end in ends):
             assert stats.prompt_tokens == prompts, "a prompt's token was counted twice, or another's as one"
             assert stats.generated_tokens == sum(len(o.tokens) for given in self.outputs.values() for o in given)
         assert stats.prompt_tokens <= prompts
@@ -324,6 +352,7 @@ class EngineLife(RuleBasedStateMachine):
             preempted=stats.preemptions > 0,
             prefix_hit=stats.cached_tokens > 0,
             parked=self.parked,
+            compiled=self.compiled,
             requests=len(self.requests),
         )
 
@@ -361,7 +390,15 @@ class Life(EngineLife.TestCase):
         seen = EngineLife.seen
         print(f"\n{seen['histories']} histories: {dict(seen)}")
         if seen["histories"] >= 1000:
-            for what in ("preempted", "prefix_hit", "parked", "a full queue", "ended by error", "ended by stop"):
+            for what in (
+                "preempted",
+                "prefix_hit",
+                "parked",
+                "compiled",
+                "a full queue",
+                "ended by error",
+                "ended by stop",
+            ):
                 assert seen[what] > seen["histories"] / 100, what
 
 
@@ -671,3 +708,30 @@ def test_a_step_costs_microseconds():
     for _ in range(200):
         engine.step()
     assert (time.process_time() - began) / 200 < 0.002
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 3])
+def test_a_row_without_a_token_at_the_last_step_ends_once(max_tokens):
+    """It has neither its last token nor another end than the error."""
+    model = Scripted({2 + max_tokens: -1})
+    engine = Engine(model)
+    engine.submit(request("r", max_tokens=max_tokens))
+    outputs = finish(engine)["r"]
+    assert outputs[-1].code == "not_finite"
+    assert len([token for output in outputs for token in output.tokens]) == max_tokens - 1
+
+
+def test_constraints_that_are_compiled_count_as_waiting_and_end_by_their_deadlines():
+    clock, grammars = Clock(), StubGrammars(VOCAB, EOS)
+    engine = Engine(stub(), max_sequences=1, max_waiting=2, grammars=lambda: grammars, clock=clock)
+    for name in "abc":
+        made = request(name, constraint=Constraint("lark", "2"))
+        engine.submit(msgspec.structs.replace(made, timeout=1.0))
+    assert engine.stats().waiting == 3 and engine.stats().waiting_tokens == 33
+    with pytest.raises(RequestError) as refused:
+        engine.submit(request("d"))
+    assert refused.value.status == 429
+    clock.now = 1.0
+    assert {output.code for output in engine.step().outputs()} == {"deadline_exceeded"}
+    assert not grammars.matchers
+    nothing_is_left(engine)
