@@ -65,11 +65,11 @@ def scheduler(result: dict[str, Any]) -> str:
     ]
     goal, measured = result["goals"]["us_per_sequence_2048"], result["us_per_sequence_2048"]
     words = SCHEDULER.format(goal=f"{goal:g}", measured=f"{measured:.3f}") + table(heads, rows)
-    return words + (_loops(result) if result["peers"] else "")
+    return words + (_loops(result) if result["loops"] else "")
 
 
 def _loops(result: dict[str, Any]) -> str:
-    rows = [(row["engine"], f"{row['sequences']:,}", spread(row["us_per_sequence"], 3)) for row in result["peers"]]
+    rows = [(row["engine"], f"{row['sequences']:,}", spread(row["us_per_sequence"], 3)) for row in result["loops"]]
     ratios = {name.removeprefix("of_").replace("_", "-"): ratio for name, ratio in result["ratios_2048"].items()}
     said = "; ".join(f"fgsnap's over {name}'s at 2048: {spread(ratio)}" for name, ratio in ratios.items())
     return f"{LOOPS}{table(('', 'sequences', 'a sequence'), rows)}\n{said}.\n"

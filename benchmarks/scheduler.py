@@ -95,9 +95,9 @@ def main() -> None:
         {
             "us_per_sequence_2048": ours["decoding", most],
             "rows": rows,
-            "peers": theirs,
+            "loops": theirs,
             "ratios_2048": ratios,
-            "versions_of_peers": {name: each["version"] for name, each in rounds[0]["peers"].items()},
+            "peers": {name: each["version"] for name, each in rounds[0]["peers"].items()},
             "goals": GOALS,
             "met": {
                 "us_per_sequence_2048": ours["decoding", most] <= GOALS["us_per_sequence_2048"],

@@ -174,12 +174,12 @@ def test_the_sections_take_what_the_benchmarks_write():
     }  # fmt: skip
     peers = [{"engine": "nano-vllm", "sequences": 2048, "us_per_sequence": some(0.55)}]
     result = {
-        "us_per_sequence_2048": 0.061, "goals": {"us_per_sequence_2048": 0.5}, "rows": [row], "peers": peers,
+        "us_per_sequence_2048": 0.061, "goals": {"us_per_sequence_2048": 0.5}, "rows": [row], "loops": peers,
         "ratios_2048": {"of_nano_vllm": some(0.11)},
     }  # fmt: skip
     text = scheduler_section(result)
     assert "| decoding | 2,048 | 60.0 " in text and "fgsnap's over nano-vllm's at 2048: 0.11" in text
-    assert "loops" not in scheduler_section({**result, "peers": []})
+    assert "loops" not in scheduler_section({**result, "loops": []})
     runs = [splitfuse.Round(1.0, 500, [96, 96, 40], [0.1, 0.1, 0.05], [0.1, 0.1, 0.05], 2)]
     said = {
         "model": "m", "knee": 96, "goal": 1.5, "prefill_first_tokens": 2048,
