@@ -1,4 +1,4 @@
-"""Microseconds that a step costs beside the model: schedule, batch and commit, and the same of other engines' loops.
+"""Microseconds that a step costs beside the model: schedule, batch and commit, and the same of another engine's loop.
 
 The model is a stub that costs nothing. 1 to 2048 sequences are alive: all decoding, or ("mixed") an eighth of them ends
 in every 16 steps and others with prompts of 100 tokens take their place. Every feature of the engine is there: prefix
@@ -9,15 +9,14 @@ cache, reservations, stop tokens, deadlines, tenants. Timed apart, for each step
 - sample: greedy tokens of logits [sequences, 32768] by the native backend, where it is built;
 - detokenise: the text of one token a sequence, as the server makes it, with SmolLM2's tokenizer.
 
-    python benchmarks/scheduler.py [--rounds 5] [--nano-vllm DIR] [--vllm PYTHON] [--output benchmarks/results]
+    python benchmarks/scheduler.py [--rounds 5] [--nano-vllm DIR] [--output benchmarks/results]
 
-In the same rounds, in processes of their own, the loops of nano-vllm (schedule and postprocess; --nano-vllm names a
-checkout of it) and vLLM V1 (schedule and update_from_output; --vllm names the interpreter of an environment that has
-it): the same decoding sequences, a block size of 16 where theirs can be set, no model. They do less there: neither
-builds the batch in it, and nano-vllm has no priorities, deadlines or chunks of several prompts.
+In the same rounds, in a process of its own, the loop of nano-vllm (schedule and postprocess; --nano-vllm names a
+checkout of it): the same decoding sequences, no model. It does less: it builds no batch there, and has no priorities,
+deadlines or chunks of several prompts.
 
 The last line is JSON. ``us_per_sequence_2048``: microseconds of schedule and commit a sequence and step, decoding.
-Goals: at most 0.5; not more at 2048 than at 64; less than nano-vllm; a twentieth of vLLM's.
+Goals: at most 0.5; not more at 2048 than at 64; less than nano-vllm.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ from fgsnap.runtime.request import Request, SamplingParams
 SEQUENCES = (1, 8, 64, 512, 2048)
 STEPS, WARM = 200, 20
 TOKEN, EOS, VOCABULARY = 5, 2, 32768
-GOALS = {"us_per_sequence_2048": 0.5, "of_nano_vllm": 1.0, "of_vllm": 0.05}
+GOALS = {"us_per_sequence_2048": 0.5, "of_nano_vllm": 1.0}
 PEERS = Path(__file__).with_name("runners")
 
 
@@ -70,13 +69,9 @@ class Times(NamedTuple):
 def main() -> None:
     parser = arguments(__doc__, 5)
     parser.add_argument("--nano-vllm", type=Path, help="a checkout of nano-vllm")
-    parser.add_argument("--vllm", help="an interpreter that has vLLM")
     options = parser.parse_args()
-    peers = {
-        **({"nano-vllm": [sys.executable, str(PEERS / "nano_vllm_loop.py"), str(options.nano_vllm)]}
-           if options.nano_vllm else {}),
-        **({"vllm": [options.vllm, str(PEERS / "vllm_loop.py")]} if options.vllm else {}),
-    }  # fmt: skip
+    loop = [sys.executable, str(PEERS / "nano_vllm_loop.py"), str(options.nano_vllm)]
+    peers = {"nano-vllm": loop} if options.nano_vllm else {}
     rounds = [measured(peers) for _ in range(options.rounds)]
     rows = [row(rounds, kind, count) for kind in ("decoding", "mixed") for count in SEQUENCES]
     theirs = [
