@@ -273,7 +273,10 @@ class ByteText:
         return turns + ("assistant:" if add_generation_prompt else "")
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], *args: Any, **variables: Any) -> list[int]:
-        return list(self.render_chat(messages, *args, **variables).encode())
+        return self.encode_rendered(self.render_chat(messages, *args, **variables))
+
+    def encode_rendered(self, text: str) -> list[int]:
+        return list(text.encode())
 
     def token_bytes(self, token: int) -> bytes:
         return bytes([token]) if token < 256 else b""

@@ -17,9 +17,12 @@ from fgsnap.errors import RequestError
 from fgsnap.runtime.request import Constraint, SamplingParams
 
 MAX_CHOICES = 128
+MAX_OBJECTS = 1 << 14  # in the messages of one request, parts of their contents and of tool calls included
+MOST_TOKENS = 1 << 31  # of a context that is not known
 COMPLETION_MAX_TOKENS = 16  # what OpenAI's completions answer with when max_tokens is left out
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
+Name = Annotated[str, msgspec.Meta(max_length=256)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
 StopText = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 TopLogprobs = Annotated[int, msgspec.Meta(ge=0, le=20)]
@@ -73,10 +76,10 @@ Body = TypeVar("Body")
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     """A chat message, of which these fields reach the template; ``text`` reads content that comes in parts."""
 
-    role: str
+    role: Name
     content: str | list[dict[str, Any]] | None = None
-    name: str | None = None
-    tool_call_id: str | None = None
+    name: Name | None = None
+    tool_call_id: Name | None = None
     tool_calls: list[dict[str, Any]] | None = None
 
 
@@ -148,15 +151,13 @@ class Call(NamedTuple):
     echo: bool = False
     prompt_top: int = -1
 
-    def text_size(self) -> int:
-        """Characters to be tokenized, for deciding whether that may hold up other requests."""
-        texts = sum(len(prompt) for prompt in self.prompts if isinstance(prompt, str))
-        return texts + sum(len(str(message.get("content", ""))) for message in self.messages)
 
+def parse_completion(body: bytes, vocab_size: int, context: int = MOST_TOKENS) -> Call:
+    """The body of POST /v1/completions. RequestError names the field at fault.
 
-def parse_completion(body: bytes, vocab_size: int) -> Call:
-    """The body of POST /v1/completions. RequestError names the field at fault."""
-    sent = _object(body, CompletionBody)
+    Token ids beyond the ``context`` are not read one by one.
+    """
+    sent = _object(body, CompletionBody, context)
     _bound_prompts(sent.get("prompt"))
     wanted = typed(sent, CompletionBody)
     if wanted.max_tokens == 0 and not wanted.echo:
@@ -176,9 +177,9 @@ def parse_completion(body: bytes, vocab_size: int) -> Call:
     return (_echoing(call) if wanted.echo else call)._replace(choices=choices)
 
 
-def parse_chat(body: bytes, vocab_size: int) -> Call:
+def parse_chat(body: bytes, vocab_size: int, context: int = MOST_TOKENS) -> Call:
     """The body of POST /v1/chat/completions. RequestError names the field at fault."""
-    sent = _object(body, ChatBody)
+    sent = _object(body, ChatBody, context)
     _refuse_unsupported(sent, UNSUPPORTED_IN_CHAT)
     wanted = typed(sent, ChatBody)
     if wanted.top_logprobs and not wanted.logprobs:
@@ -210,7 +211,7 @@ def _spoken(messages: Sequence[Message]) -> tuple[dict[str, Any], ...]:
     return tuple(msgspec.to_builtins(message) for message in messages)
 
 
-def _object(body: bytes, kind: type[msgspec.Struct]) -> dict[str, Any]:
+def _object(body: bytes, kind: type[msgspec.Struct], context: int) -> dict[str, Any]:
     """The fields that mean something here. What others hold is not read, for it may be long."""
     if not body.strip():
         raise _wrong("", "The body is empty; it must be a JSON object.")
@@ -219,7 +220,7 @@ def _object(body: bytes, kind: type[msgspec.Struct]) -> dict[str, Any]:
             raise _wrong("", f"The body must be a JSON object, not {_json_name(msgspec.json.decode(body))}.")
         raws = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
         known = {*kind.__struct_fields__, *UNSUPPORTED, *UNSUPPORTED_IN_CHAT, *CONSTRAINING}
-        sent = {name: _value(name, raw) for name, raw in raws.items() if name in known}
+        sent = {name: _value(name, raw, context) for name, raw in raws.items() if name in known}
     except RecursionError:
         raise _wrong("", "The body is nested too deeply.") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -228,7 +229,7 @@ def _object(body: bytes, kind: type[msgspec.Struct]) -> dict[str, Any]:
     return sent
 
 
-def _value(name: str, raw: msgspec.Raw) -> Any:
+def _value(name: str, raw: msgspec.Raw, context: int) -> Any:
     """The field's value. One that is far too long is not read to the end, to find out just that."""
     size = memoryview(raw).nbytes
     if size > LONGEST_LIST:
@@ -236,12 +237,36 @@ def _value(name: str, raw: msgspec.Raw) -> Any:
             raise _wrong(name, f"It is {size} bytes long, of at most {LONGEST_LIST}.")
         if name in UNSUPPORTED:
             return raw  # none of the values that ask for nothing is long
-        if name == "prompt" and bytes(raw)[1:].lstrip()[:1] == b"[":
-            _bound_choices(bytes(raw).count(b"[") - 1, 1)
+        if name == "prompt":
+            _bound_lists(bytes(raw), context)
+        if name == "messages":
+            _bound_objects(bytes(raw))
     try:
         return msgspec.json.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise _wrong(name, f"It cannot be read as JSON: {_without_path(error)}.") from None
+
+
+def _bound_lists(raw: bytes, context: int) -> None:
+    """Before token ids are read one by one. Where there is a text among them, that is wrong for another reason."""
+    if b'"' in raw or not raw.startswith(b"["):
+        return
+    nested = raw[1:].lstrip().startswith(b"[")
+    if nested:
+        _bound_choices(raw.count(b"[") - 1, 1)
+    longest = max(part.count(b",") for part in raw.split(b"]")) if nested else raw.count(b",") + 1
+    if longest > context:
+        raise _too_long("prompt", longest, context)
+
+
+def _bound_objects(raw: bytes) -> None:
+    """Before they are made one by one. Braces in texts do not count."""
+    if raw.count(b"{") <= MAX_OBJECTS:
+        return
+    outside = raw.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2]
+    count = b"".join(outside).count(b"{")
+    if count > MAX_OBJECTS:
+        raise _wrong("messages", f"They and their parts are {count} objects, of at most {MAX_OBJECTS}.")
 
 
 def _without_path(error: Exception) -> str:
@@ -422,22 +447,40 @@ def settled(call: Call, prompt_tokens: int, max_length: int, kv_tokens: int, cha
     """
     if prompt_tokens == 0:
         raise _wrong("messages" if call.chat else "prompt", "The prompt has no tokens.")
-    needed = prompt_tokens + (1 if call.max_tokens is None else call.max_tokens)
-    if needed > max_length:
-        asked = f"{call.max_tokens} of max_tokens" if call.max_tokens else "at least 1 to generate"
-        raise RequestError(
-            f"This model's maximum context length is {max_length} tokens; the request needs {needed}: "
-            f"{prompt_tokens} of prompt + {asked}.",
-            next_step="Shorten the prompt or lower max_tokens." if call.max_tokens else "Shorten the prompt.",
-            param="messages" if call.chat else "prompt",
-            code="context_length_exceeded",
-        )
+    if prompt_tokens + (1 if call.max_tokens is None else call.max_tokens) > max_length:
+        raise beyond_context(call, prompt_tokens, max_length)
     room = max(min(max_length, kv_tokens) - prompt_tokens, 1)
     chosen = min(chat_tokens if call.chat else COMPLETION_MAX_TOKENS, room)
     length = chosen if call.max_tokens is None else call.max_tokens
     if call.params.min_tokens > length:
         raise _wrong("min_tokens", f"min_tokens {call.params.min_tokens} is more than max_tokens, which is {length}.")
     return length
+
+
+def beyond_context(call: Call, prompt_tokens: int, max_length: int, *, counted_all: bool = True) -> RequestError:
+    """The refusal of a request that the context does not hold, with the arithmetic and the field that is too large."""
+    prompt = "messages" if call.chat else "prompt"
+    if not counted_all:
+        return _too_long(prompt, prompt_tokens, max_length, about="at least ")
+    least = 1 if call.max_tokens is None else call.max_tokens
+    asked = f"{call.max_tokens} of max_tokens" if call.max_tokens else f"at least {least} to generate"
+    alone = prompt_tokens + min(least, 1) > max_length
+    return RequestError(
+        f"This model's maximum context length is {max_length} tokens; the request needs {prompt_tokens + least}: "
+        f"{prompt_tokens} of prompt + {asked}.",
+        next_step="Shorten the prompt." if alone else "Lower max_tokens or shorten the prompt.",
+        param=prompt if alone else "max_tokens",
+        code="context_length_exceeded",
+    )
+
+
+def _too_long(field: str, tokens: int, max_length: int, about: str = "") -> RequestError:
+    return RequestError(
+        f"This model's maximum context length is {max_length} tokens; the prompt has {about}{tokens}.",
+        next_step="Shorten the prompt.",
+        param=field,
+        code="context_length_exceeded",
+    )
 
 
 def _wrong(field: str, why: str) -> RequestError:

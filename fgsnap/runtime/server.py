@@ -21,6 +21,7 @@ from fgsnap.errors import RequestError
 from fgsnap.runtime import answers, metrics, protocol, wire
 from fgsnap.runtime.answers import Piece
 from fgsnap.runtime.connections import show_failure
+from fgsnap.runtime.intake import Intake, Tokenizes
 from fgsnap.runtime.link import Inbox, Link, Lost, unavailable
 from fgsnap.runtime.request import Constraint, Output, Token
 from fgsnap.runtime.request import Request as EngineRequest
@@ -34,13 +35,12 @@ BODY_LIMIT = 8 << 20
 DISCARD_LIMIT = 64 << 20  # of a body that is too long, read on so far, that its sender gets to see the refusal
 BODY_SECONDS = 60.0
 KEEP_ALIVE_SECONDS = 10.0
-INLINE_CHARACTERS = 1 << 14  # longer texts are tokenized on a thread, so that the streams of others flow on
-INLINE_BYTES = 1 << 18  # longer bodies are read on a thread too
+INLINE_BYTES = 1 << 18  # longer bodies are read on a thread, so that the streams of others flow on
 CONSTRAINT_STATUS = {"constraint": 400, "not_supported": 501, "unavailable": 503}
 PUBLIC = frozenset(("/health", "/health/live", "/health/ready", "/health/startup"))
 
 Pieces = AsyncGenerator[Piece | None, None]
-Parse = Callable[[bytes, int], protocol.Call]
+Parse = Callable[[bytes, int, int], protocol.Call]
 
 GENERATION: dict[str, Parse] = {
     "/v1/completions": protocol.parse_completion,
@@ -62,14 +62,10 @@ class Stream(Protocol):
     def flush(self) -> str: ...
 
 
-class TextSide(Protocol):
+class TextSide(Tokenizes, Protocol):
     """What the server needs of text.Text."""
 
-    def encode(self, text: str) -> list[int]: ...
-
     def decode(self, ids: Sequence[int]) -> str: ...
-
-    def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]: ...
 
     def token_bytes(self, token: int) -> bytes: ...
 
@@ -77,11 +73,15 @@ class TextSide(Protocol):
 
 
 class Identity(NamedTuple):
-    """What is served: the name clients use, the snapshot's id, the size of its vocabulary."""
+    """What is served: the name clients use, the snapshot's id, its vocabulary's size, and the longest context.
+
+    The engine may settle for a shorter context than ``max_length``, once it is ready.
+    """
 
     model: str
     id: str
     vocab_size: int
+    max_length: int = protocol.MOST_TOKENS
 
 
 class ClientGone(Exception):
@@ -120,6 +120,7 @@ class App:
         self.open = 0
         self.metrics = metrics.Metrics()
         self._text = text
+        self._intake = Intake(text, self._context)
         self._link = link
         self._identity = identity
         self._default_max_tokens = default_max_tokens
@@ -164,18 +165,23 @@ class App:
         """One completion or chat, from its body to its last token, or until its client leaves."""
         began = time.monotonic()
         with self._admitted():
-            call = await self._parsed(GENERATION[scope["path"]], await _body(receive))
+            body = await _body(receive)
+            call = await self._parsed(GENERATION[scope["path"]], body)
             if call.model is not None:
                 self.check_model(call.model)
-            await unless_gone(receive, self._answer(call, scope["tenant"], began, send))
+            await unless_gone(receive, self._answer(call, len(body), scope["tenant"], began, send))
 
     async def _parsed(self, parse: Parse, body: bytes) -> protocol.Call:
         if len(body) > INLINE_BYTES:
-            return await asyncio.to_thread(parse, body, self._identity.vocab_size)
-        return parse(body, self._identity.vocab_size)
+            return await asyncio.to_thread(parse, body, self._identity.vocab_size, self._context())
+        return parse(body, self._identity.vocab_size, self._context())
 
-    async def _answer(self, call: protocol.Call, tenant: str, began: float, send: Send) -> None:
-        prompts = await self._tokenized(call)
+    def _context(self) -> int:
+        """The most tokens of a sequence, as far as is known yet."""
+        return self._identity.max_length if self._link.engine is None else self._link.engine.max_length
+
+    async def _answer(self, call: protocol.Call, size: int, tenant: str, began: float, send: Send) -> None:
+        prompts = await self._intake.prompts(call, size)
         engine = await self._until_ready()
         kv_tokens = engine.kv_blocks * engine.block_size
         lengths = [
@@ -227,16 +233,6 @@ class App:
         await send(_head(200, b"application/json", (b"content-length", str(len(body)).encode())))
         await send(_part(body, more=False))
         self._on_token()
-
-    async def _tokenized(self, call: protocol.Call) -> list[tuple[int, ...]]:
-        if call.text_size() > INLINE_CHARACTERS:
-            return await asyncio.to_thread(self._tokens, call)
-        return self._tokens(call)
-
-    def _tokens(self, call: protocol.Call) -> list[tuple[int, ...]]:
-        if call.chat:
-            return [tuple(self._text.encode_chat(call.messages))]
-        return [prompt if isinstance(prompt, tuple) else tuple(self._text.encode(prompt)) for prompt in call.prompts]
 
     def _echoes(self, call: protocol.Call) -> list[str]:
         """What the answers to each prompt begin with."""

@@ -73,7 +73,7 @@ class Service:
         self._app = App(
             text,
             self._link,
-            Identity(_model_name(options, snapshot), snapshot.id, snapshot.manifest.spec.vocab_size),
+            _identity(options, snapshot),
             default_max_tokens=options.default_max_tokens,
             max_open=options.engine.most_live,
             keys=keys,
@@ -247,6 +247,13 @@ def _signals() -> asyncio.Queue[int]:
             continue
         loop.add_signal_handler(number, queue.put_nowait, int(number))
     return queue
+
+
+def _identity(options: ServeOptions, snapshot: Snapshot) -> Identity:
+    spec = snapshot.manifest.spec
+    return Identity(
+        _model_name(options, snapshot), snapshot.id, spec.vocab_size, options.engine.max_model_len or spec.max_length
+    )
 
 
 def _model_name(options: ServeOptions, snapshot: Snapshot) -> str:

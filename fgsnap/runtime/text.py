@@ -102,7 +102,11 @@ class Text:
         **variables: Any,
     ) -> list[int]:
         """The tokens of a conversation. The template writes its own BOS token, so none is added."""
-        return self._ids(self.render_chat(messages, tools, add_generation_prompt, **variables))
+        return self.encode_rendered(self.render_chat(messages, tools, add_generation_prompt, **variables))
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """The tokens of a conversation that has been rendered."""
+        return self._ids(text)
 
     def token_bytes(self, token: int) -> bytes:
         """The exact bytes that a token stands for; half a character for some. Empty for an id without a token."""

@@ -344,6 +344,60 @@ def test_beyond_the_context_the_arithmetic_is_told():
     assert "max_tokens" in str(caught.value) and "max_tokens" not in str(unbounded.value), "none was asked for"
 
 
+@pytest.mark.parametrize(
+    ("call", "prompt", "param"),
+    [
+        (completion(max_tokens=96), 5, "max_tokens"),
+        (completion(max_tokens=8000), 99, "max_tokens"),
+        (completion(max_tokens=8000), 100, "prompt"),
+        (completion(), 100, "prompt"),
+        (completion(max_tokens=0, echo=True), 101, "prompt"),
+        (chat(max_tokens=96), 5, "max_tokens"),
+        (chat(), 100, "messages"),
+    ],
+)
+def test_beyond_the_context_the_field_is_named_that_alone_could_mend_it(call, prompt, param):
+    with pytest.raises(RequestError) as caught:
+        settled(call, prompt)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize("prompt", [[1] * 101, [[1], [1] * 110]], ids=["ids", "lists of ids"])
+def test_more_token_ids_than_the_context_has_are_not_read_one_by_one(prompt, monkeypatch):
+    body = json.dumps({"prompt": prompt}).encode()
+    monkeypatch.setattr(protocol, "LONGEST_LIST", 100)
+    monkeypatch.setattr(protocol, "token_ids", None)
+    with pytest.raises(RequestError, match="context length is 100 tokens; the prompt has 1") as caught:
+        protocol.parse_completion(body, VOCAB, 100)
+    assert (caught.value.param, caught.value.code) == ("prompt", "context_length_exceeded")
+
+
+def test_what_is_no_list_of_token_ids_is_not_counted_as_one(monkeypatch):
+    monkeypatch.setattr(protocol, "LONGEST_LIST", 0)
+    commas = ["a, b, [c], " * 20]
+    assert protocol.parse_completion(json.dumps({"prompt": commas}).encode(), VOCAB, 100).prompts == tuple(commas)
+    assert completion(prompt=[[1] * 60, [2] * 60]).prompts == ((1,) * 60, (2,) * 60)
+
+
+def test_messages_of_too_many_parts_are_not_made_one_by_one(monkeypatch):
+    monkeypatch.setattr(protocol, "LONGEST_LIST", 0)
+    monkeypatch.setattr(protocol, "MAX_OBJECTS", 5)
+    part = {"type": "text", "text": 'if (x) { y = "{{{{"; } \\'}
+    assert chat(messages=[{"role": "user", "content": [part] * 4}]).messages
+    for messages in ([{"role": "user", "content": [part] * 5}], [{"role": "user", "content": "a"}] * 6):
+        with pytest.raises(RequestError, match="6 objects, of at most 5") as caught:
+            chat(messages=messages)
+        assert caught.value.param == "messages"
+
+
+@pytest.mark.parametrize("field", ["role", "name", "tool_call_id"])
+def test_what_is_a_name_in_a_message_is_no_text(field):
+    message = {"role": "user", "content": "a", field: "x" * 257}
+    with pytest.raises(RequestError) as caught:
+        chat(messages=[message])
+    assert caught.value.param == f"messages[0].{field}"
+
+
 def test_an_empty_prompt_is_refused():
     with pytest.raises(RequestError, match="no tokens"):
         settled(completion(), 0)
