@@ -110,6 +110,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 BRIEF = frozenset(("stop", "stop_token_ids", "logit_bias", "cache_salt", "model"))
 LONGEST_LIST = 1 << 16  # bytes of JSON that one of these takes at most
 
+NO_MARKS = bytes(byte for byte in range(256) if byte not in b'{"')
+
 UNSUPPORTED_IN_CHAT: dict[str, tuple[Any, ...]] = {"echo": (None, False), "best_of": (None, 1)}
 
 CONSTRAINING = (
@@ -263,8 +265,10 @@ def _bound_objects(raw: bytes) -> None:
     """Before they are made one by one. Braces in texts do not count."""
     if raw.count(b"{") <= MAX_OBJECTS:
         return
-    outside = raw.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2]
-    count = b"".join(outside).count(b"{")
+    unescaped = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
+    # Without two quotes side by side, each brace that is left is inside or outside of a text as it was before.
+    marks = unescaped.translate(None, NO_MARKS).replace(b'""', b"")
+    count = b"".join(marks.split(b'"')[::2]).count(b"{")
     if count > MAX_OBJECTS:
         raise _wrong("messages", f"They and their parts are {count} objects, of at most {MAX_OBJECTS}.")
 
