@@ -8,7 +8,7 @@ not offer are refused by name.
 # Annotations are not postponed here: msgspec would have to compile each one from its text at every start.
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
@@ -109,6 +109,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 
 BRIEF = frozenset(("stop", "stop_token_ids", "logit_bias", "cache_salt", "model"))
 LONGEST_LIST = 1 << 16  # bytes of JSON that one of these takes at most
+LONGEST_SEARCH = 1 << 20  # bytes of a body in which the field is looked for that is no JSON
 
 NO_MARKS = bytes(byte for byte in range(256) if byte not in b'{"')
 
@@ -221,14 +222,29 @@ def _object(body: bytes, kind: type[msgspec.Struct], context: int) -> dict[str, 
         if body.lstrip()[:1] != b"{":
             raise _wrong("", f"The body must be a JSON object, not {_json_name(msgspec.json.decode(body))}.")
         raws = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-        known = {*kind.__struct_fields__, *UNSUPPORTED, *UNSUPPORTED_IN_CHAT, *CONSTRAINING}
+        known = _known(kind)
         sent = {name: _value(name, raw, context) for name, raw in raws.items() if name in known}
     except RecursionError:
         raise _wrong("", "The body is nested too deeply.") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise _wrong("", f"The body cannot be read as JSON: {_without_path(error)}.") from None
+        raise _unreadable(body, _known(kind), error) from None
     _refuse_unsupported(sent, UNSUPPORTED)
     return sent
+
+
+def _known(kind: type[msgspec.Struct]) -> set[str]:
+    return {*kind.__struct_fields__, *UNSUPPORTED, *UNSUPPORTED_IN_CHAT, *CONSTRAINING}
+
+
+def _unreadable(body: bytes, known: Container[str], error: Exception) -> RequestError:
+    """What to say of a body that is no JSON; with the field at fault, where one is and is soon found."""
+    if len(body) <= LONGEST_SEARCH:
+        from fgsnap.runtime.misread import first_misread
+
+        field, why = first_misread(body)
+        if field in known:
+            return _wrong(field, f"It cannot be read as JSON: {why or _without_path(error)}.")
+    return _wrong("", f"The body cannot be read as JSON: {_without_path(error)}.")
 
 
 def _value(name: str, raw: msgspec.Raw, context: int) -> Any:

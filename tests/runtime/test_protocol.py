@@ -290,6 +290,37 @@ def test_a_body_that_is_no_json_object_is_a_400(body):
         assert caught.value.status == 400 and "$[" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("body", "field", "why"),
+    [
+        (b'{"prompt":"\\ud800"}', "prompt", "half of a surrogate pair"),
+        (b'{"model": "m", "prompt" : "a\\udc00b", "n": 1}', "prompt", "half of a surrogate pair"),
+        (b'{"prompt":"a","stop":["x", "\\ud83d "]}', "stop", "half of a surrogate pair"),
+        (b'{"prompt":"a","temperature":NaN,"top_p":1}', "temperature", "NaN is no number"),
+        (b'{"prompt":"a", "logit_bias": {"5": -Infinity}}', "logit_bias", "-Infinity is no number"),
+        (b'{"prompt":"a","seed":0x1}', "", "malformed"),
+        (b'{"prompt":"a","seed":nan}', "seed", "malformed"),
+        (b'{"prompt":"a","zz\\ud800":NaN}', "", "malformed"),
+        (b'{"prompt":"\\ud83d\\ude00","zz":"\\ud800"}', "", "truncated"),
+        (b'{"prompt":"a","n":1', "", "truncated"),
+        (b'{"prompt":"a" "n":1}', "", "malformed"),
+        (b'{"prompt":NaN,"x":"\xff"}', "", "malformed"),
+    ],
+)  # fmt: skip
+def test_a_value_that_is_no_json_is_refused_by_the_name_of_its_field(body, field, why):
+    with pytest.raises(RequestError, match=why) as caught:
+        protocol.parse_completion(body, VOCAB)
+    assert caught.value.param == field and str(caught.value).startswith(field or "The body")
+
+
+def test_in_messages_too_and_not_in_bodies_that_are_too_long_to_look_through():
+    body = b'{"messages":[{"role":"user","content":"\\ud800"}]}'
+    for spaces, field in (0, "messages"), (protocol.LONGEST_SEARCH, ""):
+        with pytest.raises(RequestError) as caught:
+            protocol.parse_chat(body + b" " * spaces, VOCAB)
+        assert caught.value.param == field
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
