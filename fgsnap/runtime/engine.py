@@ -56,6 +56,9 @@ class Engine:
         prefix_caching: share the blocks of equal beginnings.
         grammars: gives what makes grammars of constraints, when the first one is asked for; None: they are refused.
         clock: seconds, for deadlines.
+
+    Attributes:
+        most_live: how many requests may run and wait at once.
     """
 
     def __init__(
@@ -76,7 +79,7 @@ class Engine:
         self._pool = BlockPool(model.blocks, model.block_size, caching=prefix_caching)
         self._scheduler = Scheduler(self._pool, token_budget, min(max_sequences, token_budget), admission)
         self._roster = self._scheduler.roster
-        self._max_live = min(max_sequences, token_budget) + max_waiting
+        self.most_live = min(max_sequences, token_budget) + max_waiting
         self._clock = clock
         self._live: dict[str, Sequence] = {}
         self._begin_grammars = grammars
@@ -290,7 +293,7 @@ class Engine:
     def _check(self, request: Request) -> None:
         if request.id in self._live:
             raise RequestError(f"A request with the id '{request.id}' is still running.", param="id")
-        if len(self._live) >= self._max_live:
+        if len(self._live) >= self.most_live:
             waiting = self._waiting
             raise RequestError(
                 "The queue is full.",

@@ -503,6 +503,21 @@ def _too_long(field: str, tokens: int, max_length: int, about: str = "") -> Requ
     )
 
 
+def check_choices(call: Call, most: int) -> None:
+    """RequestError where the choices of a call are more than may ever run and wait at once."""
+    prompts = max(len(call.prompts), 1)
+    if prompts * call.choices <= most:
+        return
+    field = "n" if call.choices == call.kept else "best_of"
+    needed = f"{prompts} prompts x {field} {call.choices} = {prompts * call.choices}" if prompts > 1 else call.choices
+    raise RequestError(
+        f"The request has more choices than this server takes at once: {needed}, of at most {most}.",
+        next_step="Send it in several requests.",
+        param=field if call.choices > 1 else "prompt",
+        code="invalid_value",
+    )
+
+
 def _wrong(field: str, why: str) -> RequestError:
     return RequestError(f"{field}: {why}" if field else why, param=field, code="invalid_value" if field else "")
 

@@ -180,7 +180,12 @@ class App:
         """The most tokens of a sequence, as far as is known yet."""
         return self._identity.max_length if self._link.engine is None else self._link.engine.max_length
 
+    def _most_live(self) -> int:
+        """The most choices that may run and wait at once, as far as is known yet."""
+        return self._max_open if self._link.engine is None else self._link.engine.most_live
+
     async def _answer(self, call: protocol.Call, size: int, tenant: str, began: float, send: Send) -> None:
+        protocol.check_choices(call, self._most_live())
         prompts = await self._intake.prompts(call, size)
         engine = await self._until_ready()
         kv_tokens = engine.kv_blocks * engine.block_size
@@ -254,7 +259,7 @@ class App:
         try:
             for work in works:
                 making[work.request.id] = _Choice(work, self._text.stream(stop, work.request.prompt))
-                self._link.submit(work.request, inbox)
+            self._link.submit([work.request for work in works], inbox)
             while making:
                 output = await _next(inbox, works[0].request.params.constraint)
                 if output is None:

@@ -213,6 +213,7 @@ def begin_engine(told: Callable[[], wire.Begin], mark: Callable[[str], None]) ->
         block_size=decoder.block_size,
         token_budget=budget.tokens,
         budget_source=budget.source,
+        most_live=engine.most_live,
     )
 
 

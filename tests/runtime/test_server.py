@@ -1023,7 +1023,7 @@ def test_more_choices_than_may_run_and_wait_are_told_when_to_come_again():
             until(lambda: service.link.stats and service.link.stats.generated_tokens > 4)
             stats = service.link.stats
             assert (stats.running, stats.waiting, stats.waiting_tokens) == (2, 3, 3 * 100)
-            with pytest.raises(openai.RateLimitError, match="2 choices run and 3 wait") as caught:
+            with pytest.raises(openai.RateLimitError, match="5 choices run or wait, of at most 5") as caught:
                 api.completions.create(prompt="x", model=MODEL, stream=True)
             # Three of 100 tokens wait, and some twenty a second come, after the prompts at least.
             assert 3 <= int(caught.value.response.headers["retry-after"]) <= 60
@@ -1031,6 +1031,44 @@ def test_more_choices_than_may_run_and_wait_are_told_when_to_come_again():
         until(lambda: all_blocks_free(service.url))
         workers.model.delay = 0.0
         assert len(api.completions.create(prompt="x", model=MODEL, n=5).choices) == 5
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "arithmetic"),
+    [
+        ({"n": 9}, "n", "9, of at most 8"),
+        ({"best_of": 16}, "best_of", "16, of at most 8"),
+        ({"prompt": ["x"] * 9}, "prompt", "9 prompts x n 1 = 9, of at most 8"),
+        ({"prompt": ["x"] * 5, "n": 2}, "n", "5 prompts x n 2 = 10, of at most 8"),
+        ({"prompt": ["x"] * 5, "best_of": 2}, "best_of", "5 prompts x best_of 2 = 10, of at most 8"),
+    ],
+    ids=str,
+)
+def test_what_never_has_a_place_is_not_told_to_come_again(fields, param, arithmetic):
+    workers = StubWorkers()
+    workers.engine = {"max_sequences": 2, "max_waiting": 6}
+    with stub_service(workers) as service:
+        until(lambda: service.link.state == "ready")
+        reply = ask(service.url, "POST", "/v1/completions", {"prompt": "x", **fields})
+        assert (reply.status, reply.error()["param"]) == (400, param) and arithmetic in reply.error()["message"]
+        assert "retry-after" not in reply.headers
+
+
+def test_the_choices_of_a_request_are_taken_all_or_none():
+    workers = StubWorkers()
+    workers.engine = {"max_sequences": 2, "max_waiting": 3}
+    with stub_service(workers) as service:
+        until(lambda: service.link.state == "ready")
+        workers.model.may_step.clear()
+        with send_only(service.url, "/v1/completions", {"prompt": "x", "n": 3}):
+            until(lambda: len(service.link._open) == 3)
+            reply = ask(service.url, "POST", "/v1/completions", {"prompt": "x", "n": 3})
+            assert reply.status == 429 and len(service.link._open) == 3
+            assert "3 choices run or wait, of at most 5, and this request has 3" in reply.error()["message"]
+            with send_only(service.url, "/v1/completions", {"prompt": "x", "n": 2}):
+                until(lambda: len(service.link._open) == 5)
+                workers.model.may_step.set()
+        until(lambda: all_blocks_free(service.url))
 
 
 def test_when_to_come_again_is_bounded_and_by_what_is_known():
