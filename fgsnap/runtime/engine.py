@@ -130,6 +130,10 @@ class Engine:
         """A file descriptor that is readable when a constraint may be compiled, for ``step``; None: none is pending."""
         return self._grammars.fileno() if self._grammars is not None and self._compiling else None
 
+    def time_left(self) -> float | None:
+        """Seconds until a deadline is over, for which ``step`` has to be called; None: there is none."""
+        return max(self._deadlines[0][0] - self._clock(), 0.0) if self._deadlines else None
+
     def step(self) -> Step:
         """Run one forward and return what it produced, at most one token a request."""
         ends = self._expire() if self._deadlines else []

@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import functools
 import hmac
+import math
 import os
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
-from contextlib import aclosing, contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import msgspec
 
@@ -82,6 +83,38 @@ class Identity(NamedTuple):
     id: str
     vocab_size: int
     max_length: int = protocol.MOST_TOKENS
+
+
+class Deadline(NamedTuple):
+    """When the time of a request is over, which began when it arrived.
+
+    Attributes:
+        seconds: its timeout; None: it has all the time.
+        at: on the monotonic clock, which is the event loop's too.
+    """
+
+    seconds: float | None
+    at: float
+
+    @classmethod
+    def of(cls, began: float, seconds: float | None) -> Self:
+        return cls(seconds, math.inf if seconds is None else began + seconds)
+
+    @property
+    def left(self) -> float:
+        return self.at - time.monotonic()
+
+    def rest(self) -> float | None:
+        """The timeout for the engine. RequestError where nothing is left."""
+        if self.seconds is None:
+            return None
+        if self.left <= 0:
+            raise self.over()
+        return self.left
+
+    def over(self) -> RequestError:
+        why = f"Its timeout of {self.seconds:g} s is over."
+        return RequestError("The request ran out of time.", why, status=504, code="deadline_exceeded")
 
 
 class ClientGone(Exception):
@@ -186,15 +219,17 @@ class App:
 
     async def _answer(self, call: protocol.Call, size: int, tenant: str, began: float, send: Send) -> None:
         protocol.check_choices(call, self._most_live())
-        prompts = await self._intake.prompts(call, size)
-        engine = await self._until_ready()
+        deadline = Deadline.of(began, call.timeout)
+        async with _in_time(deadline):
+            prompts = await self._intake.prompts(call, size)
+            engine = await self._until_ready()
         kv_tokens = engine.kv_blocks * engine.block_size
         lengths = [
             protocol.settled(call, len(prompt), engine.max_length, kv_tokens, self._default_max_tokens)
             for prompt in prompts
         ]
         heading = self._heading(call)
-        works = _works(heading.id, call, prompts, lengths, tenant, self._echoes(call))
+        works = _works(heading.id, call, prompts, lengths, tenant, self._echoes(call), deadline.rest())
         answer = answers.Answer(
             heading,
             choices=len(works),
@@ -206,7 +241,10 @@ class App:
             prompt_top=call.prompt_top,
             prompt_spell=self._text.token_bytes,
         )
-        async with aclosing(self._pieces(works, call.stop)) as pieces, aclosing(self._timed(pieces, began)) as timed:
+        async with (
+            aclosing(self._pieces(works, call.stop, deadline)) as pieces,
+            aclosing(self._timed(pieces, began)) as timed,
+        ):
             await (self._stream if call.stream else self._whole)(answer, timed, send)
 
     async def _stream(self, answer: answers.Answer, pieces: Pieces, send: Send) -> None:
@@ -252,7 +290,7 @@ class App:
         finally:
             self._held -= 1
 
-    async def _pieces(self, works: Sequence[Work], stop: tuple[str, ...]) -> Pieces:
+    async def _pieces(self, works: Sequence[Work], stop: tuple[str, ...], deadline: Deadline) -> Pieces:
         """What all choices produce, as it comes; None when nothing came for a while. Leaving early aborts the rest."""
         inbox: Inbox = asyncio.Queue()
         making: dict[str, _Choice] = {}
@@ -261,7 +299,7 @@ class App:
                 making[work.request.id] = _Choice(work, self._text.stream(stop, work.request.prompt))
             self._link.submit([work.request for work in works], inbox)
             while making:
-                output = await _next(inbox, works[0].request.params.constraint)
+                output = await _next(inbox, works[0].request.params.constraint, deadline)
                 if output is None:
                     yield None
                 elif (choice := making.get(output.request)) is not None:
@@ -393,10 +431,11 @@ def _works(
     lengths: Sequence[int],
     tenant: str,
     echoes: Sequence[str],
+    timeout: float | None,
 ) -> list[Work]:
     """The choices of every prompt in order. A seed gives each choice of a prompt its own stream of numbers."""
     works: list[Work] = []
-    more = call.priority, tenant, call.timeout, call.cache_salt
+    more = call.priority, tenant, timeout, call.cache_salt
     logprobs = max(call.params.logprobs, 0 if call.kept < call.choices else -1)  # the best are told by them
     for prompt, length, echo in zip(prompts, lengths, echoes, strict=True):
         for choice in range(call.choices):
@@ -406,22 +445,35 @@ def _works(
     return works
 
 
-async def _next(inbox: Inbox, constraint: Constraint | None) -> Output | None:
+@asynccontextmanager
+async def _in_time(deadline: Deadline) -> AsyncIterator[None]:
+    """Cancel what is awaited here when the time is over. RequestError then."""
+    try:
+        async with asyncio.timeout_at(None if deadline.seconds is None else deadline.at):
+            yield
+    except TimeoutError:
+        raise deadline.over() from None
+
+
+async def _next(inbox: Inbox, constraint: Constraint | None, deadline: Deadline) -> Output | None:
     """The next output, or None after KEEP_ALIVE_SECONDS without one. RequestError for bad news.
 
-    Which may be of the ``constraint`` that all of them have.
+    Which may be of the ``constraint`` that all of them have, or that the time is over: an engine that stands still does
+    not say so.
     """
     try:
-        async with asyncio.timeout(KEEP_ALIVE_SECONDS):
+        async with asyncio.timeout(min(KEEP_ALIVE_SECONDS, deadline.left)):
             item = await inbox.get()
     except TimeoutError:
+        if deadline.left <= 0:
+            raise deadline.over() from None
         return None
     if isinstance(item, Lost):
         raise unavailable(item.why)
     if isinstance(item, wire.Refused):
         raise RequestError(item.what, item.why, item.next_step, status=item.status, param=item.param, code=item.code)
     if item.code == "deadline_exceeded":
-        raise RequestError("The request ran out of time.", f"{item.error}.", status=504, code=item.code)
+        raise deadline.over()
     if item.finish == "error" and constraint is not None and item.code in CONSTRAINT_STATUS:
         what, status = f"The constraint in {constraint.field} failed.", CONSTRAINT_STATUS[item.code]
         param = constraint.field.partition(".")[0]

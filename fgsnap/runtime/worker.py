@@ -46,7 +46,7 @@ TELL_SECONDS = 1.0
 
 
 PATIENCE_SECONDS = 1
-"""While it waits for a constraint to be compiled, a worker is heard of, and looks at deadlines, so often."""
+"""While it waits for a constraint to be compiled, a worker is heard of so often."""
 
 
 class ParentGone(Exception):
@@ -72,14 +72,14 @@ class Pipe:
         assert isinstance(message, wire.Begin)
         return message
 
-    def receive(self, *, wait: bool, beside: int | None = None) -> list[wire.ToWorker]:
+    def receive(self, *, wait: bool, beside: int | None = None, patience: float | None = None) -> list[wire.ToWorker]:
         """Every whole message that has arrived; with ``wait`` sleep until some bytes do.
 
-        Or until there is something to read at the file descriptor ``beside``.
+        Or until there is something to read at the file descriptor ``beside``, for ``patience`` seconds at most.
         """
         messages: list[wire.ToWorker] = []
         if wait and beside is not None:
-            self._sleep(beside)
+            self._sleep(beside, PATIENCE_SECONDS if patience is None else min(patience, PATIENCE_SECONDS))
             wait = False
         while True:
             try:
@@ -92,11 +92,11 @@ class Pipe:
                 raise ParentGone
             messages += map(wire.decode_to_worker, self._buffer.feed(data))
 
-    def _sleep(self, beside: int) -> None:
+    def _sleep(self, beside: int, seconds: float) -> None:
         readiness = select.poll()
         readiness.register(self._end, select.POLLIN)
         readiness.register(beside, select.POLLIN)
-        readiness.poll(PATIENCE_SECONDS * 1000)
+        readiness.poll(math.ceil(seconds * 1000))
 
 
 def run(pipe: Pipe, begin: Callable[[Callable[[str], None]], tuple[Engine, wire.Ready]], started: float) -> int:
@@ -126,7 +126,8 @@ def run(pipe: Pipe, begin: Callable[[Callable[[str], None]], tuple[Engine, wire.
 def _serve(pipe: Pipe, engine: Engine) -> None:
     """Take in what has arrived, step, tell; sleep on the pipe when there is no work."""
     while True:
-        for message in pipe.receive(wait=not engine.has_work(), beside=engine.awaited()):
+        waiting = not engine.has_work()
+        for message in pipe.receive(wait=waiting, beside=engine.awaited(), patience=engine.time_left()):
             if isinstance(message, wire.Stop):
                 return
             _take(pipe, engine, message)

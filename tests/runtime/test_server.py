@@ -413,6 +413,69 @@ def test_time_is_up_with_504():
         until(lambda: all_blocks_free(service.url))
 
 
+def late(service, **fields) -> str:
+    """The message to a request that runs out of time, long before it is heard of a silent engine again."""
+    began = time.monotonic()
+    reply = ask(service.url, "POST", "/v1/completions", {"prompt": "late", "timeout": 0.2, **fields})
+    assert (reply.status, reply.error()["code"]) == (504, "deadline_exceeded")
+    assert time.monotonic() - began < server.KEEP_ALIVE_SECONDS / 2
+    return reply.error()["message"]
+
+
+def test_the_time_that_the_engine_takes_to_start_counts():
+    workers = StubWorkers()
+    workers.may_begin.clear()
+    with stub_service(workers) as service:
+        assert "timeout of 0.2 s" in late(service)
+        workers.may_begin.set()
+        until(lambda: service.link.state == "ready")
+        assert service.app.open == 0 and service.link.stats is None, "the engine never heard of it"
+
+
+def test_the_time_that_is_spent_waiting_is_not_the_engine_s(monkeypatch):
+    workers, submitted = StubWorkers(), []
+    workers.may_begin.clear()
+    with stub_service(workers) as service:
+        submit = service.link.submit
+        monkeypatch.setattr(service.link, "submit", lambda all, inbox: (submitted.extend(all), submit(all, inbox)))
+        with send_only(service.url, "/v1/completions", {"prompt": "x", "timeout": 60, "n": 2}):
+            until(lambda: service.app.open == 1)
+            time.sleep(0.3)
+            workers.may_begin.set()
+            until(lambda: submitted)
+    assert len(submitted) == 2 and all(50 < request.timeout < 59.75 for request in submitted)
+
+
+def test_the_time_that_tokenizing_takes_counts(service, monkeypatch):
+    may_go_on = threading.Event()
+    monkeypatch.setattr(ByteText, "encode", lambda self, text: may_go_on.wait(10) and [1, 2, 3])
+    monkeypatch.setattr(intake, "INLINE", 0)
+    late(service)
+    may_go_on.set()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_worker_that_stands_still_does_not_stretch_the_time(stream):
+    with stub_service() as service:
+        until(lambda: service.link.state == "ready")
+        service.workers.model.may_step.clear()
+        assert "timeout of 0.2 s" in late(service, stream=stream)
+        service.workers.model.may_step.set()
+        until(lambda: service.link.stats and all_blocks_free(service.url))
+
+
+def test_a_stream_that_has_begun_ends_in_time_though_the_worker_stands_still():
+    with stub_service() as service, client(service.url) as api:
+        until(lambda: service.link.state == "ready")
+        options = {"ignore_eos": True, "timeout": 0.5}
+        stream = api.completions.create(prompt="x", model=MODEL, max_tokens=200, stream=True, extra_body=options)
+        next(stream)
+        service.workers.model.may_step.clear()
+        with pytest.raises(openai.APIError, match="out of time"):
+            list(stream)
+        service.workers.model.may_step.set()
+
+
 def test_who_comes_first_is_decided_by_priority_and_keys_take_turns():
     workers = StubWorkers()
     workers.engine = {"max_sequences": 1}

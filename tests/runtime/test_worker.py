@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,7 +20,7 @@ from fgsnap.runtime.blocks import BlockPool
 from fgsnap.runtime.engine import Engine
 from fgsnap.runtime.options import EngineOptions
 from fgsnap.runtime.process import BOOT
-from fgsnap.runtime.request import Request, SamplingParams
+from fgsnap.runtime.request import Constraint, Request, SamplingParams
 from fgsnap.snapshot import open_snapshot
 from tests.doubles import StubModel
 from tests.serving import Paced, alive, servable_snapshot, until
@@ -213,6 +214,36 @@ def test_a_nan_ends_one_request_only(serve):
     assert tokens_of(server, "bad") == ([], "error")
     server.send(wire.Submit(request("later")))
     assert tokens_of(server, "later")[1] == "length"
+
+
+class Endless:
+    """Grammars that are compiled for ever."""
+
+    def __init__(self) -> None:
+        self.end, self.other = socket.socketpair()
+
+    def matcher(self, constraint, *, open_end):
+        return SimpleNamespace(pending=True, error="", close=lambda: None)
+
+    def fileno(self):
+        return self.end.fileno()
+
+    def hear(self):
+        pass
+
+    def close(self):
+        self.end.close()
+        self.other.close()
+
+
+def test_a_deadline_is_kept_while_a_constraint_is_compiled(serve, monkeypatch):
+    monkeypatch.setattr(worker, "PATIENCE_SECONDS", 60)
+    limited = Engine(StubModel(), token_budget=32, grammars=Endless)
+    server = serve(lambda mark: (limited, READY))
+    params = SamplingParams(4, constraint=Constraint("regex", "a"))
+    server.send(wire.Submit(Request("r", (1, 2), params, timeout=0.05)))
+    ended = server.until(wire.Outputs, lambda message: message.step.ends)
+    assert [(end.request, end.code) for end in ended.step.ends] == [("r", "deadline_exceeded")]
 
 
 def test_stop_ends_the_loop(serve):
