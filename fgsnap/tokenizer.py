@@ -23,11 +23,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
+import json
+import operator
 import os
 import struct
 from array import array
-from collections.abc import Callable, Container, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Container, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 # One prompt is tokenized at a time, on one thread; the library's pool would only compete with the engine for cores.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -57,6 +60,10 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text, without those that a model wants around it."""
+        ...
+
+    def least_tokens(self, text: str) -> int:
+        """How many tokens the text has at least, by its length; 0 where that says nothing."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -93,6 +100,13 @@ class Whole:
         # As a batch of one: only batches let other threads run meanwhile, and a long prompt takes seconds.
         return list(self._library.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
+    def least_tokens(self, text: str) -> int:
+        return self._density.least_tokens(text)
+
+    @functools.cached_property
+    def _density(self) -> Density:
+        return density(self._library, max(len(token.encode()) for token in self._library.get_vocab()))
+
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._library.decode(list(ids), skip_special_tokens=True))
 
@@ -127,6 +141,13 @@ class Cut:
         if count < 0:
             raise MemoryError("a text is too long to be tokenized here")
         return tokens[:count].tolist()
+
+    def least_tokens(self, text: str) -> int:
+        return self._density.least_tokens(text)
+
+    @functools.cached_property
+    def _density(self) -> Density:
+        return density(self._frame, max(map(operator.sub, self._ends, itertools.chain([0], self._ends))))
 
     def decode(self, ids: Sequence[int]) -> str:
         pieces = [piece for piece in map(self.id_to_token, ids) if piece is not None and piece not in self._special]
@@ -187,6 +208,100 @@ def _special(library: Any) -> frozenset[int]:
 
 def _is_byte_level(library: Any) -> bool:
     return library.decoder is not None and b'"ByteLevel"' in bytes(library.decoder.__getstate__())
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Which byte each printable character of a byte-level vocabulary stands for.
+
+    Bytes that print as themselves do; the others, in order, are the characters from U+0100 on.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(rest)}
+
+
+BYTE_OF = _byte_alphabet()
+
+UNICODE_FORMS = frozenset(("NFC", "NFD", "NFKC", "NFKD"))
+"""Steps that leave ASCII as it is, and may make other texts shorter."""
+
+KEEPING = frozenset(("ByteLevel", "Digits", "Metaspace", "Prepend"))
+"""Steps after which a text has as many bytes as before, or more."""
+
+
+class Density(NamedTuple):
+    """How many bytes of a text a token stands for.
+
+    Attributes:
+        most: bytes of one token; 0: there is no bound.
+        missing: bytes that do not count, for they may be in no token.
+        only_ascii: the bound is one for ASCII texts.
+    """
+
+    most: int = 0
+    missing: bytes = b""
+    only_ascii: bool = False
+
+    def least_tokens(self, text: str) -> int:
+        if not self.most or (self.only_ascii and not text.isascii()):
+            return 0
+        return -(-len(text.encode(errors="replace").translate(None, self.missing)) // self.most)
+
+
+def density(library: Any, longest: int) -> Density:
+    """There is a bound where no byte of a text is passed over, so that each lies in a token of the vocabulary.
+
+    So where every step before the model keeps all that it is given, and the model falls back to bytes. One unknown
+    token may stand for any number of characters, and so may an added token that takes the spaces beside it along.
+
+    Args:
+        library: the tokenizer, or its frame.
+        longest: bytes of the longest token as the vocabulary writes it, which is never shorter than what it stands for.
+    """
+    added = library.get_added_tokens_decoder().values()
+    steps = [*_steps(library.normalizer), *_steps(library.pre_tokenizer)]
+    forms = [step for step in steps if step["type"] in UNICODE_FORMS]
+    missing = _missing_bytes(library, steps)
+    if (
+        not all(step in forms or _keeps(step) for step in steps)
+        or any(token.lstrip or token.rstrip for token in added)
+        or missing is None
+    ):
+        return Density()
+    normal = str if library.normalizer is None else library.normalizer.normalize_str
+    spelled = [len(text.encode()) for token in added for text in (token.content, normal(token.content))]
+    return Density(max([longest, *spelled]), missing, only_ascii=bool(forms))
+
+
+def _steps(part: Any) -> Iterator[dict[str, Any]]:
+    """What a normalizer or pre-tokenizer does, one thing after the other."""
+    pending = [] if part is None else [json.loads(part.__getstate__())]
+    while pending:
+        step = pending.pop(0)
+        if step["type"] == "Sequence":
+            pending = [*step.get("normalizers", step.get("pretokenizers", ())), *pending]
+        else:
+            yield step
+
+
+def _keeps(step: dict[str, Any]) -> bool:
+    if step["type"] == "Replace":
+        pattern = step["pattern"].get("String")
+        return pattern is not None and len(step["content"].encode()) >= len(pattern.encode())
+    if step["type"] in ("Split", "Punctuation"):
+        return bool(step["behavior"] != "Removed")
+    return step["type"] in KEEPING
+
+
+def _missing_bytes(library: Any, steps: list[dict[str, Any]]) -> bytes | None:
+    """The bytes that the model has no token for; None: it has tokens for characters, not for bytes."""
+    if type(library.model).__name__ != "BPE":
+        return None
+    if any(step["type"] == "ByteLevel" for step in steps):
+        return bytes(byte for letter, byte in BYTE_OF.items() if library.token_to_id(letter) is None)
+    names = [f"<0x{byte:02X}>" for byte in range(256)]
+    whole = library.model.byte_fallback and all(library.token_to_id(name) is not None for name in names)
+    return b"" if whole else None
 
 
 def _unreadable(name: str, why: str) -> SnapshotRefused:

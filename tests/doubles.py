@@ -256,6 +256,9 @@ class ByteText:
     def encode(self, text: str) -> list[int]:
         return self._bos + list(text.encode())
 
+    def least_tokens(self, text: str) -> int:
+        return 0
+
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(id for id in ids if id < 256).decode(errors="replace")
 

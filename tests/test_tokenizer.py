@@ -166,6 +166,76 @@ def test_any_tokens_read_the_same(kind, ids):
     assert cut.decode(ids) == whole.decode(ids)
 
 
+def sparse(**changes) -> bytes:
+    """A byte-level tokenizer, some part of which passes over bytes, or makes one token of very many."""
+    made = byte_level()
+    for name, value in changes.items():
+        setattr(made, name, value)
+    return made.to_str().encode()
+
+
+PASSING = {
+    "unknowns": KINDS["unknowns"],
+    "nothing known": KINDS["nothing_known"],
+    "many added": KINDS["many_added"],
+    "removed": sparse(
+        pre_tokenizer=pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "removed"), pre_tokenizers.ByteLevel()])
+    ),
+    "whitespace": sparse(
+        pre_tokenizer=pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel()])
+    ),
+    "strip": sparse(normalizer=normalizers.Strip()),
+    "shorter": sparse(normalizer=normalizers.Replace("  ", " ")),
+    "no bytes": sparse(pre_tokenizer=None),
+    "unigram": Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], 0)).to_str().encode(),
+}
+
+
+@pytest.mark.parametrize("kind", PASSING)
+def test_where_bytes_are_passed_over_a_length_says_nothing(kind):
+    assert Whole(PASSING[kind]).least_tokens("a" * 10**6) == 0
+
+
+def composing() -> bytes:
+    return sparse(normalizer=normalizers.NFC())
+
+
+def bytes_missing() -> bytes:
+    """As SmolLM2's, which was trained without some control characters: they vanish, and their neighbours merge."""
+    parsed = json.loads(byte_level().to_str())
+    gone = {"Ċ", "=", "Ā"}
+    model = parsed["model"]
+    model["vocab"] = {token: id for token, id in model["vocab"].items() if not gone & {*token}}
+    model["merges"] = [merge for merge in model["merges"] if not gone & {*"".join(merge)}]
+    return json.dumps(parsed).encode()
+
+
+BOUNDED = {
+    **{kind: KINDS[kind] for kind in ("byte_level", "sentence_piece", "whole_words")},
+    "nfc": composing(),
+    "missing": bytes_missing(),
+}
+
+
+@pytest.mark.parametrize("kind", BOUNDED)
+def test_a_length_says_how_many_tokens_there_are_at_least(kind):
+    whole = Whole(BOUNDED[kind])
+    ways = [whole] if merge_loop() is None else pair(BOUNDED[kind])
+
+    @AGAIN
+    @given(text=texts)
+    @example(text=PEOPLE)
+    @example(text="é" * 50)
+    def holds(text):
+        for way in ways:
+            assert way.least_tokens(text) <= len(way.encode(text))
+
+    holds()
+    assert {way.least_tokens("a" * 10_000) for way in ways} == {way.least_tokens("b" * 10_000) for way in ways}
+    assert all(way.least_tokens("a" * 10_000) > 0 for way in ways)
+    assert (whole.least_tokens("é" * 10_000) == 0) == (kind == "nfc")
+
+
 @built
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_token_has_its_name(kind):

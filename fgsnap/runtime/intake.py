@@ -35,6 +35,8 @@ class Tokenizes(Protocol):
 
     def encode_rendered(self, text: str) -> list[int]: ...
 
+    def least_tokens(self, text: str) -> int: ...
+
     def render_chat(self, messages: Sequence[dict[str, Any]]) -> str: ...
 
 
@@ -101,22 +103,24 @@ class Intake:
         def encoded(text: str) -> tuple[int, ...]:
             errand.go_on()
             if len(text) > DENSE * most:
-                _check_length(call, text, most, encode, errand)
+                least = self._text.least_tokens(text)
+                least = least if least > most else _counted(text, most, encode, errand)
+                if least > most:
+                    raise protocol.beyond_context(call, least, most, counted_all=False)
             return tuple(encode(text))
 
         return [encoded(text) if isinstance(text, str) else text for text in texts]
 
 
-def _check_length(
-    call: protocol.Call, text: str, most: int, encode: Callable[[str], list[int]], errand: Errand
-) -> None:
-    """RequestError as soon as the text is known to have more than ``most`` tokens."""
+def _counted(text: str, most: int, encode: Callable[[str], list[int]], errand: Errand) -> int:
+    """How many tokens the text has at least, as far as it was counted: until they are more than ``most``."""
     counted = 0
     for cuts, piece in enumerate(pieces(text)):
         errand.go_on()
         counted += len(encode(piece)) - (CUT_TOKENS if cuts else 0)
         if counted > most:
-            raise protocol.beyond_context(call, counted, most, counted_all=False)
+            break
+    return counted
 
 
 def pieces(text: str) -> Iterator[str]:

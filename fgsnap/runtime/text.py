@@ -18,7 +18,7 @@ from minijinja import Environment, TemplateError
 
 from fgsnap.errors import RequestError, SnapshotRefused
 from fgsnap.snapshot import Manifest
-from fgsnap.tokenizer import load_tokenizer
+from fgsnap.tokenizer import BYTE_OF, load_tokenizer
 
 TEMPLATE_FUEL = 10_000_000
 """Template instructions a rendering may take: a quarter of a second, and thousands of messages."""
@@ -66,6 +66,10 @@ class Text:
     def encode(self, text: str) -> list[int]:
         """The tokens of a plain prompt, after a BOS token if the model wants one."""
         return self._bos + self._ids(text)
+
+    def least_tokens(self, text: str) -> int:
+        """How many tokens a text has at least, by its length; 0 where that says nothing."""
+        return self.tokenizer.least_tokens(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, special tokens skipped."""
@@ -290,19 +294,6 @@ def _named_tokens(data: bytes) -> dict[str, str]:
         if name.endswith("_token") and isinstance(content, str):
             found[name] = content
     return found
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Which byte each printable character of a byte-level vocabulary stands for.
-
-    Bytes that print as themselves do; the others, in order, are the characters from U+0100 on.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(rest)}
-
-
-BYTE_OF = _byte_alphabet()
 
 
 class TextStream:

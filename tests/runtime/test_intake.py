@@ -80,6 +80,14 @@ def test_a_text_is_tokenized_no_further_than_the_context_goes(letters, chat):
     assert caught.value.param == ("messages" if chat else "prompt")
 
 
+def test_where_the_length_says_enough_nothing_is_tokenized():
+    text = Dense()
+    text.least_tokens = lambda text: len(text) // 50
+    with pytest.raises(RequestError, match="is 10000 tokens; the prompt has at least 20000"):
+        prompts(text, call(prompt=" " * 1_000_000), 10_000)
+    assert text.given == 0
+
+
 def test_a_long_text_of_few_tokens_is_taken():
     text = Dense()
     assert prompts(text, call(prompt="a" * 160_000), 10_000) == [(1,) * 10_000]
