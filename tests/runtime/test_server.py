@@ -12,10 +12,13 @@ import pytest
 
 from fgsnap.kernels.ops import Batch, Sampled, Sampling
 from fgsnap.runtime import intake, server
+from fgsnap.runtime import service as service_module
 from fgsnap.runtime.link import Link
+from fgsnap.runtime.options import EngineOptions, ServeOptions
 from fgsnap.runtime.request import EngineStats
+from fgsnap.snapshot import open_snapshot
 from tests.doubles import ByteText, StubModel
-from tests.serving import MODEL, StubWorkers, ask, client, samples, send_only, stub_service, until
+from tests.serving import MODEL, StubWorkers, ask, client, samples, send_only, servable_snapshot, stub_service, until
 
 ROUTES = [
     ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("GET", "/v1/models"),
@@ -893,6 +896,23 @@ def test_early_requests_are_held_and_then_answered():
         for thread in threads:
             thread.join(10)
         assert sorted(len(answer.choices) for answer in answers) == [1, 2]
+
+
+def test_before_the_engine_is_ready_the_model_s_context_is_the_limit():
+    workers = StubWorkers()
+    workers.may_begin.clear()
+    with stub_service(workers) as service:
+        service.app._identity = service.app._identity._replace(max_length=1000)
+        reply = ask(service.url, "POST", "/v1/completions", {"prompt": "x" * 20_000})
+        assert reply.status == 400 and "is 1000 tokens; the prompt has at least" in reply.error()["message"]
+        assert service.link.state == "starting"
+
+
+@pytest.mark.parametrize(("asked", "length"), [(None, 256), (100, 100)])
+def test_the_longest_context_is_the_model_s_or_the_one_asked_for(tmp_path, asked, length):
+    with open_snapshot(servable_snapshot(tmp_path / "snap", canary="none")) as snapshot:
+        options = ServeOptions(snapshot="snap", engine=EngineOptions(max_model_len=asked))
+        assert service_module._identity(options, snapshot).max_length == length
 
 
 @pytest.mark.parametrize("stream", [False, True])
