@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from fgsnap.kernels.ops import Sampling
+from fgsnap.kernels.ops import BlockTable, Sampling
 from fgsnap.runtime.sequence import Sequence
 
 NO_TOKEN = -1
@@ -32,7 +32,7 @@ class Roster:
         self.sequences: list[Sequence] = []
         self.ids: list[str] = []
         self.texts: list[list[int]] = []
-        self.tables: list[list[int]] = []
+        self.tables: list[BlockTable] = []
         self.how: list[Sampling] = []
         self.last: list[int] = []
         self.cached: list[int] = []

@@ -31,7 +31,7 @@ from heapq import heapify, heappop, heappush
 from operator import attrgetter
 from typing import Literal, NamedTuple
 
-from fgsnap.kernels.ops import Batch, Sampling
+from fgsnap.kernels.ops import Batch, BlockTable, Sampling
 from fgsnap.runtime.blocks import BlockPool
 from fgsnap.runtime.roster import Roster
 from fgsnap.runtime.sequence import Sequence
@@ -356,7 +356,7 @@ class Scheduler:
         if spoiled:
             self._pool.discard(sequence.table)
         self._pool.release(sequence.table, sequence.promised)
-        sequence.table, sequence.promised = [], 0
+        sequence.table, sequence.promised = BlockTable(), 0
         self._full = False
 
     def _computed(self, digest: bytes) -> None:

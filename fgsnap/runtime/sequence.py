@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from fgsnap.kernels.ops import Edits, Sampling
+from fgsnap.kernels.ops import BlockTable, Edits, Sampling
 from fgsnap.runtime.request import Request, SamplingParams
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Sequence:
         self.forwarded = 0
         self.scored = 0
         self.to_score = 0 if params.prompt_logprobs < 0 else self.prompt_length - 1
-        self.table: list[int] = []
+        self.table = BlockTable()
         self.promised = 0
         self.root = root
         self.digests: list[bytes] = []
