@@ -25,6 +25,8 @@ TEMPLATE_FUEL = 10_000_000
 
 MAX_JSON_INDENT = 16
 REPLACEMENT = "\ufffd"
+LONGEST_CHARACTER = 4
+"""Bytes in UTF-8, and so at most as many tokens."""
 
 Message = Mapping[str, Any]
 
@@ -385,8 +387,9 @@ class Characters:
     def __init__(self, decode: Callable[[list[int]], str], prompt: Sequence[int] = ()) -> None:
         self._decode = decode
         self._window = self._tail(prompt)
-        self._settled = len(self._window)  # tokens at the front of the window whose text is shown to the last character
-        self._shown = len(decode(self._window)) if self._window else 0
+        self._shown = decode(self._window) if self._window else ""  # of the text of the window
+        # Tokens at the front of the window whose characters are whole, and shown.
+        self._settled = 0 if REPLACEMENT in self._shown else len(self._window)
         self._stalled = 0
 
     def feed(self, ids: Sequence[int]) -> str:
@@ -396,37 +399,68 @@ class Characters:
 
     def _feed(self, id: int) -> str:
         self._window.append(id)
-        text = self._decode(self._window)
-        whole = len(text.rstrip(REPLACEMENT))
-        self._stalled = 0 if whole > self._shown or whole == len(text) else self._stalled + 1
-        if self._stalled >= self.patience:
-            whole = len(text) - 1
-        shown, self._shown = self._shown, max(self._shown, whole)
-        self._slide(held=max(len(text) - self._shown, 0))
-        return text[shown : max(shown, whole)]
+        text = self._text()
+        shown, whole = len(self._shown), len(text.rstrip(REPLACEMENT))
+        if whole == len(text):
+            self._stalled = 0
+            self._settle(text)
+        else:
+            self._stalled = 0 if whole > shown else self._stalled + 1
+            whole = max(whole if self._stalled < self.patience else len(text) - 1, shown)
+            self._shown = text[:whole]
+        if len(self._window) > self.longest_window:
+            self._shorten(held=len(text) - whole)
+        return text[shown:whole]
 
     def flush(self) -> str:
         """Everything held back, as it is."""
-        rest = self._decode(self._window)[self._shown :]
-        self._shown += len(rest)
+        text = self._text()
+        rest = text[len(self._shown) :]
+        self._shown = text
         return rest
 
     def _tail(self, prompt: Sequence[int]) -> list[int]:
-        """The last few tokens of the prompt, cut between two characters."""
-        tails = [list(prompt[-length:]) for length in range(self.context, self.context - 4, -1)]
-        return next((tail for tail in tails if REPLACEMENT not in self._decode(tail)), tails[0])
+        """The last few tokens of the prompt that have text: whole characters, or else what belongs to the last one."""
+        ends = range(len(prompt), 0, -1)
+        end = next((end for end in ends if self._decode([prompt[end - 1]])), len(prompt))
+        begin = max(end - self.context, 0)
+        for cut in range(end, max(end - LONGEST_CHARACTER, begin), -1):
+            start = next((start for start in range(begin, cut) if self._is_whole(prompt[start:cut])), None)
+            if start is not None:
+                return list(prompt[start if cut == end else cut : end])
+        return list(prompt[max(end - LONGEST_CHARACTER + 1, 0) : end])
 
-    def _slide(self, held: int) -> None:
+    def _is_whole(self, ids: Sequence[int]) -> bool:
+        text = self._decode(list(ids))
+        return bool(text) and REPLACEMENT not in text
+
+    def _text(self) -> str:
+        """The text of the window, which begins with what was shown."""
+        text = self._decode(self._window)
+        if not text.startswith(self._shown):  # half a character at the end of the prompt has become a whole one
+            self._shown = self._shown.rstrip(REPLACEMENT)
+        if not text.startswith(self._shown):  # some decoders take back whole characters when a part of one follows
+            self._window, self._settled, self._shown = self._window[self._settled :], 0, ""
+            text = self._decode(self._window)
+        return text
+
+    def _settle(self, text: str) -> None:
         """Forget tokens that no longer influence what follows, so that a step costs the same however long the text."""
-        if held == 0:
-            fresh = self._window[self._settled :]
-            if self._decode(fresh):  # a skipped special token would leave the next word without its neighbour
-                self._window = fresh
-            self._settled = len(self._window)
-        if len(self._window) > self.longest_window:
-            self._window = self._window[-self.context :]
-            self._settled = 0 if held else len(self._window)
-        self._shown = max(len(self._decode(self._window)) - held, 0)
+        fresh = self._window[self._settled :]
+        if alone := self._decode(fresh):
+            self._window, self._shown = fresh, alone
+        elif self._shown:  # special tokens, or one space: what is before them tells that no word here is the first
+            del self._window[self._settled :]
+        else:
+            self._shown = text
+        self._settled = len(self._window)
+
+    def _shorten(self, held: int) -> None:
+        """Leave out the middle of a window in which no character ends with a token, or none is right."""
+        del self._window[self.context : -self.context]
+        self._settled = min(self._settled, self.context)
+        text = self._decode(self._window)
+        self._shown = text[: max(len(text) - held, 0)]
 
 
 class StopTexts:
