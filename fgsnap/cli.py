@@ -71,7 +71,8 @@ def engine_options(command: Command) -> Command:
             option("--max-model-len", type=click.IntRange(min=1), help="Longest context; default: the model's."),
             option(
                 "--max-batch-tokens", type=click.IntRange(min=1),
-                help="Token budget of one forward; default: what 'fgsnap bench budget' measured here, else 512.",
+                help="Token budget of one forward; default: what 'fgsnap bench budget' measured here, else 128 on a "
+                "CPU and 512 on a GPU.",
             ),
             option("--kv-memory", type=ByteSize(), help="KV cache; default: 2GiB, or half of what the weights leave."),
             option("--threads", type=click.IntRange(min=1), help="CPU threads of all ranks; default: those there are."),
@@ -334,7 +335,11 @@ def _print_plan(as_json: bool, source: str, **settings: Any) -> None:
 @option("--host", default="127.0.0.1", help="Address to listen on.")
 @option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0 picks a free one.")
 @engine_options
-@option("--max-num-seqs", type=click.IntRange(min=1), default=256, help="Most requests in one forward.")
+@option(
+    "--max-num-seqs", type=click.IntRange(min=1),
+    help="Most requests in one forward, for which a token budget that is left out has room; default: 256, or the "
+    "budget if that is less.",
+)  # fmt: skip
 @option(
     "--max-waiting",
     type=click.IntRange(min=1),

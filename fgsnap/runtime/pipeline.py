@@ -286,8 +286,8 @@ def load(
     threads: int | None = None,
     kv_memory: int | None = None,
     max_model_len: int | None = None,
-    max_batch_tokens: int = 512,
-    max_num_seqs: int = 256,
+    max_batch_tokens: int | None = None,
+    max_num_seqs: int | None = None,
     admission: Literal["reserve", "optimistic"] = "reserve",
     prefix_caching: bool = True,
 ) -> Pipeline:
@@ -307,8 +307,10 @@ def load(
         threads: CPU threads of all ranks; None: those there are.
         kv_memory: bytes of the KV cache; None: 2 GiB, or half of what the weights leave.
         max_model_len: longest context in tokens; None: the model's.
-        max_batch_tokens: token budget of one forward.
-        max_num_seqs: most answers in one forward; what a call asks for beyond waits its turn.
+        max_batch_tokens: token budget of one forward; None: what ``fgsnap bench budget`` measured here, else 128 on a
+            CPU and 512 on a GPU, or twice ``max_num_seqs`` if that is given and more.
+        max_num_seqs: most answers in one forward, each with a token of the budget; what a call asks for beyond waits
+            its turn. None: 256.
         admission: "reserve" the KV cache that an answer may need before it begins, or be "optimistic", and preempt.
         prefix_caching: compute equal beginnings of prompts once.
 
@@ -333,7 +335,7 @@ def opened(snapshot: Snapshot, options: EngineOptions) -> Pipeline:
         decoder = load_as_chosen(snapshot, options)  # before the tokenizer has threads: it may fork
         text = Text(snapshot)
         check_canary(decoder, snapshot)
-        budget = settled_budget(options.max_batch_tokens, snapshot.id, decoder)
+        budget = settled_budget(options, snapshot.id, decoder)
         grammars = functools.partial(begin_grammars, str(snapshot.path))
         engine = engine_as_chosen(decoder, snapshot, options, budget.tokens, grammars)
         failing.pop_all()

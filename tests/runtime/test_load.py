@@ -15,11 +15,14 @@ from pathlib import Path
 import pytest
 
 import fgsnap
+from fgsnap.bench.budget import keep
 from fgsnap.errors import FgsnapError, NotFound, RequestError, UsageError
 from fgsnap.kernels import native
+from fgsnap.runtime.budget import host_of
 from fgsnap.runtime.engine import Engine
 from fgsnap.runtime.request import SamplingParams
 from fgsnap.runtime.shared import Ask, SharedEngine, uninterrupted
+from fgsnap.snapshot import open_snapshot
 from tests.doubles import ByteText, StubModel
 from tests.serving import alive, servable_snapshot, until
 
@@ -458,6 +461,30 @@ def test_the_engine_is_as_chosen(snapshot):
         next(stream)
         assert (pipe.stats().running, pipe.stats().waiting) == (2, 1)
         stream.close()
+
+
+def test_the_token_budget_is_as_measured(snapshot, tmp_path, monkeypatch):
+    """Where none is asked for, as fgsnap serve has it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def loaded(**options):
+        return fgsnap.load(snapshot, backend=BACKENDS[-1], device="cpu", kv_memory=KV_MEMORY, threads=1, **options)
+
+    def steps_of_a_prompt(pipe):
+        pipe("x" * 200, max_new_tokens=1)
+        return pipe.stats().steps
+
+    with loaded() as pipe:
+        assert steps_of_a_prompt(pipe) == 2, "of 128 tokens, the default on a CPU"
+        decoder = pipe._engine._engine._model
+        host = host_of(decoder)
+    opened = open_snapshot(snapshot)
+    opened.close()
+    keep({"snapshot": opened.id, "host": host, "max_batch_tokens": 50})
+    with loaded() as pipe:
+        assert steps_of_a_prompt(pipe) == 4
+    with loaded(max_batch_tokens=100) as pipe:
+        assert steps_of_a_prompt(pipe) == 2
 
 
 @pytest.mark.skipif("native" not in BACKENDS, reason="the library is not built")
