@@ -200,7 +200,7 @@ class Pipeline:
 
         Args:
             prompts: a prompt, or a sequence of them.
-            streaming_fn: called after each step with the pieces that are new, at most one of an answer.
+            streaming_fn: called after each step with the pieces that are new.
             options: see Options.
 
         Raises:
