@@ -332,7 +332,7 @@ class Engine:
             raise RequestError(
                 "The request does not fit the KV cache, even alone.",
                 f"{wanted} = {blocks} blocks of {self._pool.block_size}, but the cache has {self._pool.blocks}.",
-                "Shorten the prompt, lower max_tokens, or serve with more --kv-memory.",
+                "Shorten the prompt, lower max_tokens, or have a larger KV cache (--kv-memory, in Python kv_memory).",
                 param=param,
                 code="kv_cache_exceeded",
             )

@@ -17,6 +17,7 @@ import pydantic
 import pytest
 
 import fgsnap
+from fgsnap.cli import run_cli
 from fgsnap.errors import RequestError
 from fgsnap.runtime import protocol
 from fgsnap.runtime.constraining import LONGEST
@@ -250,6 +251,14 @@ def test_a_python_program(tmp_path):
         assert grammars
     until(lambda: not any(map(alive, (nursery, *grammars))))
     assert answer(snapshot, "Hi", regex="(a|b){5}c", max_new_tokens=20).generated_text[-1] == "c"
+
+
+def test_the_command_line(tmp_path, capsys):
+    snapshot = str(servable_snapshot(tmp_path / "snap", max_length=1024))
+    assert run_cli(["run", snapshot, "Hi", "--max-tokens", "20", "--choice", "quite so", "--choice", "not so"]) == 0
+    assert capsys.readouterr().out.strip() in ("quite so", "not so")
+    assert run_cli(["run", snapshot, "Hi", "--regex", "a", "--choice", "b"]) == 1
+    assert "constrains the answer already" in capsys.readouterr().err
 
 
 def test_python_threads_go_on_while_others_compile(tmp_path):
