@@ -18,7 +18,7 @@ from fgsnap.errors import RequestError
 from fgsnap.kernels.ops import Batch, Sampled, Samples, Sampling
 from fgsnap.runtime.blocks import BlockPool
 from fgsnap.runtime.request import EngineStats, Output, Request, SamplingParams, Step, Token
-from fgsnap.runtime.roster import NO_TOKEN
+from fgsnap.runtime.roster import NO_CHOICE, NO_TOKEN
 from fgsnap.runtime.scheduler import Admission, Scheduler, Work
 from fgsnap.runtime.sequence import Sequence
 
@@ -139,6 +139,8 @@ class Engine:
         for sequence in self._constrained:
             sequence.constrain()
         samples = self._model.sample(logits, work.how, work.positions) if work.how else NO_SAMPLES
+        if NO_TOKEN in samples.tokens:
+            samples = self._told_apart(samples, work, logits)
         step = self._commit(work, samples, ends)
         if self._constrained and self._grammars is not None:
             self._grammars.flush()
@@ -194,6 +196,15 @@ class Engine:
                 self._scheduler.add(sequence)
         return ends
 
+    def _told_apart(self, samples: Samples, work: Work, logits: Any) -> Samples:
+        """The samples with NO_CHOICE in rows that would have a token, were it not for their requests' own edits."""
+        if all(how.edits is None for how in work.how):
+            return samples
+        free = self._model.sample(logits, [Sampling()] * len(work.how), work.positions).tokens
+        pairs = zip(samples.tokens, free, strict=True)
+        tokens = [NO_CHOICE if token == NO_TOKEN and other != NO_TOKEN else token for token, other in pairs]
+        return Samples(tokens, samples.logprobs)
+
     def _commit(self, work: Work, samples: Samples, ends: list[Output]) -> Step:
         """Add the tokens to their texts, and take out whoever has ended."""
         samples, prompts = _parted(work, samples)
@@ -242,16 +253,17 @@ class Engine:
         return [output for output in prompts if output.finish is None]
 
     def _stops(self, sequence: Sequence, token: int) -> bool:
-        return token == NO_TOKEN or token in sequence.enders
+        return token < 0 or token in sequence.enders
 
     def _stopped(self, sequence: Sequence) -> Output:
         """End a sequence whose last token does not belong to it."""
-        if sequence.tokens.pop() == NO_TOKEN:
-            matcher = sequence.matcher
-            if matcher is not None and matcher.error:
-                return self._end(sequence, Output(sequence.id, (), "error", matcher.error, matcher.code))
-            or_else = "" if matcher is None else ", or its constraint and other options leave no token"
-            return self._end(sequence, _not_finite(sequence, or_else), spoiled=True)
+        token, matcher = sequence.tokens.pop(), sequence.matcher
+        if token < 0 and matcher is not None and matcher.error:
+            return self._end(sequence, Output(sequence.id, (), "error", matcher.error, matcher.code))
+        if token == NO_TOKEN:
+            return self._end(sequence, _not_finite(sequence), spoiled=True)
+        if token == NO_CHOICE:
+            return self._end(sequence, Output(sequence.id, (), "error", NOTHING_LEFT, "constraint"))
         return self._end(sequence, Output(sequence.id, finish="stop"))
 
     def _end(self, sequence: Sequence, output: Output, *, spoiled: bool = False) -> Output:
@@ -376,12 +388,13 @@ def _parted(work: Work, samples: Samples) -> tuple[Samples, list[Output]]:
     return Samples([samples.tokens[row] for row in left], logprobs), outputs
 
 
-def _not_finite(sequence: Sequence, or_else: str = "") -> Output:
-    why = f"the model gave no finite logit for this request{or_else}"
-    return Output(sequence.id, (), "error", why, "not_finite")
+def _not_finite(sequence: Sequence) -> Output:
+    return Output(sequence.id, (), "error", "the model gave no finite logit for this request", "not_finite")
 
 
 NO_SAMPLES = Samples([], {})
+
+NOTHING_LEFT = "the options of the request together leave no token to go on with"
 
 FEW_DEADLINES = 64
 """So many deadlines of requests that have ended may be kept whatever is live."""

@@ -87,10 +87,10 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     """What one step produced for one request. The last output of a request carries ``finish``.
 
     The token that ended the request (an eos or stop token) is not among ``tokens``. ``error`` says why finish is
-    "error", and ``code`` which kind it is: "not_finite", "deadline_exceeded", or of its constraint "constraint" (it
-    cannot be compiled or followed), "not_supported" or "unavailable" (another attempt may succeed). ``prompt`` are the
-    next of the prompt's tokens with their logprobs, where these were asked for: each once, before the first of
-    ``tokens``.
+    "error", and ``code`` which kind it is: "not_finite", "deadline_exceeded", "constraint" (its constraint cannot be
+    compiled or followed, or its options together leave no token), or of its constraint "not_supported" or "unavailable"
+    (another attempt may succeed). ``prompt`` are the next of the prompt's tokens with their logprobs, where these were
+    asked for: each once, before the first of ``tokens``.
     """
 
     request: str

@@ -425,6 +425,8 @@ async def _next(inbox: Inbox, constraint: Constraint | None) -> Output | None:
         what, status = f"The constraint in {constraint.field} failed.", CONSTRAINT_STATUS[item.code]
         param = constraint.field.partition(".")[0]
         raise RequestError(what, f"{item.error}.".capitalize(), status=status, param=param, code=item.code)
+    if item.finish == "error" and item.code == "constraint":
+        raise RequestError("The answer cannot go on.", f"{item.error}.".capitalize(), code=item.code)
     if item.finish in ("error", "abort"):
         why = item.error or "The engine dropped it."
         raise RequestError("The request failed in the engine.", why, status=500, code="engine_error")

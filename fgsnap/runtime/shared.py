@@ -185,6 +185,8 @@ def _delta(output: Output, answer: int, stream: TextStream, constraint: Constrai
         if constraint is not None and output.code != "not_finite":
             what = f"The constraint in {constraint.field} failed."
             raise RequestError(what, f"{output.error}.".capitalize(), param=constraint.field, code=output.code)
+        if output.code == "constraint":
+            raise RequestError("The answer cannot go on.", f"{output.error}.".capitalize(), code=output.code)
         raise FgsnapError("The model failed on this prompt.", output.error, "Try another --backend.")
     text = stream.feed([token.id for token in output.tokens])
     if output.finish is not None:

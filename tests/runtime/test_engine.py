@@ -18,7 +18,7 @@ from fgsnap.errors import RequestError
 from fgsnap.kernels.ops import Batch, Edits, Sampled, Samples, Sampling
 from fgsnap.runtime.engine import Engine
 from fgsnap.runtime.request import Constraint, Output, Request, SamplingParams, Token
-from fgsnap.runtime.roster import NO_TOKEN
+from fgsnap.runtime.roster import NO_CHOICE, NO_TOKEN
 from fgsnap.runtime.scheduler import MOST_SCORED
 from fgsnap.runtime.sequence import Sequence
 from tests.doubles import StubGrammars, StubModel, pick, said_next
@@ -369,7 +369,7 @@ def nothing_is_left(engine: Engine) -> None:
     assert all(sequence.state == "gone" for _, sequence in scheduler._queue)
     columns = (roster.sequences, roster.ids, roster.texts, roster.tables, roster.how, roster.last, roster.cached)
     assert not any(columns) and not any(roster._growing) and not roster._due and not roster._edited
-    assert roster._enders == {NO_TOKEN: 1}
+    assert roster._enders == {NO_TOKEN: 1, NO_CHOICE: 1}
 
 
 @pytest.mark.timeout(1200)  # a failure is made smaller, which takes long
@@ -571,6 +571,21 @@ def test_not_a_number_ends_only_the_request_it_belongs_to():
     assert "finite" in outputs["bad"][-1].error
     assert summary(outputs["good"]) == alone(good)
     assert engine.stats().kv_blocks_free == model.blocks
+
+
+@pytest.mark.parametrize("constraint", [None, Constraint("lark", "4")])
+def test_options_that_leave_no_token_are_no_failure_of_the_model(constraint):
+    """The prompt's blocks are sound; where the logits are not, it is the model's failure whatever the options say."""
+    nothing = {"stop_token_ids": tuple(range(VOCAB)), "min_tokens": 1, "constraint": constraint}
+    codes, cached = [], []
+    for sick in (None, 22):
+        engine = Engine(stub(nan_after=sick), eos_token_ids=EOS, grammars=lambda: StubGrammars(VOCAB, EOS))
+        engine.submit(request("bad", (*range(1, 9), 22), **nothing))
+        codes.append(finish(engine)["bad"][-1].code)
+        engine.submit(request("again", (*range(1, 9), 21), 1))
+        finish(engine)
+        cached.append(engine.stats().cached_tokens)
+    assert codes == ["constraint", "not_finite"] and cached == [8, 0]
 
 
 def test_abort_frees_blocks_before_the_next_step():
