@@ -210,14 +210,16 @@ class Engine:
         samples, prompts = _parted(work, samples)
         roster, decodes, tokens = self._roster, work.decodes, samples.tokens
         requests = roster.ids.copy()
+        cached: dict[str, int] = {}
         if work.slices:
             new, again = self._scheduler.advance(work)
+            cached = {one.id: one.found for one, _ in work.slices if one.found and not one.remaining}
             self._prompt_tokens += new
             self._recomputed_tokens += again
             prompts = self._sound(prompts, ends)
             ends += self._only_computed(work)
         silent = [row for row in roster.append(tokens[:decodes]) if self._stops(roster.sequences[row], tokens[row])]
-        stopped = [roster.sequences[row] for row in silent]
+        stopped = [(roster.sequences[row], samples.logprobs.get(row)) for row in silent]
         for sequence in roster.due():
             if not self._stops(sequence, sequence.tokens[-1]):
                 ends.append(self._end(sequence, Output(sequence.id, finish="length")))
@@ -229,16 +231,16 @@ class Engine:
             sequence.tokens.append(tokens[row])
             if self._stops(sequence, tokens[row]):
                 silent.append(row)
-                stopped.append(sequence)
+                stopped.append((sequence, samples.logprobs.get(row)))
             else:
                 sequence.note(tokens[row])
                 if sequence.generated == sequence.params.max_tokens:
                     ends.append(self._end(sequence, Output(sequence.id, finish="length")))
                 else:
                     roster.join(sequence)
-        ends += [self._stopped(sequence) for sequence in stopped]
+        ends += [self._stopped(sequence, last) for sequence, last in stopped]
         self._generated_tokens += len(tokens) - len(silent)
-        return _without(silent, requests, tokens, samples.logprobs, ends, prompts)
+        return _without(silent, requests, tokens, samples.logprobs, ends, prompts, cached)
 
     def _only_computed(self, work: Work) -> list[Output]:
         """End those that are through and want no answer."""
@@ -255,8 +257,8 @@ class Engine:
     def _stops(self, sequence: Sequence, token: int) -> bool:
         return token < 0 or token in sequence.enders
 
-    def _stopped(self, sequence: Sequence) -> Output:
-        """End a sequence whose last token does not belong to it."""
+    def _stopped(self, sequence: Sequence, last: Sampled | None) -> Output:
+        """End a sequence whose last token does not belong to it; ``last`` is that token, where it has a logprob."""
         token, matcher = sequence.tokens.pop(), sequence.matcher
         if token < 0 and matcher is not None and matcher.error:
             return self._end(sequence, Output(sequence.id, (), "error", matcher.error, matcher.code))
@@ -264,7 +266,8 @@ class Engine:
             return self._end(sequence, _not_finite(sequence), spoiled=True)
         if token == NO_CHOICE:
             return self._end(sequence, Output(sequence.id, (), "error", NOTHING_LEFT, "constraint"))
-        return self._end(sequence, Output(sequence.id, finish="stop"))
+        ending = Token(token) if last is None else Token(*last)
+        return self._end(sequence, Output(sequence.id, finish="stop", ending=ending))
 
     def _end(self, sequence: Sequence, output: Output, *, spoiled: bool = False) -> Output:
         del self._live[sequence.id]
@@ -357,10 +360,11 @@ def _without(
     logprobs: dict[int, Sampled],
     ends: list[Output],
     prompts: list[Output],
+    cached: dict[str, int],
 ) -> Step:
     """The step without the rows whose token nobody gets."""
     if not silent:
-        return Step(requests, tokens, {row: Token(*one) for row, one in logprobs.items()}, ends, prompts)
+        return Step(requests, tokens, {row: Token(*one) for row, one in logprobs.items()}, ends, prompts, cached)
     gone = {*silent}
     left = [row for row in range(len(tokens)) if row not in gone]
     return Step(
@@ -369,6 +373,7 @@ def _without(
         {place: Token(*logprobs[row]) for place, row in enumerate(left) if row in logprobs},
         ends,
         prompts,
+        cached,
     )
 
 

@@ -90,7 +90,9 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     "error", and ``code`` which kind it is: "not_finite", "deadline_exceeded", "constraint" (its constraint cannot be
     compiled or followed, or its options together leave no token), or of its constraint "not_supported" or "unavailable"
     (another attempt may succeed). ``prompt`` are the next of the prompt's tokens with their logprobs, where these were
-    asked for: each once, before the first of ``tokens``.
+    asked for: each once, before the first of ``tokens``. ``ending`` is the token that ended it, with its logprob where
+    these were asked for. ``cached`` comes with the first token, or instead of it: how many of the prompt's tokens
+    the prefix cache had.
     """
 
     request: str
@@ -99,13 +101,15 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     error: str = ""
     code: str = ""
     prompt: tuple[Token, ...] = ()
+    ending: Token | None = None
+    cached: int = 0
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True):
     """What one step produced: a token for each of ``requests``, logprobs by row, and which requests ended, and how.
 
     In columns, for most steps of a busy engine are many single tokens. An end has no tokens of its own. ``prompts`` are
-    outputs that tell of a prompt's tokens.
+    outputs that tell of a prompt's tokens. ``cached`` are the tokens of prompts, which are through now, that were.
     """
 
     requests: list[str]
@@ -113,10 +117,16 @@ class Step(msgspec.Struct, frozen=True, array_like=True):
     logprobs: dict[int, Token]
     ends: list[Output]
     prompts: list[Output] = []
+    cached: dict[str, int] = {}
 
     def outputs(self) -> Iterator[Output]:
         """The same as one output a request."""
         yield from self.prompts
+        for output in self._answers():
+            cached = self.cached.get(output.request, 0) if self.cached else 0
+            yield msgspec.structs.replace(output, cached=cached) if cached else output
+
+    def _answers(self) -> Iterator[Output]:
         ends = {end.request: end for end in self.ends}
         for row, (request, token) in enumerate(zip(self.requests, self.tokens, strict=True)):
             end = ends.pop(request, None) if ends else None

@@ -31,6 +31,7 @@ class Sequence:
         row: its place in the roster, or -1.
         last_step: the step at which it has all its tokens, as long as it is in the roster.
         forwarded: how many of its tokens were ever cached, so that none is counted twice.
+        found: how many the prefix cache had when it first started.
         scored: positions of the prompt before this one have told the logprob of the token after them.
         to_score: where that ends; 0 where prompt logprobs are not wanted.
         matcher: tells which tokens its constraint allows next, where it has one; whoever makes it sets it.
@@ -38,8 +39,9 @@ class Sequence:
     """
 
     __slots__ = (
-        "cached", "deadline", "digests", "enders", "forwarded", "how", "id", "last_step", "matcher", "order", "params",
-        "promised", "prompt_length", "request", "root", "row", "scored", "state", "table", "to_score", "tokens",
+        "cached", "deadline", "digests", "enders", "forwarded", "found", "how", "id", "last_step", "matcher", "order",
+        "params", "promised", "prompt_length", "request", "root", "row", "scored", "state", "table", "to_score",
+        "tokens",
     )  # fmt: skip
 
     def __init__(self, request: Request, seed: int, eos: Collection[int], root: bytes) -> None:
@@ -56,6 +58,7 @@ class Sequence:
         self.how = _sampling(params, seed, _edits(params, request.prompt, self.enders))
         self.cached = 0
         self.forwarded = 0
+        self.found = 0
         self.scored = 0
         self.to_score = 0 if params.prompt_logprobs < 0 else self.prompt_length - 1
         self.table: list[int] = []

@@ -55,6 +55,9 @@ class Stream(Protocol):
     shown: int
 
     @property
+    def matched(self) -> str | None: ...
+
+    @property
     def finished(self) -> bool: ...
 
     def feed(self, ids: Sequence[int]) -> str: ...
@@ -187,10 +190,11 @@ class App:
         answer = answers.Answer(
             heading,
             choices=len(works),
+            each=call.choices,
             prompt_tokens=sum(map(len, prompts)),
             spell=None if call.params.logprobs < 0 else self._text.token_bytes,
             usage=call.include_usage,
-            best=(call.kept, call.choices) if call.kept < call.choices else None,
+            best=call.kept if call.kept < call.choices else None,
             echo_top=call.params.logprobs if call.echo else -1,
             prompt_top=call.prompt_top,
             prompt_spell=self._text.token_bytes,
@@ -448,6 +452,7 @@ class _Choice:
         prompt, scored = work.request.prompt, work.request.params.prompt_logprobs >= 0
         self._index = work.choice
         self._stream = stream
+        self._stop_tokens = work.request.params.stop_token_ids
         self._hidden: list[Token] = []
         self._echo = work.echo
         self._prompt = [Token(prompt[0])] if scored else []
@@ -473,7 +478,22 @@ class _Choice:
         self._hidden += output.tokens
         count = stream.shown - before
         shown, self._hidden = tuple(self._hidden[:count]), self._hidden[count:]
-        return Piece(self._index, text, output.tokens, shown, "stop" if stream.finished else output.finish)
+        return Piece(
+            self._index,
+            text,
+            output.tokens,
+            shown,
+            "stop" if stream.finished else output.finish,
+            ending=output.ending,
+            stop_reason=self._stop_reason(output),
+            cached=output.cached,
+        )
+
+    def _stop_reason(self, output: Output) -> str | int | None:
+        """As vLLM has it: the stop text, or the stop token that was asked for; None of an eos, or of another end."""
+        if self._stream.finished or output.ending is None:
+            return self._stream.matched
+        return output.ending.id if output.ending.id in self._stop_tokens else None
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> None:

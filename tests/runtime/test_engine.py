@@ -573,6 +573,25 @@ def test_not_a_number_ends_only_the_request_it_belongs_to():
     assert engine.stats().kv_blocks_free == model.blocks
 
 
+def test_an_end_tells_the_token_that_made_it_and_its_logprob():
+    (likeliest,) = pick(said_next([1, 2, 3], VOCAB), Sampling(logprobs=1), 3).top
+    ends = []
+    for params in ({"logprobs": 0}, {}, {"min_tokens": 1, "max_tokens": 1}):
+        engine = Engine(stub())
+        engine.submit(request("r", (1, 2, 3), stop_token_ids=(likeliest[0],), **params))
+        ends.append(finish(engine)["r"][-1].ending)
+    assert ends == [Token(*likeliest), Token(likeliest[0]), None]
+
+
+def test_a_prompt_tells_once_how_much_of_it_was_cached():
+    engine = Engine(stub(), eos_token_ids=EOS)
+    found = {}
+    for name, prompt in {"first": range(8), "same": range(8), "longer": range(10)}.items():
+        engine.submit(request(name, prompt, max_tokens=3, ignore_eos=True))
+        found[name] = [output.cached for output in finish(engine)[name]]
+    assert found == {"first": [0, 0, 0], "same": [4, 0, 0], "longer": [8, 0, 0]}
+
+
 @pytest.mark.parametrize("constraint", [None, Constraint("lark", "4")])
 def test_options_that_leave_no_token_are_no_failure_of_the_model(constraint):
     """The prompt's blocks are sound; where the logits are not, it is the model's failure whatever the options say."""

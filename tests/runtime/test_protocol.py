@@ -405,7 +405,39 @@ def test_usage_counts_tokens_whether_or_not_they_show():
     assert closing.endswith(answers.DONE)
     last = json.loads(closing.split(b"\n\n")[0].removeprefix(b"data: "))
     assert last["choices"] == []
-    assert last["usage"] == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+    counts = {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+    assert last["usage"] == {**counts, "prompt_tokens_details": {"cached_tokens": 0}}
+
+
+def test_cached_tokens_are_those_that_the_first_choice_of_each_prompt_found():
+    made = answer(chat=False, choices=4, each=2)
+    for choice, cached in ((0, 4), (1, 8), (3, 8), (2, 16), (2, 0)):
+        made.add(Piece(choice, "", (), (), None, cached=cached))
+    assert made.usage()["prompt_tokens_details"] == {"cached_tokens": 20}
+
+
+def test_the_token_that_ended_an_answer_counts_for_its_likelihood():
+    """An empty answer was once the likeliest of all, whatever the odds that it ended at once."""
+    made = answer(chat=False, choices=6, each=6, best=6)
+    one = Token(1, -0.5)
+    made.add(Piece(0, "unlikely end", (one,), (one,), "stop", ending=Token(9, -4.0)))
+    made.add(Piece(1, "long", (one, one), (one, one), "length"))
+    made.add(Piece(2, "ended", (one,), (one,), None))
+    made.add(Piece(2, "", (), (), "stop", ending=Token(9, -0.1)))
+    made.add(Piece(3, "unknown", (), (), "stop"))
+    made.add(Piece(4, "empty", (), (), "stop", ending=Token(9, -3.0)))
+    made.add(Piece(5, "likely empty", (), (), "stop", ending=Token(9, -0.2)))
+    texts = [choice["text"] for choice in json.loads(made.whole())["choices"]]
+    assert texts == ["likely empty", "ended", "long", "unlikely end", "empty", "unknown"]
+
+
+def test_what_ended_an_answer_is_told_with_its_end():
+    made = answer(chat=False, spell=None)
+    chunks = [
+        made.chunk(Piece(0, "a", (Token(1),), (), end, stop_reason=why)) for end, why in ((None, None), ("stop", 7))
+    ]
+    first, last = (json.loads(chunk.removeprefix(b"data: "))["choices"][0] for chunk in chunks)
+    assert "stop_reason" not in first and last["stop_reason"] == 7
 
 
 def test_an_error_reads_as_openai_s():
