@@ -269,7 +269,7 @@ def _top(token: Token, name: str, spell: Spell) -> dict[str, float]:
 
 
 def _ranked(token: Token, top: Sequence[tuple[int, float]], spell: Spell) -> dict[str, Any]:
-    """The token and the likeliest by their ids. How likely one that is not among them is, nobody has counted."""
+    """The token and the likeliest by their ids. The rank of one that is not among them, nobody has counted."""
     ranks = {id: rank for rank, (id, _) in enumerate(top, 1)}
     return {
         str(id): {"logprob": logprob, "rank": ranks.get(id), "decoded_token": _readable(spell(id))}

@@ -324,10 +324,13 @@ class Engine:
         for name, tokens in (
             ("logit_bias", [t for t, _ in request.params.logit_bias]),
             ("stop_token_ids", request.params.stop_token_ids),
+            ("bad_words", [t for word in request.params.bad_words for t in word]),
         ):
             stray = next((token for token in tokens if not 0 <= token < vocab), None)
             if stray is not None:
                 raise RequestError(f"{name} names token id {stray}.", f"The ids are 0 to {vocab - 1}.", param=name)
+        if request.params.allowed and len(request.params.allowed) != -(-vocab // 32) * 4:
+            raise RequestError("The allowed tokens are of another vocabulary.", param="allowed_token_ids")
         self._check_size(len(request.prompt), request.params.max_tokens)
 
     def _check_size(self, prompt: int, max_tokens: int) -> None:
@@ -425,6 +428,7 @@ def _check_params(request: Request) -> None:
         ("frequency_penalty", params.frequency_penalty, math.isfinite(params.frequency_penalty), "a finite number"),
         ("logit_bias", f"of {len(biases)} tokens", len(biases) <= MOST_BIASES, f"of at most {MOST_BIASES}"),
         ("logit_bias", biases, all(map(math.isfinite, biases)), "of finite numbers"),
+        ("bad_words", params.bad_words, all(params.bad_words), "of at least one token each"),
         ("min_tokens", params.min_tokens, 0 <= params.min_tokens <= params.max_tokens, "from 0 to max_tokens"),
         ("logprobs", params.logprobs, -1 <= params.logprobs < MOST, "-1 (none) or more"),
         ("prompt_logprobs", params.prompt_logprobs, -1 <= params.prompt_logprobs < MOST, "-1 (none) or more"),

@@ -30,10 +30,12 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and penalties of 1, 0 and 0 are off.
     ``repetition_penalty`` looks at prompt and answer, the other two at the answer; ``logit_bias`` is (token id, what is
     added to its logit). ``seed`` None draws one at submission. ``min_tokens``: eos and stop tokens are not picked
-    before so many others. ``logprobs`` -1: none; 0: of the picked token; n: also of the n most likely;
-    ``prompt_logprobs`` likewise, of the prompt's tokens but the first, which has none. ``max_tokens`` 0 only computes
-    the prompt. ``constraint``: what the answer has to be; once it cannot go on it ends, whatever ``ignore_eos`` and
-    ``min_tokens`` say. Stop *strings* belong to the text side.
+    before so many others, and stop texts not heeded. ``logprobs`` -1: none; 0: of the picked token; n: also of the n
+    most likely; ``prompt_logprobs`` likewise, of the prompt's tokens but the first, which has none. ``max_tokens`` 0
+    only computes the prompt. ``constraint``: what the answer has to be; once it cannot go on it ends, whatever
+    ``ignore_eos`` and ``min_tokens`` say. ``allowed`` has a bit for each token, as ops.Edits has them: only those are
+    picked, unless it is empty; not with a constraint. ``bad_words``: the last token of each is not picked after the
+    others, as far as these are the answer's. Stop *strings* belong to the text side.
     """
 
     max_tokens: int
@@ -52,6 +54,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: int = -1
     prompt_logprobs: int = -1
     constraint: Constraint | None = None
+    allowed: bytes = b""
+    bad_words: tuple[tuple[int, ...], ...] = ()
 
 
 class Request(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Unpack
 
 import msgspec
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from starlette.types import Message, Receive, Scope, Send
 
     from fgsnap.runtime.routes import Routes
+    from fgsnap.runtime.text import Told
 
 BODY_LIMIT = 8 << 20
 DISCARD_LIMIT = 64 << 20  # of a body that is too long, read on so far, that its sender gets to see the refusal
@@ -68,15 +69,22 @@ class Stream(Protocol):
 class TextSide(Protocol):
     """What the server needs of text.Text."""
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
-    def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]: ...
+    def encode_chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        add_special_tokens: bool,
+    ) -> list[int]: ...
 
     def token_bytes(self, token: int) -> bytes: ...
 
-    def stream(self, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> Stream: ...
+    def stream(self, stop: Sequence[str] = (), prompt: Sequence[int] = (), **how: Unpack[Told]) -> Stream: ...
 
 
 class Identity(NamedTuple):
@@ -179,14 +187,18 @@ class App:
 
     async def _answer(self, call: protocol.Call, tenant: str, began: float, send: Send) -> None:
         prompts = await self._tokenized(call)
+        if call.bad_words:
+            call = call._replace(params=msgspec.structs.replace(call.params, bad_words=self._bad_words(call)))
         engine = await self._until_ready()
+        if call.truncate_prompt_tokens is not None:
+            prompts = self._truncated(call, prompts, engine.max_length)
         kv_tokens = engine.kv_blocks * engine.block_size
         lengths = [
             protocol.settled(call, len(prompt), engine.max_length, kv_tokens, self._default_max_tokens)
             for prompt in prompts
         ]
         heading = self._heading(call)
-        works = _works(heading.id, call, prompts, lengths, tenant, self._echoes(call))
+        works = _works(heading.id, call, prompts, lengths, tenant, self._echoes(call, prompts))
         answer = answers.Answer(
             heading,
             choices=len(works),
@@ -199,7 +211,7 @@ class App:
             prompt_top=call.prompt_top,
             prompt_spell=self._text.token_bytes,
         )
-        async with aclosing(self._pieces(works, call.stop)) as pieces, aclosing(self._timed(pieces, began)) as timed:
+        async with aclosing(self._pieces(works, call)) as pieces, aclosing(self._timed(pieces, began)) as timed:
             await (self._stream if call.stream else self._whole)(answer, timed, send)
 
     async def _stream(self, answer: answers.Answer, pieces: Pieces, send: Send) -> None:
@@ -239,14 +251,44 @@ class App:
 
     def _tokens(self, call: protocol.Call) -> list[tuple[int, ...]]:
         if call.chat:
-            return [tuple(self._text.encode_chat(call.messages))]
-        return [prompt if isinstance(prompt, tuple) else tuple(self._text.encode(prompt)) for prompt in call.prompts]
+            made = self._text.encode_chat(
+                call.messages,
+                add_generation_prompt=call.add_generation_prompt,
+                continue_final_message=call.continue_final_message,
+                add_special_tokens=call.add_special_tokens,
+            )
+            return [tuple(made)]
+        encode = self._text.encode
+        if not call.add_special_tokens:
+            encode = functools.partial(encode, add_special_tokens=False)
+        return [prompt if isinstance(prompt, tuple) else tuple(encode(prompt)) for prompt in call.prompts]
 
-    def _echoes(self, call: protocol.Call) -> list[str]:
+    def _truncated(self, call: protocol.Call, prompts: list[tuple[int, ...]], max_length: int) -> list[tuple[int, ...]]:
+        """The prompts as short as the call wants them; what ``_tokens`` put before a text stays."""
+        bos = len(self._text.encode("")) if call.add_special_tokens else 0
+        heads = [0 if isinstance(sent, tuple) else bos for sent in call.prompts or ("",)]
+        return [protocol.truncated(call, *each, max_length) for each in zip(prompts, heads, strict=True)]
+
+    def _echoes(self, call: protocol.Call, prompts: Sequence[tuple[int, ...]]) -> list[str]:
         """What the answers to each prompt begin with."""
         if not call.echo:
-            return [""] * max(len(call.prompts), 1)
-        return [prompt if isinstance(prompt, str) else self._text.decode(prompt) for prompt in call.prompts]
+            return [""] * len(prompts)
+        return [
+            sent if isinstance(sent, str) and call.truncate_prompt_tokens is None else self._text.decode(ids)
+            for sent, ids in zip(call.prompts, prompts, strict=True)
+        ]
+
+    def _bad_words(self, call: protocol.Call) -> tuple[tuple[int, ...], ...]:
+        """The tokens of each, as vLLM reads them: at the beginning of a text and, where that differs, after a space."""
+        found: dict[tuple[int, ...], None] = {}
+        for word in call.bad_words:
+            first, spaced = (tuple(self._text.encode(space + word.lstrip(), False)) for space in ("", " "))
+            if not first:
+                raise RequestError(f"bad_words: {word!r} has no tokens.", param="bad_words", code="invalid_value")
+            found[first] = None
+            if spaced[0] != first[0] and len(spaced) == len(first):
+                found[spaced] = None
+        return tuple(found)
 
     async def _until_ready(self) -> wire.Ready:
         self._held += 1
@@ -255,13 +297,20 @@ class App:
         finally:
             self._held -= 1
 
-    async def _pieces(self, works: Sequence[Work], stop: tuple[str, ...]) -> Pieces:
+    async def _pieces(self, works: Sequence[Work], call: protocol.Call) -> Pieces:
         """What all choices produce, as it comes; None when nothing came for a while. Leaving early aborts the rest."""
         inbox: Inbox = asyncio.Queue()
         making: dict[str, _Choice] = {}
         try:
             for work in works:
-                making[work.request.id] = _Choice(work, self._text.stream(stop, work.request.prompt))
+                stream = self._text.stream(
+                    call.stop,
+                    work.request.prompt,
+                    min_tokens=call.params.min_tokens,
+                    include_stop=call.include_stop,
+                    skip_special=call.skip_special,
+                )
+                making[work.request.id] = _Choice(work, stream, include_stop=call.include_stop)
                 self._link.submit(work.request, inbox)
             while making:
                 output = await _next(inbox, works[0].request.params.constraint)
@@ -448,10 +497,11 @@ def _as_told(error: Exception) -> RequestError:
 class _Choice:
     """One choice in the making: its text, and the tokens that the text does not show yet."""
 
-    def __init__(self, work: Work, stream: Stream) -> None:
+    def __init__(self, work: Work, stream: Stream, *, include_stop: bool) -> None:
         prompt, scored = work.request.prompt, work.request.params.prompt_logprobs >= 0
         self._index = work.choice
         self._stream = stream
+        self._include_stop = include_stop
         self._stop_tokens = work.request.params.stop_token_ids
         self._hidden: list[Token] = []
         self._echo = work.echo
@@ -472,19 +522,22 @@ class _Choice:
     def take(self, output: Output) -> Piece:
         """The output with its text; a stop text within it ends the choice."""
         stream, before = self._stream, self._stream.shown
-        text = stream.feed([token.id for token in output.tokens])
+        tokens, ending = output.tokens, output.ending
+        if self._include_stop and ending is not None:
+            tokens, ending = (*tokens, ending), None
+        text = stream.feed([token.id for token in tokens])
         if output.finish is not None:
             text += stream.flush()
-        self._hidden += output.tokens
+        self._hidden += tokens
         count = stream.shown - before
         shown, self._hidden = tuple(self._hidden[:count]), self._hidden[count:]
         return Piece(
             self._index,
             text,
-            output.tokens,
+            tokens,
             shown,
             "stop" if stream.finished else output.finish,
-            ending=output.ending,
+            ending=ending,
             stop_reason=self._stop_reason(output),
             cached=output.cached,
         )

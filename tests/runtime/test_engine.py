@@ -87,7 +87,9 @@ edited = st.builds(
     constraint=st.sampled_from([None, None, None, "1", "4", "6", "20", "0 unfit", "3 breaks"]).map(
         lambda text: text and Constraint("lark", text)
     ),
-)
+    allowed=st.sampled_from([b"", b"", b"\x7e\x00\x00\x00"]),
+    bad_words=st.sampled_from([(), ((1,), (2, 3)), ((4, 5), (4, 4, 6), (5, 1))]),
+).map(lambda made: msgspec.structs.replace(made, allowed=b"") if made.constraint else made)
 # Many begin alike, and some are equal.
 prompts = st.one_of(
     st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=20),
@@ -117,7 +119,8 @@ def said(request: Request, sick: int | None = None) -> tuple[list[Token], str]:
             presence=params.presence_penalty,
             frequency=params.frequency_penalty,
             bias=dict(params.logit_bias),
-            banned=sorted(enders) if len(given) < params.min_tokens else (),
+            banned=[*(enders if len(given) < params.min_tokens else ()), *unsayable(params.bad_words, given)],
+            allowed=memoryview(params.allowed) if params.allowed else None,
             prompt=sorted({*request.prompt}),
         )
         edits.counts = Counter(tokens[len(request.prompt) :])
@@ -135,6 +138,11 @@ def said(request: Request, sick: int | None = None) -> tuple[list[Token], str]:
         tokens.append(picked.token)
         given.append(Token(picked.token, *((picked.logprob, picked.top) if params.logprobs >= 0 else ())))
     return given, "length"
+
+
+def unsayable(words: tuple[tuple[int, ...], ...], given: list[Token]) -> list[int]:
+    said = [token.id for token in given]
+    return [last for *before, last in words if said[len(said) - len(before) :] == before]
 
 
 class Clock:

@@ -92,6 +92,41 @@ def test_every_field_arrives():
     assert call.stream and call.include_usage
 
 
+def test_fields_of_vllm_arrive():
+    call = completion(
+        include_stop_str_in_output=True, skip_special_tokens=False, allowed_token_ids=[0, 33, 99], bad_words=["x"],
+        truncate_prompt_tokens=7, add_special_tokens=False, spaces_between_special_tokens=True,
+    )  # fmt: skip
+    assert (call.include_stop, call.skip_special, call.bad_words) == (True, False, ("x",))
+    assert (call.truncate_prompt_tokens, call.add_special_tokens) == (7, False)
+    assert int.from_bytes(call.params.allowed, "little") == 1 | 1 << 33 | 1 << 99 and len(call.params.allowed) == 16
+    plain = completion(allowed_token_ids=None, skip_special_tokens=None, spaces_between_special_tokens=False)
+    assert (plain.params.allowed, plain.skip_special, plain.include_stop, plain.add_special_tokens) == (
+        b"", True, False, True,
+    )  # fmt: skip
+
+
+def test_how_a_chat_ends_for_the_model():
+    def ending(**fields):
+        call = chat(**fields)
+        return call.add_generation_prompt, call.continue_final_message, call.add_special_tokens
+
+    assert ending() == ending(add_generation_prompt=True) == (True, False, False)
+    assert ending(add_generation_prompt=False, add_special_tokens=True) == (False, False, True)
+    assert ending(continue_final_message=True) == (False, True, False)
+    with pytest.raises(RequestError) as caught:
+        chat(continue_final_message=True, add_generation_prompt=True)
+    assert caught.value.param == "continue_final_message"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "head", "kept"), [(3, 0, "789"), (3, 1, "089"), (1, 2, "0"), (99, 1, "0123456789"), (-1, 0, "6789")]
+)
+def test_a_prompt_is_cut_to_its_last_tokens_after_what_it_begins_with(wanted, head, kept):
+    call = completion(truncate_prompt_tokens=wanted, max_tokens=96)
+    assert protocol.truncated(call, tuple(range(10)), head, 100) == tuple(map(int, kept))
+
+
 def test_a_chat_takes_both_names_for_its_length_and_both_fields_for_logprobs():
     assert chat(max_tokens=3).max_tokens == 3
     assert chat(max_tokens=3, max_completion_tokens=4).max_tokens == 4
@@ -127,6 +162,9 @@ def test_vllm_s_switched_off_top_k_is_off():
         ("timeout", -1), ("timeout", 1e7), ("timeout", "soon"), ("cache_salt", ""), ("cache_salt", "x" * 257),
         ("cache_salt", 5), ("echo", "yes"), ("echo", 1), ("prompt_logprobs", -1), ("prompt_logprobs", 21),
         ("prompt_logprobs", True), ("stop_token_ids", [100]), ("stop_token_ids", 5), ("max_tokens", -1),
+        ("allowed_token_ids", []), ("allowed_token_ids", [100]), ("allowed_token_ids", [-1]), ("bad_words", [""]),
+        ("bad_words", ["x"] * 129), ("truncate_prompt_tokens", 0), ("truncate_prompt_tokens", -2),
+        ("skip_special_tokens", "no"), ("include_stop_str_in_output", 1), ("add_special_tokens", []),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_refused_by_the_name_of_its_field(field, value):
@@ -146,6 +184,8 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_field(field, value):
         ({"prompt_logprobs": 0, "stream": True}, "prompt_logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"prompt": ["x"] * 65, "best_of": 2}, "prompt"),
+        ({"allowed_token_ids": [1], "guided_regex": "a"}, "allowed_token_ids"),
+        ({"skip_special_tokens": False, "spaces_between_special_tokens": False}, "spaces_between_special_tokens"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused_by_name(fields, param):
