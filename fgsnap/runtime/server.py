@@ -188,7 +188,8 @@ class App:
     async def _answer(self, call: protocol.Call, tenant: str, began: float, send: Send) -> None:
         prompts = await self._tokenized(call)
         if call.bad_words:
-            call = call._replace(params=msgspec.structs.replace(call.params, bad_words=self._bad_words(call)))
+            bad_words = await asyncio.to_thread(self._bad_words, call.bad_words)
+            call = call._replace(params=msgspec.structs.replace(call.params, bad_words=bad_words))
         engine = await self._until_ready()
         if call.truncate_prompt_tokens is not None:
             prompts = self._truncated(call, prompts, engine.max_length)
@@ -278,10 +279,10 @@ class App:
             for sent, ids in zip(call.prompts, prompts, strict=True)
         ]
 
-    def _bad_words(self, call: protocol.Call) -> tuple[tuple[int, ...], ...]:
+    def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """The tokens of each, as vLLM reads them: at the beginning of a text and, where that differs, after a space."""
         found: dict[tuple[int, ...], None] = {}
-        for word in call.bad_words:
+        for word in words:
             first, spaced = (tuple(self._text.encode(space + word.lstrip(), False)) for space in ("", " "))
             if not first:
                 raise RequestError(f"bad_words: {word!r} has no tokens.", param="bad_words", code="invalid_value")

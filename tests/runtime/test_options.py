@@ -251,3 +251,8 @@ def test_what_would_change_the_answer_and_is_not_offered_is_refused_by_name(serv
     for field, value in refused.items():
         reply = ask(service.url, "POST", "/v1/completions", {"prompt": "x", "max_tokens": 1, field: value})
         assert (reply.status, reply.error()["param"], reply.error()["code"]) == (400, field, "unsupported_parameter")
+
+
+def test_a_bad_word_of_spaces_is_refused(service):
+    reply = ask(service.url, "POST", "/v1/completions", {"prompt": "x", "bad_words": ["fine", "  "]})
+    assert (reply.status, reply.error()["param"]) == (400, "bad_words")
