@@ -59,8 +59,8 @@ class Tokenizer(Protocol):
         """The tokens of a text, without those that a model wants around it."""
         ...
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens, special tokens skipped."""
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of tokens, special ones skipped unless they are asked for."""
         ...
 
     def id_to_token(self, id: int) -> str | None:
@@ -93,8 +93,8 @@ class Whole:
         # As a batch of one: only batches let other threads run meanwhile, and a long prompt takes seconds.
         return list(self._library.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self._library.decode(list(ids), skip_special_tokens=True))
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        return str(self._library.decode(list(ids), skip_special_tokens=skip_special))
 
     def id_to_token(self, id: int) -> str | None:
         token = self._library.id_to_token(id)
@@ -128,8 +128,9 @@ class Cut:
             raise MemoryError("a text is too long to be tokenized here")
         return tokens[:count].tolist()
 
-    def decode(self, ids: Sequence[int]) -> str:
-        pieces = [piece for piece in map(self.id_to_token, ids) if piece is not None and piece not in self._special]
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        skipped = self._special if skip_special else frozenset()
+        pieces = [piece for piece in map(self.id_to_token, ids) if piece is not None and piece not in skipped]
         return " ".join(pieces) if self._decoder is None else str(self._decoder.decode(pieces))
 
     def id_to_token(self, id: int) -> str | None:

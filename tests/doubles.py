@@ -253,30 +253,36 @@ class ByteText:
     def __init__(self, add_bos: bool = False) -> None:
         self._bos = [self.bos] if add_bos else []
 
-    def encode(self, text: str) -> list[int]:
-        return self._bos + list(text.encode())
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return (self._bos if add_special_tokens else []) + list(text.encode())
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return bytes(id for id in ids if id < 256).decode(errors="replace")
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        special = {} if skip_special else {self.bos: b"<bos>", self.eos: b"<eos>"}
+        return b"".join(bytes([id]) if id < 256 else special.get(id, b"") for id in ids).decode(errors="replace")
 
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **variables: Any,
     ) -> str:
         for message in messages:
             if message["role"] not in ("system", "user", "assistant"):
                 raise RequestError(f"No role {message['role']!r}.", param="messages")
         turns = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+        if continue_final_message:
+            return turns.removesuffix("\n")
         return turns + ("assistant:" if add_generation_prompt else "")
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], *args: Any, **variables: Any) -> list[int]:
-        return list(self.render_chat(messages, *args, **variables).encode())
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], *args: Any, add_special_tokens: bool = False, **variables: Any
+    ) -> list[int]:
+        return self.encode(self.render_chat(messages, *args, **variables), add_special_tokens)
 
     def token_bytes(self, token: int) -> bytes:
         return bytes([token]) if token < 256 else b""
 
-    def stream(self, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> TextStream:
-        return TextStream(self, tuple(stop), prompt)
+    def stream(self, stop: Sequence[str] = (), prompt: Sequence[int] = (), **how: Any) -> TextStream:
+        return TextStream(self, tuple(stop), prompt, **how)

@@ -18,7 +18,7 @@ from fgsnap.errors import RequestError
 from fgsnap.kernels.ops import Batch, Sampled, Samples, Sampling
 from fgsnap.runtime.blocks import BlockPool
 from fgsnap.runtime.request import EngineStats, Output, Request, SamplingParams, Step, Token
-from fgsnap.runtime.roster import NO_TOKEN
+from fgsnap.runtime.roster import NO_CHOICE, NO_TOKEN
 from fgsnap.runtime.scheduler import Admission, Scheduler, Work
 from fgsnap.runtime.sequence import Sequence
 
@@ -139,6 +139,8 @@ class Engine:
         for sequence in self._constrained:
             sequence.constrain()
         samples = self._model.sample(logits, work.how, work.positions) if work.how else NO_SAMPLES
+        if NO_TOKEN in samples.tokens:
+            samples = self._told_apart(samples, work, logits)
         step = self._commit(work, samples, ends)
         if self._constrained and self._grammars is not None:
             self._grammars.flush()
@@ -194,19 +196,30 @@ class Engine:
                 self._scheduler.add(sequence)
         return ends
 
+    def _told_apart(self, samples: Samples, work: Work, logits: Any) -> Samples:
+        """The samples with NO_CHOICE in rows that would have a token, were it not for their requests' own edits."""
+        if all(how.edits is None for how in work.how):
+            return samples
+        free = self._model.sample(logits, [Sampling()] * len(work.how), work.positions).tokens
+        pairs = zip(samples.tokens, free, strict=True)
+        tokens = [NO_CHOICE if token == NO_TOKEN and other != NO_TOKEN else token for token, other in pairs]
+        return Samples(tokens, samples.logprobs)
+
     def _commit(self, work: Work, samples: Samples, ends: list[Output]) -> Step:
         """Add the tokens to their texts, and take out whoever has ended."""
         samples, prompts = _parted(work, samples)
         roster, decodes, tokens = self._roster, work.decodes, samples.tokens
         requests = roster.ids.copy()
+        cached: dict[str, int] = {}
         if work.slices:
             new, again = self._scheduler.advance(work)
+            cached = {one.id: one.found for one, _ in work.slices if one.found and not one.remaining}
             self._prompt_tokens += new
             self._recomputed_tokens += again
             prompts = self._sound(prompts, ends)
             ends += self._only_computed(work)
         silent = [row for row in roster.append(tokens[:decodes]) if self._stops(roster.sequences[row], tokens[row])]
-        stopped = [roster.sequences[row] for row in silent]
+        stopped = [(roster.sequences[row], samples.logprobs.get(row)) for row in silent]
         for sequence in roster.due():
             if not self._stops(sequence, sequence.tokens[-1]):
                 ends.append(self._end(sequence, Output(sequence.id, finish="length")))
@@ -218,16 +231,16 @@ class Engine:
             sequence.tokens.append(tokens[row])
             if self._stops(sequence, tokens[row]):
                 silent.append(row)
-                stopped.append(sequence)
+                stopped.append((sequence, samples.logprobs.get(row)))
             else:
                 sequence.note(tokens[row])
                 if sequence.generated == sequence.params.max_tokens:
                     ends.append(self._end(sequence, Output(sequence.id, finish="length")))
                 else:
                     roster.join(sequence)
-        ends += [self._stopped(sequence) for sequence in stopped]
+        ends += [self._stopped(sequence, last) for sequence, last in stopped]
         self._generated_tokens += len(tokens) - len(silent)
-        return _without(silent, requests, tokens, samples.logprobs, ends, prompts)
+        return _without(silent, requests, tokens, samples.logprobs, ends, prompts, cached)
 
     def _only_computed(self, work: Work) -> list[Output]:
         """End those that are through and want no answer."""
@@ -242,17 +255,19 @@ class Engine:
         return [output for output in prompts if output.finish is None]
 
     def _stops(self, sequence: Sequence, token: int) -> bool:
-        return token == NO_TOKEN or token in sequence.enders
+        return token < 0 or token in sequence.enders
 
-    def _stopped(self, sequence: Sequence) -> Output:
-        """End a sequence whose last token does not belong to it."""
-        if sequence.tokens.pop() == NO_TOKEN:
-            matcher = sequence.matcher
-            if matcher is not None and matcher.error:
-                return self._end(sequence, Output(sequence.id, (), "error", matcher.error, matcher.code))
-            or_else = "" if matcher is None else ", or its constraint and other options leave no token"
-            return self._end(sequence, _not_finite(sequence, or_else), spoiled=True)
-        return self._end(sequence, Output(sequence.id, finish="stop"))
+    def _stopped(self, sequence: Sequence, last: Sampled | None) -> Output:
+        """End a sequence whose last token does not belong to it; ``last`` is that token, where it has a logprob."""
+        token, matcher = sequence.tokens.pop(), sequence.matcher
+        if token < 0 and matcher is not None and matcher.error:
+            return self._end(sequence, Output(sequence.id, (), "error", matcher.error, matcher.code))
+        if token == NO_TOKEN:
+            return self._end(sequence, _not_finite(sequence), spoiled=True)
+        if token == NO_CHOICE:
+            return self._end(sequence, Output(sequence.id, (), "error", NOTHING_LEFT, "constraint"))
+        ending = Token(token) if last is None else Token(*last)
+        return self._end(sequence, Output(sequence.id, finish="stop", ending=ending))
 
     def _end(self, sequence: Sequence, output: Output, *, spoiled: bool = False) -> Output:
         del self._live[sequence.id]
@@ -309,10 +324,13 @@ class Engine:
         for name, tokens in (
             ("logit_bias", [t for t, _ in request.params.logit_bias]),
             ("stop_token_ids", request.params.stop_token_ids),
+            ("bad_words", [t for word in request.params.bad_words for t in word]),
         ):
             stray = next((token for token in tokens if not 0 <= token < vocab), None)
             if stray is not None:
                 raise RequestError(f"{name} names token id {stray}.", f"The ids are 0 to {vocab - 1}.", param=name)
+        if request.params.allowed and len(request.params.allowed) != -(-vocab // 32) * 4:
+            raise RequestError("The allowed tokens are of another vocabulary.", param="allowed_token_ids")
         self._check_size(len(request.prompt), request.params.max_tokens)
 
     def _check_size(self, prompt: int, max_tokens: int) -> None:
@@ -345,10 +363,11 @@ def _without(
     logprobs: dict[int, Sampled],
     ends: list[Output],
     prompts: list[Output],
+    cached: dict[str, int],
 ) -> Step:
     """The step without the rows whose token nobody gets."""
     if not silent:
-        return Step(requests, tokens, {row: Token(*one) for row, one in logprobs.items()}, ends, prompts)
+        return Step(requests, tokens, {row: Token(*one) for row, one in logprobs.items()}, ends, prompts, cached)
     gone = {*silent}
     left = [row for row in range(len(tokens)) if row not in gone]
     return Step(
@@ -357,6 +376,7 @@ def _without(
         {place: Token(*logprobs[row]) for place, row in enumerate(left) if row in logprobs},
         ends,
         prompts,
+        cached,
     )
 
 
@@ -376,12 +396,13 @@ def _parted(work: Work, samples: Samples) -> tuple[Samples, list[Output]]:
     return Samples([samples.tokens[row] for row in left], logprobs), outputs
 
 
-def _not_finite(sequence: Sequence, or_else: str = "") -> Output:
-    why = f"the model gave no finite logit for this request{or_else}"
-    return Output(sequence.id, (), "error", why, "not_finite")
+def _not_finite(sequence: Sequence) -> Output:
+    return Output(sequence.id, (), "error", "the model gave no finite logit for this request", "not_finite")
 
 
 NO_SAMPLES = Samples([], {})
+
+NOTHING_LEFT = "the options of the request together leave no token to go on with"
 
 FEW_DEADLINES = 64
 """So many deadlines of requests that have ended may be kept whatever is live."""
@@ -407,6 +428,7 @@ def _check_params(request: Request) -> None:
         ("frequency_penalty", params.frequency_penalty, math.isfinite(params.frequency_penalty), "a finite number"),
         ("logit_bias", f"of {len(biases)} tokens", len(biases) <= MOST_BIASES, f"of at most {MOST_BIASES}"),
         ("logit_bias", biases, all(map(math.isfinite, biases)), "of finite numbers"),
+        ("bad_words", params.bad_words, all(params.bad_words), "of at least one token each"),
         ("min_tokens", params.min_tokens, 0 <= params.min_tokens <= params.max_tokens, "from 0 to max_tokens"),
         ("logprobs", params.logprobs, -1 <= params.logprobs < MOST, "-1 (none) or more"),
         ("prompt_logprobs", params.prompt_logprobs, -1 <= params.prompt_logprobs < MOST, "-1 (none) or more"),

@@ -57,7 +57,7 @@ class Options(TypedDict, total=False):
         max_length: most tokens of prompt and answer together; default: the context, or MAX_LENGTH if that is less and
             ``max_new_tokens`` is left out too.
         max_new_tokens: most tokens of the answer; what does not fit into ``max_length`` is left off.
-        min_new_tokens: an answer does not end by itself before so many.
+        min_new_tokens: an answer does not end by itself, nor by a stop token or text, before so many.
         ignore_eos: it does not end by itself at all.
         stop: texts that end an answer, and are no part of it.
         stop_token_ids: tokens that do.

@@ -17,6 +17,9 @@ from fgsnap.runtime.sequence import Sequence
 NO_TOKEN = -1
 """What a backend picks where a row has no token."""
 
+NO_CHOICE = -2
+"""What the engine makes of it where the model gave one, and the request's own edits left none."""
+
 
 class Roster:
     """The generating sequences.
@@ -42,7 +45,7 @@ class Roster:
         self._growing: list[dict[Sequence, None]] = [{} for _ in range(block_size)]
         self._due: dict[int, dict[Sequence, None]] = {}
         self._edited: dict[Sequence, None] = {}
-        self._enders: dict[int, int] = {NO_TOKEN: 1}  # tokens that end some row, and how many of them
+        self._enders: dict[int, int] = {NO_TOKEN: 1, NO_CHOICE: 1}  # tokens that end some row, and how many of them
 
     def __len__(self) -> int:
         return len(self.sequences)

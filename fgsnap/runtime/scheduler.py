@@ -260,6 +260,8 @@ class Scheduler:
         sequence.state = "running"
         self.waiting -= 1
         self.waiting_tokens -= sequence.longest
+        if not sequence.forwarded:
+            sequence.found = sequence.cached
         self.cached_tokens += max(0, sequence.cached - sequence.forwarded)
         sequence.forwarded = max(sequence.forwarded, sequence.cached)
         self._turn = max(self._turn, sequence.order[1])

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Unpack
 
 import msgspec
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from starlette.types import Message, Receive, Scope, Send
 
     from fgsnap.runtime.routes import Routes
+    from fgsnap.runtime.text import Told
 
 BODY_LIMIT = 8 << 20
 DISCARD_LIMIT = 64 << 20  # of a body that is too long, read on so far, that its sender gets to see the refusal
@@ -55,6 +56,9 @@ class Stream(Protocol):
     shown: int
 
     @property
+    def matched(self) -> str | None: ...
+
+    @property
     def finished(self) -> bool: ...
 
     def feed(self, ids: Sequence[int]) -> str: ...
@@ -65,15 +69,22 @@ class Stream(Protocol):
 class TextSide(Protocol):
     """What the server needs of text.Text."""
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
-    def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]: ...
+    def encode_chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        add_special_tokens: bool,
+    ) -> list[int]: ...
 
     def token_bytes(self, token: int) -> bytes: ...
 
-    def stream(self, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> Stream: ...
+    def stream(self, stop: Sequence[str] = (), prompt: Sequence[int] = (), **how: Unpack[Told]) -> Stream: ...
 
 
 class Identity(NamedTuple):
@@ -176,26 +187,32 @@ class App:
 
     async def _answer(self, call: protocol.Call, tenant: str, began: float, send: Send) -> None:
         prompts = await self._tokenized(call)
+        if call.bad_words:
+            bad_words = await asyncio.to_thread(self._bad_words, call.bad_words)
+            call = call._replace(params=msgspec.structs.replace(call.params, bad_words=bad_words))
         engine = await self._until_ready()
+        if call.truncate_prompt_tokens is not None:
+            prompts = self._truncated(call, prompts, engine.max_length)
         kv_tokens = engine.kv_blocks * engine.block_size
         lengths = [
             protocol.settled(call, len(prompt), engine.max_length, kv_tokens, self._default_max_tokens)
             for prompt in prompts
         ]
         heading = self._heading(call)
-        works = _works(heading.id, call, prompts, lengths, tenant, self._echoes(call))
+        works = _works(heading.id, call, prompts, lengths, tenant, self._echoes(call, prompts))
         answer = answers.Answer(
             heading,
             choices=len(works),
+            each=call.choices,
             prompt_tokens=sum(map(len, prompts)),
             spell=None if call.params.logprobs < 0 else self._text.token_bytes,
             usage=call.include_usage,
-            best=(call.kept, call.choices) if call.kept < call.choices else None,
+            best=call.kept if call.kept < call.choices else None,
             echo_top=call.params.logprobs if call.echo else -1,
             prompt_top=call.prompt_top,
             prompt_spell=self._text.token_bytes,
         )
-        async with aclosing(self._pieces(works, call.stop)) as pieces, aclosing(self._timed(pieces, began)) as timed:
+        async with aclosing(self._pieces(works, call)) as pieces, aclosing(self._timed(pieces, began)) as timed:
             await (self._stream if call.stream else self._whole)(answer, timed, send)
 
     async def _stream(self, answer: answers.Answer, pieces: Pieces, send: Send) -> None:
@@ -235,14 +252,44 @@ class App:
 
     def _tokens(self, call: protocol.Call) -> list[tuple[int, ...]]:
         if call.chat:
-            return [tuple(self._text.encode_chat(call.messages))]
-        return [prompt if isinstance(prompt, tuple) else tuple(self._text.encode(prompt)) for prompt in call.prompts]
+            made = self._text.encode_chat(
+                call.messages,
+                add_generation_prompt=call.add_generation_prompt,
+                continue_final_message=call.continue_final_message,
+                add_special_tokens=call.add_special_tokens,
+            )
+            return [tuple(made)]
+        encode = self._text.encode
+        if not call.add_special_tokens:
+            encode = functools.partial(encode, add_special_tokens=False)
+        return [prompt if isinstance(prompt, tuple) else tuple(encode(prompt)) for prompt in call.prompts]
 
-    def _echoes(self, call: protocol.Call) -> list[str]:
+    def _truncated(self, call: protocol.Call, prompts: list[tuple[int, ...]], max_length: int) -> list[tuple[int, ...]]:
+        """The prompts as short as the call wants them; what ``_tokens`` put before a text stays."""
+        bos = len(self._text.encode("")) if call.add_special_tokens else 0
+        heads = [0 if isinstance(sent, tuple) else bos for sent in call.prompts or ("",)]
+        return [protocol.truncated(call, *each, max_length) for each in zip(prompts, heads, strict=True)]
+
+    def _echoes(self, call: protocol.Call, prompts: Sequence[tuple[int, ...]]) -> list[str]:
         """What the answers to each prompt begin with."""
         if not call.echo:
-            return [""] * max(len(call.prompts), 1)
-        return [prompt if isinstance(prompt, str) else self._text.decode(prompt) for prompt in call.prompts]
+            return [""] * len(prompts)
+        return [
+            sent if isinstance(sent, str) and call.truncate_prompt_tokens is None else self._text.decode(ids)
+            for sent, ids in zip(call.prompts, prompts, strict=True)
+        ]
+
+    def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The tokens of each, as vLLM reads them: at the beginning of a text and, where that differs, after a space."""
+        found: dict[tuple[int, ...], None] = {}
+        for word in words:
+            first, spaced = (tuple(self._text.encode(space + word.lstrip(), False)) for space in ("", " "))
+            if not first:
+                raise RequestError(f"bad_words: {word!r} has no tokens.", param="bad_words", code="invalid_value")
+            found[first] = None
+            if spaced[0] != first[0] and len(spaced) == len(first):
+                found[spaced] = None
+        return tuple(found)
 
     async def _until_ready(self) -> wire.Ready:
         self._held += 1
@@ -251,13 +298,20 @@ class App:
         finally:
             self._held -= 1
 
-    async def _pieces(self, works: Sequence[Work], stop: tuple[str, ...]) -> Pieces:
+    async def _pieces(self, works: Sequence[Work], call: protocol.Call) -> Pieces:
         """What all choices produce, as it comes; None when nothing came for a while. Leaving early aborts the rest."""
         inbox: Inbox = asyncio.Queue()
         making: dict[str, _Choice] = {}
         try:
             for work in works:
-                making[work.request.id] = _Choice(work, self._text.stream(stop, work.request.prompt))
+                stream = self._text.stream(
+                    call.stop,
+                    work.request.prompt,
+                    min_tokens=call.params.min_tokens,
+                    include_stop=call.include_stop,
+                    skip_special=call.skip_special,
+                )
+                making[work.request.id] = _Choice(work, stream, include_stop=call.include_stop)
                 self._link.submit(work.request, inbox)
             while making:
                 output = await _next(inbox, works[0].request.params.constraint)
@@ -425,6 +479,8 @@ async def _next(inbox: Inbox, constraint: Constraint | None) -> Output | None:
         what, status = f"The constraint in {constraint.field} failed.", CONSTRAINT_STATUS[item.code]
         param = constraint.field.partition(".")[0]
         raise RequestError(what, f"{item.error}.".capitalize(), status=status, param=param, code=item.code)
+    if item.finish == "error" and item.code == "constraint":
+        raise RequestError("The answer cannot go on.", f"{item.error}.".capitalize(), code=item.code)
     if item.finish in ("error", "abort"):
         why = item.error or "The engine dropped it."
         raise RequestError("The request failed in the engine.", why, status=500, code="engine_error")
@@ -442,10 +498,12 @@ def _as_told(error: Exception) -> RequestError:
 class _Choice:
     """One choice in the making: its text, and the tokens that the text does not show yet."""
 
-    def __init__(self, work: Work, stream: Stream) -> None:
+    def __init__(self, work: Work, stream: Stream, *, include_stop: bool) -> None:
         prompt, scored = work.request.prompt, work.request.params.prompt_logprobs >= 0
         self._index = work.choice
         self._stream = stream
+        self._include_stop = include_stop
+        self._stop_tokens = work.request.params.stop_token_ids
         self._hidden: list[Token] = []
         self._echo = work.echo
         self._prompt = [Token(prompt[0])] if scored else []
@@ -465,13 +523,31 @@ class _Choice:
     def take(self, output: Output) -> Piece:
         """The output with its text; a stop text within it ends the choice."""
         stream, before = self._stream, self._stream.shown
-        text = stream.feed([token.id for token in output.tokens])
+        tokens, ending = output.tokens, output.ending
+        if self._include_stop and ending is not None:
+            tokens, ending = (*tokens, ending), None
+        text = stream.feed([token.id for token in tokens])
         if output.finish is not None:
             text += stream.flush()
-        self._hidden += output.tokens
+        self._hidden += tokens
         count = stream.shown - before
         shown, self._hidden = tuple(self._hidden[:count]), self._hidden[count:]
-        return Piece(self._index, text, output.tokens, shown, "stop" if stream.finished else output.finish)
+        return Piece(
+            self._index,
+            text,
+            tokens,
+            shown,
+            "stop" if stream.finished else output.finish,
+            ending=ending,
+            stop_reason=self._stop_reason(output),
+            cached=output.cached,
+        )
+
+    def _stop_reason(self, output: Output) -> str | int | None:
+        """As vLLM has it: the stop text, or the stop token that was asked for; None of an eos, or of another end."""
+        if self._stream.finished or output.ending is None:
+            return self._stream.matched
+        return output.ending.id if output.ending.id in self._stop_tokens else None
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> None:

@@ -13,12 +13,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Unpack
 
 from fgsnap.errors import FgsnapError, RequestError, UsageError
 from fgsnap.runtime.engine import Engine
 from fgsnap.runtime.request import Constraint, EngineStats, FinishReason, Output, Request, SamplingParams, Token
-from fgsnap.runtime.text import TextStream
+from fgsnap.runtime.text import TextStream, Told
 
 PATIENCE_MS = 50
 """While all that is wanted is being compiled, whoever waits lets others ask so often."""
@@ -51,7 +51,7 @@ class Delta(NamedTuple):
 class Streams(Protocol):
     """What is needed of a Text."""
 
-    def stream(self, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> TextStream: ...
+    def stream(self, stop: Sequence[str] = (), prompt: Sequence[int] = (), **how: Unpack[Told]) -> TextStream: ...
 
 
 class SharedEngine:
@@ -85,7 +85,8 @@ class SharedEngine:
         making: dict[str, tuple[int, TextStream, Constraint | None]] = {}
         try:
             for index, ask in enumerate(asks):
-                making[next(self._ids)] = index, self._text.stream(stop, ask.prompt), ask.params.constraint
+                stream = self._text.stream(stop, ask.prompt, min_tokens=ask.params.min_tokens)
+                making[next(self._ids)] = index, stream, ask.params.constraint
             self._submit(asks, making, inbox)
             while making:
                 deltas, ended = [], []
@@ -206,6 +207,8 @@ def _delta(output: Output, answer: int, stream: TextStream, constraint: Constrai
         if constraint is not None and output.code != "not_finite":
             what = f"The constraint in {constraint.field} failed."
             raise RequestError(what, f"{output.error}.".capitalize(), param=constraint.field, code=output.code)
+        if output.code == "constraint":
+            raise RequestError("The answer cannot go on.", f"{output.error}.".capitalize(), code=output.code)
         raise FgsnapError("The model failed on this prompt.", output.error, "Try another backend.")
     text = stream.feed([token.id for token in output.tokens])
     if output.finish is not None:

@@ -7,12 +7,13 @@ a stop string. A template is data of strangers: it runs in minijinja, which has 
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict, Unpack
 
 from minijinja import Environment, TemplateError
 
@@ -27,6 +28,7 @@ MAX_JSON_INDENT = 16
 REPLACEMENT = "\ufffd"
 LONGEST_CHARACTER = 4
 """Bytes in UTF-8, and so at most as many tokens."""
+MARK = "THE FINAL MESSAGE ENDS HERE "
 
 Message = Mapping[str, Any]
 
@@ -43,9 +45,23 @@ class TextSource(Protocol):
 
 
 class Decodes(Protocol):
-    """Tokens to text, special tokens skipped: a Text, a Tokenizer, or a test's double."""
+    """Tokens to text: a Text, a Tokenizer, or a test's double."""
 
-    def decode(self, ids: list[int]) -> str: ...
+    def decode(self, ids: list[int], skip_special: bool = True) -> str: ...
+
+
+class Told(TypedDict, total=False):
+    """How an answer is told.
+
+    Attributes:
+        min_tokens: a stop text that is complete within so many tokens does not end it.
+        include_stop: the stop text is a part of it.
+        skip_special: special tokens have no text.
+    """
+
+    min_tokens: int
+    include_stop: bool
+    skip_special: bool
 
 
 class Text:
@@ -65,22 +81,31 @@ class Text:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
-    def encode(self, text: str) -> list[int]:
-        """The tokens of a plain prompt, after a BOS token if the model wants one."""
-        return self._bos + self._ids(text)
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The tokens of a plain prompt, after a BOS token if the model wants one, unless it is to go without."""
+        return (self._bos if add_special_tokens else []) + self._ids(text)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens, special tokens skipped."""
-        return self.tokenizer.decode(ids)
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of tokens, special ones skipped unless they are asked for."""
+        return self.tokenizer.decode(ids, skip_special)
 
     def render_chat(
         self,
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **variables: Any,
     ) -> str:
-        """The conversation as the model was trained to read it. RequestError if the template refuses it."""
+        """The conversation as the model was trained to read it. RequestError if the template refuses it.
+
+        Args:
+            messages: the conversation.
+            tools: that the template may tell the model of.
+            add_generation_prompt: end with what the assistant's words begin with.
+            continue_final_message: end within the last message instead, so that it is gone on with.
+            variables: for the template.
+        """
         if self._template is None:
             raise RequestError(
                 "This model has no chat template.",
@@ -88,23 +113,25 @@ class Text:
                 "Send a plain prompt (over HTTP, to /v1/completions).",
                 param="messages",
             )
-        return self._template.render(
-            messages=[_plain_message(message) for message in messages],
-            tools=list(tools) if tools else None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **variables,
-        )
+        plain = [_plain_message(message) for message in messages]
+        variables = {"tools": list(tools) if tools else None, "documents": None, **variables}
+        if continue_final_message:
+            variables["add_generation_prompt"] = False
+            return _within_last(plain, functools.partial(self._template.render, **variables))
+        return self._template.render(**variables, messages=plain, add_generation_prompt=add_generation_prompt)
 
     def encode_chat(
         self,
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        add_special_tokens: bool = False,
         **variables: Any,
     ) -> list[int]:
-        """The tokens of a conversation. The template writes its own BOS token, so none is added."""
-        return self._ids(self.render_chat(messages, tools, add_generation_prompt, **variables))
+        """The tokens of a conversation. The template writes its own BOS token, so none is added unless asked for."""
+        text = self.render_chat(messages, tools, add_generation_prompt, continue_final_message, **variables)
+        return self.encode(text, add_special_tokens)
 
     def token_bytes(self, token: int) -> bytes:
         """The exact bytes that a token stands for; half a character for some. Empty for an id without a token."""
@@ -118,9 +145,9 @@ class Text:
             return bytes([int(match[1], 16)])
         return (piece if byte_level else piece.replace("▁", " ")).encode()
 
-    def stream(self, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> TextStream:
+    def stream(self, stop: Sequence[str] = (), prompt: Sequence[int] = (), **how: Unpack[Told]) -> TextStream:
         """A TextStream for one answer; ``prompt`` decides whether its first word begins with a space."""
-        return TextStream(self, tuple(stop), prompt)
+        return TextStream(self, tuple(stop), prompt, **how)
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(_unicode(text))
@@ -223,6 +250,25 @@ def _template_error(reason: str) -> RequestError:
     )
 
 
+def _within_last(messages: Sequence[dict[str, Any]], render: Callable[..., str]) -> str:
+    """The conversation up to the last word of its last message; as transformers does it, by a mark behind that."""
+    *before, last = messages
+    content = last.get("content")
+    if not isinstance(content, str):
+        raise RequestError("The final message has no text to go on with.", param="messages")
+    text = render(messages=[*before, {**last, "content": content + MARK}])
+    at = text.rfind(MARK.rstrip())
+    if at < 0 or content.strip() not in text:
+        raise RequestError(
+            "The final message cannot be continued.",
+            "The model's chat template does not show it as it is.",
+            "Leave continue_final_message out.",
+            param="continue_final_message",
+        )
+    kept = text[:at]
+    return kept if text.startswith(MARK, at) else kept.rstrip()  # else the template trims, and would that message too
+
+
 def _plain_message(message: Message) -> dict[str, Any]:
     """A message as templates expect it: text parts joined, and the arguments of tool calls as objects."""
     plain = dict(message)
@@ -310,17 +356,29 @@ class TextStream:
         tokenizer: decodes tokens.
         stop: texts that end the answer. The one that is complete first counts; of two, the longer.
         prompt: the tokens before the answer, whose last few decide how its first word is spaced.
+        min_tokens, include_stop, skip_special: see Told.
 
-    What ``feed`` and ``flush`` return, joined, is the whole answer up to the stop text, and nothing after it.
+    What ``feed`` and ``flush`` return, joined, is the whole answer up to the stop text, or its end, and nothing more.
 
     Attributes:
         shown: how many of the tokens have a part in that text. At the end these are all but those of the stop text,
             and, where bytes before it were wrong, the token that showed them to be so.
     """
 
-    def __init__(self, tokenizer: Decodes, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> None:
-        self._characters = Characters(tokenizer.decode, prompt)
-        self._stops = StopTexts(stop)
+    def __init__(
+        self,
+        tokenizer: Decodes,
+        stop: Sequence[str] = (),
+        prompt: Sequence[int] = (),
+        *,
+        min_tokens: int = 0,
+        include_stop: bool = False,
+        skip_special: bool = True,
+    ) -> None:
+        decode = tokenizer.decode if skip_special else functools.partial(tokenizer.decode, skip_special=False)
+        self._characters = Characters(decode, prompt)
+        self._stops = StopTexts(stop, include=include_stop)
+        self._unheeded = min_tokens  # tokens to come that no stop text ends
         self._starts: deque[int] = deque()  # of each token not yet shown: the characters before its own
         self._whole = 0  # characters of all tokens
         self._out = 0  # characters let out
@@ -346,7 +404,9 @@ class TextStream:
         self._starts.append(self._whole)
         whole = self._characters.feed([id])
         self._whole += len(whole)
-        return self._show(self._stops.feed(whole))
+        text = self._stops.feed(whole, heeded=self._unheeded <= 0)
+        self._unheeded -= 1
+        return self._show(text)
 
     def _show(self, text: str) -> str:
         self._out += len(text)
@@ -359,7 +419,8 @@ class TextStream:
         """The text still held back, at the end of the answer."""
         if self.finished:
             return ""
-        text = self._show(self._stops.feed(self._characters.flush()) + self._stops.flush())
+        rest = self._stops.feed(self._characters.flush(), heeded=self._unheeded < 0)
+        text = self._show(rest + self._stops.flush())
         if not self.finished:  # tokens at the end that have no text, such as special ones, are part of the answer
             self.shown += len(self._starts)
             self._starts.clear()
@@ -464,26 +525,37 @@ class Characters:
 
 
 class StopTexts:
-    """Lets text through up to the first stop text, holding back what may be the beginning of one."""
+    """Lets text through up to the first stop text, holding back what may be the beginning of one.
 
-    def __init__(self, stop: Sequence[str]) -> None:
+    Args:
+        stop: the texts.
+        include: let the stop text through as well.
+    """
+
+    def __init__(self, stop: Sequence[str], *, include: bool = False) -> None:
         self._stop = tuple(text for text in stop if text)
         self._first = frozenset(text[0] for text in self._stop)
         self._longest = max(map(len, self._stop), default=0)
+        self._include = include
         self._held = ""
+        self._unheeded = 0  # characters at the front of what is held, in which no stop text ends
         self.matched: str | None = None
 
-    def feed(self, text: str) -> str:
-        """The part of all text so far that is now safe to show."""
+    def feed(self, text: str, *, heeded: bool = True) -> str:
+        """The part of all text so far that is now safe to show. A stop text that ends in it counts where ``heeded``."""
         if not self._stop:
             return text
         self._held += text
-        found = [(start + len(stop), start, stop) for stop in self._stop if (start := self._held.find(stop)) >= 0]
+        if not heeded:
+            self._unheeded = len(self._held)
+        found = [(start + len(stop), start, stop) for stop in self._stop if (start := self._find(stop)) >= 0]
         if found:
-            _, end, self.matched = min(found)
+            after, end, self.matched = min(found)
+            end = after if self._include else end
         else:
             end = self._safe_end()
         shown, self._held = self._held[:end], self._held[end:]
+        self._unheeded -= end
         return shown
 
     def flush(self) -> str:
@@ -491,6 +563,9 @@ class StopTexts:
         rest = "" if self.matched is not None else self._held
         self._held = ""
         return rest
+
+    def _find(self, stop: str) -> int:
+        return self._held.find(stop, max(self._unheeded - len(stop) + 1, 0))
 
     def _safe_end(self) -> int:
         """Where the earliest possible beginning of a stop text is in the held text."""

@@ -303,3 +303,11 @@ def test_the_grammar_processes_end_with_the_service(tmp_path):
 
 def children(pid: int) -> list[int]:
     return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_options_that_leave_a_constraint_no_token_are_the_request_s_own_doing(service):
+    digits = [*b"0123456789"]
+    body = {"prompt": "x", "max_tokens": 4, "guided_regex": "[0-9]", "stop_token_ids": digits, "min_tokens": 2}
+    reply = ask(service.url, "POST", "/v1/completions", body)
+    assert (reply.status, reply.error()["code"], reply.error()["param"]) == (400, "constraint", "guided_regex")
+    assert "no token" in reply.error()["message"]

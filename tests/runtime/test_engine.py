@@ -18,7 +18,7 @@ from fgsnap.errors import RequestError
 from fgsnap.kernels.ops import Batch, Edits, Sampled, Samples, Sampling
 from fgsnap.runtime.engine import Engine
 from fgsnap.runtime.request import Constraint, Output, Request, SamplingParams, Token
-from fgsnap.runtime.roster import NO_TOKEN
+from fgsnap.runtime.roster import NO_CHOICE, NO_TOKEN
 from fgsnap.runtime.scheduler import MOST_SCORED
 from fgsnap.runtime.sequence import Sequence
 from tests.doubles import StubGrammars, StubModel, pick, said_next
@@ -87,7 +87,9 @@ edited = st.builds(
     constraint=st.sampled_from([None, None, None, "1", "4", "6", "20", "0 unfit", "3 breaks"]).map(
         lambda text: text and Constraint("lark", text)
     ),
-)
+    allowed=st.sampled_from([b"", b"", b"\x7e\x00\x00\x00"]),
+    bad_words=st.sampled_from([(), ((1,), (2, 3)), ((4, 5), (4, 4, 6), (5, 1))]),
+).map(lambda made: msgspec.structs.replace(made, allowed=b"") if made.constraint else made)
 # Many begin alike, and some are equal.
 prompts = st.one_of(
     st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=20),
@@ -117,7 +119,8 @@ def said(request: Request, sick: int | None = None) -> tuple[list[Token], str]:
             presence=params.presence_penalty,
             frequency=params.frequency_penalty,
             bias=dict(params.logit_bias),
-            banned=sorted(enders) if len(given) < params.min_tokens else (),
+            banned=[*(enders if len(given) < params.min_tokens else ()), *unsayable(params.bad_words, given)],
+            allowed=memoryview(params.allowed) if params.allowed else None,
             prompt=sorted({*request.prompt}),
         )
         edits.counts = Counter(tokens[len(request.prompt) :])
@@ -135,6 +138,11 @@ def said(request: Request, sick: int | None = None) -> tuple[list[Token], str]:
         tokens.append(picked.token)
         given.append(Token(picked.token, *((picked.logprob, picked.top) if params.logprobs >= 0 else ())))
     return given, "length"
+
+
+def unsayable(words: tuple[tuple[int, ...], ...], given: list[Token]) -> list[int]:
+    said = [token.id for token in given]
+    return [last for *before, last in words if said[len(said) - len(before) :] == before]
 
 
 class Clock:
@@ -369,7 +377,7 @@ def nothing_is_left(engine: Engine) -> None:
     assert all(sequence.state == "gone" for _, sequence in scheduler._queue)
     columns = (roster.sequences, roster.ids, roster.texts, roster.tables, roster.how, roster.last, roster.cached)
     assert not any(columns) and not any(roster._growing) and not roster._due and not roster._edited
-    assert roster._enders == {NO_TOKEN: 1}
+    assert roster._enders == {NO_TOKEN: 1, NO_CHOICE: 1}
 
 
 @pytest.mark.timeout(1200)  # a failure is made smaller, which takes long
@@ -571,6 +579,40 @@ def test_not_a_number_ends_only_the_request_it_belongs_to():
     assert "finite" in outputs["bad"][-1].error
     assert summary(outputs["good"]) == alone(good)
     assert engine.stats().kv_blocks_free == model.blocks
+
+
+def test_an_end_tells_the_token_that_made_it_and_its_logprob():
+    (likeliest,) = pick(said_next([1, 2, 3], VOCAB), Sampling(logprobs=1), 3).top
+    ends = []
+    for params in ({"logprobs": 0}, {}, {"min_tokens": 1, "max_tokens": 1}):
+        engine = Engine(stub())
+        engine.submit(request("r", (1, 2, 3), stop_token_ids=(likeliest[0],), **params))
+        ends.append(finish(engine)["r"][-1].ending)
+    assert ends == [Token(*likeliest), Token(likeliest[0]), None]
+
+
+def test_a_prompt_tells_once_how_much_of_it_was_cached():
+    engine = Engine(stub(), eos_token_ids=EOS)
+    found = {}
+    for name, prompt in {"first": range(8), "same": range(8), "longer": range(10)}.items():
+        engine.submit(request(name, prompt, max_tokens=3, ignore_eos=True))
+        found[name] = [output.cached for output in finish(engine)[name]]
+    assert found == {"first": [0, 0, 0], "same": [4, 0, 0], "longer": [8, 0, 0]}
+
+
+@pytest.mark.parametrize("constraint", [None, Constraint("lark", "4")])
+def test_options_that_leave_no_token_are_no_failure_of_the_model(constraint):
+    """The prompt's blocks are sound; where the logits are not, it is the model's failure whatever the options say."""
+    nothing = {"stop_token_ids": tuple(range(VOCAB)), "min_tokens": 1, "constraint": constraint}
+    codes, cached = [], []
+    for sick in (None, 22):
+        engine = Engine(stub(nan_after=sick), eos_token_ids=EOS, grammars=lambda: StubGrammars(VOCAB, EOS))
+        engine.submit(request("bad", (*range(1, 9), 22), **nothing))
+        codes.append(finish(engine)["bad"][-1].code)
+        engine.submit(request("again", (*range(1, 9), 21), 1))
+        finish(engine)
+        cached.append(engine.stats().cached_tokens)
+    assert codes == ["constraint", "not_finite"] and cached == [8, 0]
 
 
 def test_abort_frees_blocks_before_the_next_step():

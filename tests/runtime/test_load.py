@@ -157,6 +157,9 @@ class TestOptions:
         biased = {**GREEDY, "logit_bias": {257: 100.0}}
         assert pipe("a", **biased)[0].generated_length == 0
         assert pipe("a", **biased, min_new_tokens=3)[0].generated_length == 3
+        forced = {"logit_bias": {65: 100}, "stop": "bb", "max_new_tokens": 6, "do_sample": False}
+        texts = [pipe("a", **forced, min_new_tokens=least)[0].generated_text for least in (0, 2, 3)]
+        assert texts == ["", "b", "bb"]
         assert pipe("a", **biased, ignore_eos=True)[0].generated_length == 12
         assert ids(pipe("a", **GREEDY, logit_bias={65: 100.0})) == [[65] * 12]
         first = ids(pipe("a", **GREEDY))[0][0]

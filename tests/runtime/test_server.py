@@ -95,6 +95,30 @@ def test_a_chat(api):
     assert answer.usage.prompt_tokens == len("user: hi\nassistant:")
 
 
+def test_a_chat_may_go_on_with_its_last_message(api):
+    said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "The answer"}]
+    for how, text in (
+        ({"continue_final_message": True}, "user: hi\nassistant: The answer"),
+        ({"add_generation_prompt": False}, "user: hi\nassistant: The answer\n"),
+        ({}, "user: hi\nassistant: The answer\nassistant:"),
+    ):
+        answer = api.chat.completions.create(
+            messages=said, max_tokens=4, extra_body={"ignore_eos": True, **how}, **GREEDY
+        )
+        assert answer.choices[0].message.content == ByteText().decode(continuation(text, 4))
+        assert answer.usage.prompt_tokens == len(text)
+
+
+def test_a_prompt_may_go_without_the_bos_and_keeps_it_when_it_is_cut(service, api, monkeypatch):
+    monkeypatch.setattr(service.app, "_text", ByteText(add_bos=True))
+    found = []
+    for sent in ("hello", [*b"hello"]):
+        for how in ({}, {"add_special_tokens": False}, {"truncate_prompt_tokens": 3}):
+            answer = api.completions.create(prompt=sent, max_tokens=1, echo=True, extra_body=how, **GREEDY)
+            found.append((answer.usage.prompt_tokens, answer.choices[0].text[:2]))
+    assert found == [(6, "he"), (5, "he"), (3, "lo"), (5, "he"), (5, "he"), (3, "ll")]
+
+
 def test_a_streamed_chat_begins_with_the_role(api):
     arguments = {**GREEDY, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8}
     plain = api.chat.completions.create(**arguments)
@@ -102,7 +126,7 @@ def test_a_streamed_chat_begins_with_the_role(api):
     assert chunks[0].choices[0].delta.role == "assistant" and chunks[0].choices[0].delta.content == ""
     said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert said == plain.choices[0].message.content
-    assert chunks[-1].usage == plain.usage and chunks[0].object == "chat.completion.chunk"
+    assert chunks[-1].usage.total_tokens == plain.usage.total_tokens and chunks[0].object == "chat.completion.chunk"
 
 
 def test_without_a_length_a_chat_may_fill_the_context(api):

@@ -114,9 +114,9 @@ KINDS = {
 READERS = {kind: Reader(tokenizer) for kind, tokenizer in KINDS.items()}
 
 
-def streamed(tokenizer, ids, stop=(), prompt=(), sizes=(1,)) -> list[str]:
+def streamed(tokenizer, ids, stop=(), prompt=(), sizes=(1,), **how) -> list[str]:
     """What a stream says to ``ids`` fed in pieces of these sizes, and at the end."""
-    stream, deltas, position = TextStream(tokenizer, stop, prompt), [], 0
+    stream, deltas, position = TextStream(tokenizer, stop, prompt, **how), [], 0
     while position < len(ids):
         size = sizes[len(deltas) % len(sizes)]
         deltas.append(stream.feed(ids[position : position + size]))
@@ -262,9 +262,11 @@ def test_half_a_character_at_the_end_is_flushed_as_a_replacement():
     assert streamed(byte_level_tokenizer, byte_level_tokenizer.encode("é").ids[:1]) == ["", REPLACEMENT]
 
 
-def test_special_tokens_are_not_text(smol):
-    ids = smol.encode("Hello<|im_end|><|im_start|> world")
+def test_special_tokens_are_not_text_unless_they_are_asked_for(smol):
+    text = "Hello<|im_end|><|im_start|> world"
+    ids = smol.encode(text)
     assert "".join(streamed(smol, ids)) == "Hello world"
+    assert "".join(streamed(smol, ids, skip_special=False)) == text
 
 
 def test_the_first_word_keeps_its_space_after_a_prompt():
@@ -298,12 +300,15 @@ def test_a_long_answer_costs_the_same_at_its_end(smol):
 # ---- stop texts ----------------------------------------------------------------------------------------------------
 
 
-def first_complete(text: str, stop: list[str]) -> str:
-    """The text before the stop text that is complete first, the longest of those; read letter by letter."""
-    for end in range(1, len(text) + 1):
+def first_complete(text: str, stop: list[str], least: int, include: bool) -> str:
+    """The text before the stop text that is complete first, the longest of those; read letter by letter.
+
+    Only one that is complete beyond the first ``least`` letters counts, and it may be included.
+    """
+    for end in range(least + 1, len(text) + 1):
         found = [word for word in stop if word and text[:end].endswith(word)]
         if found:
-            return text[: end - max(map(len, found))]
+            return text[: end if include else end - max(map(len, found))]
     return text
 
 
@@ -311,10 +316,13 @@ def first_complete(text: str, stop: list[str]) -> str:
     text=st.text("abc", max_size=30),
     stop=st.lists(st.text("abc", max_size=4), max_size=4),
     sizes=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    least=st.sampled_from([0, 0, 1, 4, 9]),
+    include=st.booleans(),
 )
-def test_stop_texts_cut_at_the_same_place_however_the_text_is_split(text, stop, sizes):
-    deltas = streamed(byte_level_tokenizer, byte_level_tokenizer.encode(text).ids, stop, sizes=sizes)
-    assert "".join(deltas) == first_complete(text, stop)
+def test_stop_texts_cut_at_the_same_place_however_the_text_is_split(text, stop, sizes, least, include):
+    ids = byte_level_tokenizer.encode(text).ids
+    deltas = streamed(byte_level_tokenizer, ids, stop, sizes=sizes, min_tokens=least, include_stop=include)
+    assert "".join(deltas) == first_complete(text, stop, least, include)
 
 
 @pytest.mark.parametrize(
@@ -400,7 +408,9 @@ def test_bos_is_added_to_plain_prompts_where_the_model_wants_it():
     wants = Text(Files(TextSection(eos_token_ids=(257,), bos_token_id=256, add_bos=True, template="jinja"), files))
     plain = Text(Files(TextSection(eos_token_ids=(257,), bos_token_id=256), files))
     assert wants.encode("a") == [256, *plain.encode("a")]
+    assert wants.encode("a", add_special_tokens=False) == plain.encode("a")
     assert wants.encode_chat([{"role": "user", "content": "a"}]) == wants.encode("a")
+    assert wants.encode_chat([{"role": "user", "content": "a"}], add_special_tokens=True) == [256, *wants.encode("a")]
     assert wants.eos_token_ids == (257,)
     assert not plain.has_chat_template
 
@@ -665,6 +675,35 @@ def test_templates_render_as_in_transformers(smollm2_fields, template, chat, too
         )
 
     assert outcome(ours) == outcome(theirs)
+
+
+@pytest.mark.parametrize("chat", ["one", "system", "turns", "tools"])
+@pytest.mark.parametrize("template", ["smollm2", "headers", "chatml", "turns"])
+def test_a_final_message_is_left_open_as_in_transformers(smollm2_fields, template, chat):
+    """Its end is trimmed only where the template trims messages."""
+    known = {"smollm2": smollm2_fields["chat_template"], "headers": HEADERS, "chatml": CHATML, "turns": TURNS}
+    source, messages = known[template], CHATS[chat]
+
+    def theirs() -> str:
+        [rendered], _ = render_jinja_template(
+            [messages], chat_template=source, continue_final_message=True, add_generation_prompt=False, **SPECIAL
+        )
+        return rendered
+
+    def ours() -> str:
+        return chat_text(source, SPECIAL).render_chat(messages, continue_final_message=True)
+
+    assert outcome(ours) == outcome(theirs)
+
+
+def test_a_final_message_that_the_template_does_not_show_cannot_be_continued():
+    said = [{"role": "assistant", "content": "Hidden"}]
+    for template in ("{{ messages | length }}", "{{ messages[-1].content | upper }}"):
+        with pytest.raises(RequestError, match="does not show") as caught:
+            chat_text(template).render_chat(said, continue_final_message=True)
+        assert caught.value.param == "continue_final_message"
+    with pytest.raises(RequestError, match="no text"):
+        chat_text("x").render_chat([{"role": "assistant", "tool_calls": [{}]}], continue_final_message=True)
 
 
 def test_most_of_those_cases_are_renderings_and_some_are_refusals(smollm2_fields):
