@@ -15,15 +15,16 @@ from tests.doubles import ByteText
 
 
 def byte_grammars(*how: str) -> Grammars:
-    """With "slow", every answer is allowed; see Slow."""
+    """With "slow", and seconds for a mask's turn, every answer is allowed; see Slow."""
     return Grammars(lambda: spawn("tests.grammars", *how))
 
 
 def main(arguments: Sequence[str]) -> int:
     if arguments[2:] == ["without"]:
         sys.modules["llguidance"] = None  # type: ignore[assignment]
-    if arguments[2:] == ["slow"]:
+    if arguments[2:3] == ["slow"]:
         nursery.MASK_SECONDS, nursery.LOADED, nursery.ANSWER_SECONDS, nursery.TOKEN_SECONDS = 0.5, 4, 0.25, 0.01
+        nursery.TURN_SECONDS = float(arguments[3]) if arguments[3:] else nursery.TURN_SECONDS
         nursery._maker = lambda read: (lambda constraint: Slow(), read())
     return live(arguments[:2], byte_vocabulary)
 

@@ -350,6 +350,15 @@ def test_slow_answers_let_the_others_by_their_grammar_pass(slow):
     assert len(ended) == 5 and ended[-1] != "o"
 
 
+def test_where_too_many_answers_are_slow_the_last_in_turn_end():
+    made = byte_grammars("slow", "0.15")
+    engine = constrained_engine(made)
+    found = answers(engine, *(saying(f"x{number}", "x", 2) for number in range(5)))
+    ends = [(last.finish, last.code, last.error) for _, last in found.values()]
+    assert {*ends} == {("length", "", ""), ("error", "constraint", nursery.CROWDED)} and len(ends) == 5
+    made.close()
+
+
 def begin(engine: Engine, one: Request) -> None:
     """Have it say its first token."""
     engine.submit(one)
