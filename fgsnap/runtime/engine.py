@@ -120,24 +120,28 @@ class Engine:
             self._grammars.close()
 
     def has_work(self) -> bool:
-        """Whether ``step`` would run a forward."""
-        return len(self._live) > len(self._compiling)
+        """Whether ``step`` would run a forward, or find that who waits needs the blocks of those that are held."""
+        return self._scheduler.has_work()
 
     def awaited(self) -> int | None:
-        """A file descriptor that is readable when a constraint may be compiled, for ``step``; None: none is pending."""
-        return self._grammars.fileno() if self._grammars is not None and self._compiling else None
+        """A file descriptor that is readable when ``step`` may find that a constraint was compiled, or a mask has come.
+
+        None: nobody waits for either.
+        """
+        waits = self._compiling or self._scheduler.held
+        return self._grammars.fileno() if self._grammars is not None and waits else None
 
     def step(self) -> Step:
         """Run one forward and return what it produced, at most one token a request."""
         ends = self._expire() if self._deadlines else []
-        if self._compiling:
-            ends += self._begin_compiled()
+        if self._compiling or self._scheduler.held:
+            ends += self._hear()
         work = self._scheduler.schedule()
         if work is None:
             return Step([], [], {}, ends)
         logits = self._model.forward(work.batch)
-        for sequence in self._constrained:
-            sequence.constrain()
+        if self._constrained:
+            self._constrain(work)
         samples = self._model.sample(logits, work.how, work.positions) if work.how else NO_SAMPLES
         if NO_TOKEN in samples.tokens:
             samples = self._told_apart(samples, work, logits)
@@ -180,20 +184,25 @@ class Engine:
         self._grammars = self._grammars or self._begin_grammars()
         return self._grammars.matcher(params.constraint, open_end=params.ignore_eos)
 
-    def _begin_compiled(self) -> list[Output]:
-        """Schedule those whose constraint has been compiled, and end those for which it could not be."""
+    def _hear(self) -> list[Output]:
+        """Schedule those whose constraint has been compiled, or whose mask has come; end those for which it cannot."""
         assert self._grammars is not None
         self._grammars.hear()
+        self._grammars.flush()  # also where there was no room the last time, and no forward since
         ends = []
-        for sequence in [*self._compiling]:
+        for sequence in [*self._compiling, *self._scheduler.held]:
             matcher = sequence.matcher
             assert matcher is not None
             if matcher.error:
                 ends.append(self._end(sequence, Output(sequence.id, (), "error", matcher.error, matcher.code)))
-            elif not matcher.pending:
+            elif matcher.pending:
+                continue
+            elif sequence in self._compiling:
                 del self._compiling[sequence]
                 self._constrained[sequence] = None
                 self._scheduler.add(sequence)
+            else:
+                self._scheduler.resume(sequence)
         return ends
 
     def _told_apart(self, samples: Samples, work: Work, logits: Any) -> Samples:
@@ -205,9 +214,20 @@ class Engine:
         tokens = [NO_CHOICE if token == NO_TOKEN and other != NO_TOKEN else token for token, other in pairs]
         return Samples(tokens, samples.logprobs)
 
+    def _constrain(self, work: Work) -> None:
+        """Have tokens picked as constraints say, waiting but a moment for what they say; see ``_unpicked``."""
+        assert self._grammars is not None
+        picked = [one for one in self._constrained if one.row >= 0]
+        picked += [one for one in work.through if one.matcher is not None]
+        self._grammars.wait([one.matcher for one in picked if one.matcher is not None], PATIENCE_SECONDS)
+        for sequence in picked:
+            sequence.constrain()
+
     def _commit(self, work: Work, samples: Samples, ends: list[Output]) -> Step:
         """Add the tokens to their texts, and take out whoever has ended."""
         samples, prompts = _parted(work, samples)
+        if self._constrained:
+            samples = self._unpicked(work, samples)
         roster, decodes, tokens = self._roster, work.decodes, samples.tokens
         requests = roster.ids.copy()
         cached: dict[str, int] = {}
@@ -238,9 +258,22 @@ class Engine:
                     ends.append(self._end(sequence, Output(sequence.id, finish="length")))
                 else:
                     roster.join(sequence)
-        ends += [self._stopped(sequence, last) for sequence, last in stopped]
+        for sequence, last in stopped:
+            if _late(sequence):
+                sequence.tokens.pop()
+                self._scheduler.hold(sequence)
+            else:
+                ends.append(self._stopped(sequence, last))
         self._generated_tokens += len(tokens) - len(silent)
         return _without(silent, requests, tokens, samples.logprobs, ends, prompts, cached)
+
+    def _unpicked(self, work: Work, samples: Samples) -> Samples:
+        """The samples without the tokens of those whose mask has not come. They forward their last token again."""
+        late = {one.row for one in self._constrained if one.row >= 0 and _late(one)}
+        late |= {row for row, one in enumerate(work.through, work.decodes) if _late(one)}
+        if not late:
+            return samples
+        return samples._replace(tokens=[NO_TOKEN if row in late else one for row, one in enumerate(samples.tokens)])
 
     def _only_computed(self, work: Work) -> list[Output]:
         """End those that are through and want no answer."""
@@ -399,6 +432,13 @@ def _parted(work: Work, samples: Samples) -> tuple[Samples, list[Output]]:
 def _not_finite(sequence: Sequence) -> Output:
     return Output(sequence.id, (), "error", "the model gave no finite logit for this request", "not_finite")
 
+
+def _late(sequence: Sequence) -> bool:
+    return sequence.matcher is not None and sequence.matcher.pending
+
+
+PATIENCE_SECONDS = 0.005
+"""A step waits so long, in all, for masks that have not come when its logits have. Who is later is held meanwhile."""
 
 NO_SAMPLES = Samples([], {})
 

@@ -22,6 +22,8 @@ whose logprobs are wanted, MOST_SCORED tokens a step at most: their logits take 
 - From its submission, it has ended after its cost, that of all that ran then, and that of all started before it: for
   every step brings that one forward which started first of those that run.
 - Preempted, it is as if it were submitted then, with all the tokens it has; it never costs more than at first.
+- Steps in which a sequence is held, or comes to be, count for nobody: it keeps its blocks and its place while its
+  constraint is followed, which is bounded in time (see nursery), and the others go on beside it.
 """
 
 from __future__ import annotations
@@ -98,6 +100,7 @@ class Scheduler:
         self.cached_tokens = 0
         self.waiting = 0
         self.waiting_tokens = 0  # the most that they can have, prompts included
+        self.held: dict[Sequence, None] = {}  # they run, but in no forward for now
         self._pool = pool
         self._budget = token_budget
         self._max_sequences = max_sequences
@@ -115,7 +118,13 @@ class Scheduler:
 
     @property
     def running(self) -> int:
-        return len(self._prompts) + len(self.roster)
+        return len(self._prompts) + len(self.roster) + len(self.held)
+
+    def has_work(self) -> bool:
+        """Whether ``schedule`` finds any, or has not yet found that who waits needs what those that are held have."""
+        if self._prompts or self.roster.sequences:
+            return True
+        return self.waiting > 0 and not self._full and self.running < self._max_sequences
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; the caller has checked that it fits the whole pool."""
@@ -142,6 +151,17 @@ class Scheduler:
         if len(self._queue) > 2 * self.waiting + MOST_PROMPTS:
             self._queue = [entry for entry in self._queue if entry[1].state == "waiting"]
             heapify(self._queue)
+
+    def hold(self, sequence: Sequence) -> None:
+        """Leave one that generates out of the forwards until ``resume``. It has its last token forwarded again then."""
+        if sequence.row >= 0:
+            self.roster.leave(sequence)
+        sequence.cached = len(sequence.tokens) - 1
+        self.held[sequence] = None
+
+    def resume(self, sequence: Sequence) -> None:
+        del self.held[sequence]
+        self.roster.join(sequence)
 
     def schedule(self) -> Work | None:
         """The next forward: every decode, then as much of the prompts as the budget has room for. None: no work."""
@@ -284,7 +304,8 @@ class Scheduler:
 
     def _has_headroom(self) -> bool:
         """Whether those that generate could each still draw a block, so that they do not soon take this one's back."""
-        return not self._optimistic or self._pool.available >= min(len(self.roster), self._pool.blocks // 8)
+        generating = len(self.roster) + len(self.held)
+        return not self._optimistic or self._pool.available >= min(generating, self._pool.blocks // 8)
 
     def _being_computed(self, sequence: Sequence) -> bytes | None:
         """The digest of its first block that nobody has cached, if a running prompt will have it soon."""
@@ -311,7 +332,7 @@ class Scheduler:
 
     def _cheapest(self) -> Sequence:
         """Who gives up its blocks: of the lowest priority, who has least to compute again, but never the very first."""
-        running = [*self._prompts, *self.roster.sequences]
+        running = [*self._prompts, *self.roster.sequences, *self.held]
         first = min(running, key=_order)
         return min(
             (sequence for sequence in running if sequence is not first),
@@ -346,12 +367,13 @@ class Scheduler:
 
     def _stop(self, sequence: Sequence, spoiled: bool = False) -> None:
         """Take a running sequence out, and its blocks back; what they hold can be found as long as it is there."""
+        generates = sequence.row >= 0 or sequence in self.held
         if sequence.row >= 0:
             self.roster.leave(sequence)
-            if not spoiled:
-                self._note(sequence, len(sequence.digests) * self._pool.block_size)
-        else:
-            self._prompts.pop(sequence, None)
+        self.held.pop(sequence, None)
+        self._prompts.pop(sequence, None)
+        if generates and not spoiled:
+            self._note(sequence, len(sequence.digests) * self._pool.block_size)
         for digest in sequence.digests:
             if self._computing.get(digest) is sequence:
                 self._computed(digest)

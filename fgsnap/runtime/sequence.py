@@ -103,16 +103,16 @@ class Sequence:
         return [Sampling(logprobs=count, target=self.tokens[position + 1]) for position in positions]
 
     def note(self, token: int) -> None:
-        """Take ``token``, which was just added, into account for those that are picked after it."""
+        """Take ``token``, which was just added, into account for those that are picked after it; -1 is none."""
         edits = self.how.edits
-        if edits is not None:
+        if edits is not None and token >= 0:
             if edits.penalizes:
                 edits.count(token)
             if self.params.bad_words:
                 self._ban(edits)
             elif edits.banned and self.generated >= self.params.min_tokens:
                 _unban(edits)
-            if self.matcher is not None and token >= 0 and token not in self.enders:
+            if self.matcher is not None and token not in self.enders:
                 self.matcher.accept(token)
 
     def _ban(self, edits: Edits) -> None:
@@ -128,9 +128,11 @@ class Sequence:
         return len(words) <= self.generated and tuple(self.tokens[len(self.tokens) - len(words) :]) == words
 
     def constrain(self) -> None:
-        """Have the next token picked as its constraint says, once that is known."""
+        """Have the next token picked as its constraint says, if that is known."""
         matcher, edits = self.matcher, self.how.edits
         assert matcher is not None and edits is not None
+        if matcher.pending:
+            return
         edits.allowed = matcher.mask()
         if matcher.complete and edits.banned:
             _unban(edits)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import ClassVar
 
 import msgspec
@@ -17,9 +19,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from fgsnap.errors import RequestError
 from fgsnap.kernels.ops import Batch, Edits, Sampled, Samples, Sampling
 from fgsnap.runtime.engine import Engine
-from fgsnap.runtime.request import Constraint, Output, Request, SamplingParams, Token
+from fgsnap.runtime.request import Constraint, Output, Request, SamplingParams, Step, Token
 from fgsnap.runtime.roster import NO_CHOICE, NO_TOKEN
-from fgsnap.runtime.scheduler import MOST_SCORED
+from fgsnap.runtime.scheduler import MOST_SCORED, Work
 from fgsnap.runtime.sequence import Sequence
 from tests.doubles import StubGrammars, StubModel, pick, said_next
 
@@ -125,6 +127,8 @@ def said(request: Request, sick: int | None = None) -> tuple[list[Token], str]:
         )
         edits.counts = Counter(tokens[len(request.prompt) :])
         if follower is not None:
+            while follower.pending:
+                grammars.hear()
             edits.allowed = follower.mask()
             edits.banned = () if follower.complete else edits.banned
         how = Sampling(
@@ -143,6 +147,13 @@ def said(request: Request, sick: int | None = None) -> tuple[list[Token], str]:
 def unsayable(words: tuple[tuple[int, ...], ...], given: list[Token]) -> list[int]:
     said = [token.id for token in given]
     return [last for *before, last in words if said[len(said) - len(before) :] == before]
+
+
+def lateness(how: str | None, draw: random.Random) -> Callable[[], int]:
+    """How late masks come, in looks; there are one or two a step."""
+    if how is None:
+        return lambda: 0
+    return lambda: draw.randint(0, 7) if how == "often" or draw.random() < 0.2 else 0
 
 
 class Clock:
@@ -169,13 +180,15 @@ class Witness:
         self.latest: dict[str, int] = {}
         self.waiting: dict[str, Sequence] = {}
         self.add, self.start, self.preempt = scheduler.add, scheduler._start, scheduler._preempt
-        self.remove = scheduler.remove
+        self.remove, self.commit = scheduler.remove, engine._commit
+        engine._commit = self.on_commit
+        self.lost = 0  # steps in which somebody was held
         scheduler.add, scheduler._start, scheduler._preempt = self.on_add, self.on_start, self.on_preempt
         scheduler.remove = self.on_remove
 
     @property
     def step(self) -> int:
-        return self.scheduler.roster.step
+        return self.scheduler.roster.step - self.lost
 
     def prefill(self, sequence: Sequence) -> int:
         return -(-sequence.remaining // self.share)
@@ -186,7 +199,13 @@ class Witness:
         return left if sequence.row >= 0 else self.prefill(sequence) + left - 1
 
     def running(self) -> list[Sequence]:
-        return [*self.scheduler._prompts, *self.scheduler.roster.sequences]
+        return [*self.scheduler._prompts, *self.scheduler.roster.sequences, *self.scheduler.held]
+
+    def on_commit(self, work: Work, *others) -> Step:
+        late = [one for one in [*self.scheduler.roster.sequences, *work.through] if one.matcher and one.matcher.pending]
+        self.lost += bool(late or self.scheduler.held)
+        EngineLife.seen["held"] += len(late)
+        return self.commit(work, *others)
 
     def on_add(self, sequence: Sequence) -> None:
         """It is submitted, or its constraint has been compiled."""
@@ -214,11 +233,13 @@ class Witness:
     def on_preempt(self, sequence: Sequence) -> None:
         live = [*self.waiting.values(), *self.running()]
         assert sequence is not min(live, key=lambda one: one.order), "the first of all gave up its blocks"
+        EngineLife.seen["held and preempted"] += sequence in self.scheduler.held
         self.preempt(sequence)
         self.on_wait(sequence)
 
     def on_remove(self, sequence: Sequence, *, spoiled: bool = False) -> None:
         self.waiting.pop(sequence.id, None)
+        EngineLife.seen["held and ended"] += sequence in self.scheduler.held
         self.remove(sequence, spoiled=spoiled)
         assert self.step <= self.latest.pop(sequence.id), "it took longer than is proven"
 
@@ -237,12 +258,14 @@ class EngineLife(RuleBasedStateMachine):
         caching=st.sampled_from([True, True, False]),
         sick=st.sampled_from([None, None, SICK]),
         queue=st.sampled_from([1, 100]),
+        late=st.sampled_from([None, None, "now and then", "often"]),
+        seed=st.integers(0, 99),
     )
-    def begin(self, budget, most, block_size, spare, admission, caching, sick, queue):
+    def begin(self, budget, most, block_size, spare, admission, caching, sick, queue, late, seed):
         self.sick, self.queue, self.budget, self.most, self.clock = sick, queue, budget, most, Clock()
         blocks = -(-LONGEST // block_size) + spare
         self.model = stub(blocks=blocks, block_size=block_size, nan_after=sick)
-        self.grammars = StubGrammars(VOCAB, EOS)
+        self.grammars = StubGrammars(VOCAB, EOS, lateness(late, random.Random(seed)))
         self.engine = Engine(
             self.model, eos_token_ids=EOS, token_budget=budget, max_sequences=most, admission=admission,
             max_waiting=queue, prefix_caching=caching, clock=self.clock, grammars=lambda: self.grammars,
@@ -315,8 +338,10 @@ class EngineLife(RuleBasedStateMachine):
         stats, scheduler = self.engine.stats(), self.engine._scheduler
         assert stats.running + stats.waiting == len(self.live) == len(self.engine._live)
         compiling = len(self.engine._compiling)
-        assert self.engine.has_work() == (len(self.live) > compiling)
-        assert (self.engine.awaited() is None) == (not compiling)
+        held = len(scheduler.held)
+        assert self.engine.has_work() == (len(self.live) > compiling) or held, "who has work must not sleep"
+        assert (self.engine.awaited() is None) == (not compiling and not held)
+        assert self.engine.has_work() or not (scheduler._prompts or scheduler.roster.sequences)
         assert len(self.grammars.matchers) == sum(self.requests[n].params.constraint is not None for n in self.live)
         assert stats.running <= min(self.most, self.budget)
         assert 0 <= stats.kv_blocks_free <= stats.kv_blocks
@@ -328,7 +353,7 @@ class EngineLife(RuleBasedStateMachine):
     def teardown(self):
         if not hasattr(self, "engine"):
             return
-        for _ in range(sum(len(r.prompt) + r.params.max_tokens for r in self.requests.values()) ** 2 + 3):
+        for _ in range(sum(len(r.prompt) + r.params.max_tokens for r in self.requests.values()) ** 2 * 8 + 3):
             if not self.live:
                 break
             self.one_step()
@@ -373,7 +398,7 @@ def nothing_is_left(engine: Engine) -> None:
     assert not pool._promised and not any(pool._users)
     assert {*pool._found.values()} == {*pool._idle} and len(pool._found) == len(pool._idle)
     assert all(pool._found[digest] == block for block, digest in enumerate(pool._digests) if digest is not None)
-    assert not scheduler._computing and not scheduler._parked and not scheduler._prompts
+    assert not scheduler._computing and not scheduler._parked and not scheduler._prompts and not scheduler.held
     assert all(sequence.state == "gone" for _, sequence in scheduler._queue)
     columns = (roster.sequences, roster.ids, roster.texts, roster.tables, roster.how, roster.last, roster.cached)
     assert not any(columns) and not any(roster._growing) and not roster._due and not roster._edited
@@ -403,6 +428,7 @@ class Life(EngineLife.TestCase):
                 "prefix_hit",
                 "parked",
                 "compiled",
+                "held",
                 "a full queue",
                 "ended by error",
                 "ended by stop",
@@ -777,3 +803,55 @@ def test_constraints_that_are_compiled_count_as_waiting_and_end_by_their_deadlin
     assert {output.code for output in engine.step().outputs()} == {"deadline_exceeded"}
     assert not grammars.matchers
     nothing_is_left(engine)
+
+
+def test_who_is_held_gives_up_its_blocks_as_anybody_does():
+    """And goes on as if nothing had happened; its mask may come before it is computed again, or after."""
+    preempted = Counter[bool]()
+    for seed in range(20):
+        draw = random.Random(seed)
+        grammars = StubGrammars(VOCAB, EOS, lateness("often", draw))
+        engine = Engine(
+            stub(blocks=9, block_size=3), eos_token_ids=EOS, admission="optimistic", grammars=lambda made=grammars: made
+        )
+        preempt = engine._scheduler._preempt
+
+        def counted(victim: Sequence, engine: Engine = engine, preempt: Callable = preempt) -> None:
+            preempted[victim in engine._scheduler.held] += 1
+            preempt(victim)
+
+        engine._scheduler._preempt = counted
+        asked = [
+            request(f"r{index}", range(index, index + 4), 12, constraint=Constraint("lark", "20"), ignore_eos=True)
+            if index % 2
+            else request(f"r{index}", range(index, index + 4), 12, ignore_eos=True)
+            for index in range(6)
+        ]
+        for one in asked:
+            engine.submit(one)
+        outputs = finish(engine)
+        for one in asked:
+            assert summary(outputs[one.id]) == ([token.id for token in said(one)[0]], said(one)[1])
+        nothing_is_left(engine)
+    assert preempted[True] > 5 and preempted[False] > 5
+
+
+def test_an_answer_whose_mask_is_late_runs_on_without_forwards_until_it_has_come():
+    model, grammars = stub(), StubGrammars(VOCAB, EOS, lambda: 4)
+    engine = Engine(model, eos_token_ids=EOS, grammars=lambda: grammars)
+    asked = request("late", max_tokens=3, constraint=Constraint("lark", "20"), ignore_eos=True)
+    engine.submit(asked)
+    outputs = []
+    while not outputs:
+        outputs += engine.step().outputs()
+    assert engine.has_work() and engine.awaited() is None
+    assert not [*engine.step().outputs()] and len(model.batches) == 2, "its mask did not come in time"
+    for _ in range(4):
+        assert not engine.has_work() and engine.awaited() is not None and engine.stats().running == 1
+        outputs += engine.step().outputs()
+    assert len(model.batches) == 3 and len(outputs) == 2
+    engine.submit(request("other", max_tokens=4, ignore_eos=True))
+    others = [output.request for _ in range(3) for output in engine.step().outputs()]
+    assert others == ["other"] * 3
+    outputs += finish(engine)["late"]
+    assert summary(outputs) == alone(asked)
