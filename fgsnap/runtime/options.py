@@ -28,10 +28,12 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     threads: Count | None = None
     tp: Count | None = None
 
-    @property
-    def most_live(self) -> int:
-        """How many choices the service takes at once: those that run, and those that wait beside them."""
-        return min(self.max_num_seqs, self.max_batch_tokens or self.max_num_seqs) + self.max_waiting
+    def most_live(self, budget: int | None = None) -> int:
+        """How many choices the service takes at once: those that run, and those that wait beside them.
+
+        No more run than tokens fit a forward; ``budget``, once that is known.
+        """
+        return min(self.max_num_seqs, budget or self.max_batch_tokens or self.max_num_seqs) + self.max_waiting
 
 
 class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):

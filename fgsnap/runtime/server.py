@@ -22,6 +22,7 @@ from fgsnap.runtime import answers, metrics, protocol, wire
 from fgsnap.runtime.answers import Piece
 from fgsnap.runtime.connections import show_failure
 from fgsnap.runtime.link import Inbox, Link, Lost, unavailable
+from fgsnap.runtime.places import Places
 from fgsnap.runtime.request import Constraint, Output, Token
 from fgsnap.runtime.request import Request as EngineRequest
 
@@ -100,7 +101,7 @@ class App:
         startup: gives the start-up report.
         on_request: called when a generation request has arrived.
         on_token: called when tokens have been written to a client's connection.
-        max_open: generation requests at once, waiting ones included: as many choices as the engine takes.
+        max_open: choices at once, waiting ones included, of all keys together: as many as the engine takes.
     """
 
     def __init__(
@@ -127,7 +128,7 @@ class App:
         self.startup = startup
         self._on_request = on_request
         self._on_token = on_token
-        self._max_open = max_open
+        self.places = Places(max_open, len({*keys}))
         self._held = 0
         self._created = int(time.time())
 
@@ -163,10 +164,11 @@ class App:
     async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One completion or chat, from its body to its last token, or until its client leaves."""
         began = time.monotonic()
-        with self._admitted():
+        with self._admitted(scope["tenant"]) as hold:
             call = await self._parsed(GENERATION[scope["path"]], await _body(receive))
             if call.model is not None:
                 self.check_model(call.model)
+            hold(call.choices * max(len(call.prompts), 1) - 1)
             await unless_gone(receive, self._answer(call, scope["tenant"], began, send))
 
     async def _parsed(self, parse: Parse, body: bytes) -> protocol.Call:
@@ -294,24 +296,28 @@ class App:
         self.metrics.whole_request.observe(time.monotonic() - began)
 
     @contextmanager
-    def _admitted(self) -> Iterator[None]:
-        """Count a generation request while it lasts. RequestError where it may not begin."""
+    def _admitted(self, tenant: str) -> Iterator[Callable[[int], None]]:
+        """Count a generation request while it lasts, as one choice. RequestError where it may not begin.
+
+        What this gives is called with the number of further choices, which may be too many too.
+        """
         if self.draining:
             raise unavailable("The service is shutting down.")
-        if self.open >= self._max_open:
-            raise RequestError(
-                "The service is full.",
-                f"{self.open} requests are open, the most it takes.",
-                "Try again a little later.",
-                status=429,
-                code="overloaded",
-            )
+        held = 0
+
+        def hold(choices: int) -> None:
+            nonlocal held
+            self.places.take(tenant, choices, held)
+            held += choices
+
+        hold(1)
         self.open += 1
         self._on_request()
         try:
-            yield
+            yield hold
         finally:
             self.open -= 1
+            self.places.give_back(tenant, held)
 
     def _tenant(self, scope: Scope) -> str:
         """Whose request it is: the number of its API key. RequestError 401 without one where one is needed."""
