@@ -257,24 +257,25 @@ class App:
         """What all choices produce, as it comes; None when nothing came for a while. Leaving early aborts the rest."""
         inbox: Inbox = asyncio.Queue()
         making: dict[str, _Choice] = {}
+        prompts: dict[str, _Prompt] = {}
         try:
             for work in works:
-                making[work.request.id] = _Choice(work, self._text.stream(stop, work.request.prompt))
+                prompt = prompts.setdefault(work.first, _Prompt(work.request))
+                making[work.request.id] = _Choice(work, self._text.stream(stop, work.request.prompt), prompt)
                 self._link.submit(work.request, inbox)
             while making:
                 output = await _next(inbox, works[0].request.params.constraint)
                 if output is None:
                     yield None
                 elif (choice := making.get(output.request)) is not None:
-                    if opening := choice.opening(output):
-                        yield opening
-                    if not output.tokens and output.finish is None:
-                        continue
-                    piece = choice.take(output)
-                    if piece.finish is not None:
-                        del making[output.request]
-                        self._link.abort(output.request)  # where a stop text ended it, the engine does not know yet
-                    yield piece
+                    choice.hear(output)
+                    # Other choices of its prompt may have waited for what is told of that.
+                    for id, one in [*making.items()] if output.prompt else [(output.request, choice)]:
+                        for piece in one.pieces():
+                            if piece.finish is not None:
+                                del making[id]
+                                self._link.abort(id)  # where a stop text ended it, the engine does not know yet
+                            yield piece
         finally:
             for id in making:
                 self._link.abort(id)
@@ -384,11 +385,15 @@ class App:
 
 
 class Work(NamedTuple):
-    """One submission to the engine: one choice of a call, whose text begins with ``echo``."""
+    """One submission to the engine: one choice of a call, whose text begins with ``echo``.
+
+    ``first`` is the request of its prompt's first choice, which tells the prompt's logprobs for all of them.
+    """
 
     choice: int
     request: EngineRequest
     echo: str
+    first: str
 
 
 def _works(
@@ -404,10 +409,14 @@ def _works(
     more = call.priority, tenant, call.timeout, call.cache_salt
     logprobs = max(call.params.logprobs, 0 if call.kept < call.choices else -1)  # the best are told by them
     for prompt, length, echo in zip(prompts, lengths, echoes, strict=True):
+        first = f"{id}-{len(works)}"
         for choice in range(call.choices):
             seed = None if call.params.seed is None else (call.params.seed + choice) % 2**64
-            params = msgspec.structs.replace(call.params, max_tokens=length, seed=seed, logprobs=logprobs)
-            works.append(Work(len(works), EngineRequest(f"{id}-{len(works)}", prompt, params, *more), echo))
+            of_prompt = -1 if choice else call.params.prompt_logprobs
+            params = msgspec.structs.replace(
+                call.params, max_tokens=length, seed=seed, logprobs=logprobs, prompt_logprobs=of_prompt
+            )
+            works.append(Work(len(works), EngineRequest(f"{id}-{len(works)}", prompt, params, *more), echo, first))
     return works
 
 
@@ -445,28 +454,49 @@ def _as_told(error: Exception) -> RequestError:
     return RequestError("The server failed on this request.", status=500, code="internal_error")
 
 
+class _Prompt:
+    """What is told of a prompt's tokens, where their logprobs are wanted: to the first choice, and for all of them."""
+
+    def __init__(self, first: EngineRequest) -> None:
+        scored = first.params.prompt_logprobs >= 0
+        self.tokens = [Token(first.prompt[0])] if scored else []
+        self._awaited = len(first.prompt) if scored else 0
+
+    @property
+    def known(self) -> bool:
+        return len(self.tokens) >= self._awaited
+
+
 class _Choice:
     """One choice in the making: its text, and the tokens that the text does not show yet."""
 
-    def __init__(self, work: Work, stream: Stream) -> None:
-        prompt, scored = work.request.prompt, work.request.params.prompt_logprobs >= 0
+    def __init__(self, work: Work, stream: Stream, prompt: _Prompt) -> None:
         self._index = work.choice
         self._stream = stream
         self._hidden: list[Token] = []
+        self._heard: list[Output] = []
         self._echo = work.echo
-        self._prompt = [Token(prompt[0])] if scored else []
-        self._awaited = len(prompt) if scored else 0
+        self._prompt = prompt
         self._opened = False
 
-    def opening(self, output: Output) -> Piece | None:
-        """What goes before the answer, once all of it is known: the prompt's text and, where wanted, its tokens."""
-        self._prompt += output.prompt
-        if self._opened or len(self._prompt) < self._awaited:
-            return None
+    def hear(self, output: Output) -> None:
+        self._prompt.tokens += output.prompt
+        self._heard.append(output)
+
+    def pieces(self) -> Iterator[Piece]:
+        """What can be told now: the prompt's text and, where wanted, its tokens go before the answer."""
+        if not self._prompt.known:
+            return
+        if not self._opened and (self._echo or self._prompt.tokens):
+            yield Piece(self._index, self._echo, (), (), None, tuple(self._prompt.tokens))
         self._opened = True
-        if not self._echo and not self._prompt:
-            return None
-        return Piece(self._index, self._echo, (), (), None, tuple(self._prompt))
+        heard, self._heard = self._heard, []
+        for output in heard:
+            if output.tokens or output.finish is not None:
+                piece = self.take(output)
+                yield piece
+                if piece.finish is not None:
+                    return
 
     def take(self, output: Output) -> Piece:
         """The output with its text; a stop text within it ends the choice."""

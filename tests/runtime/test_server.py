@@ -277,6 +277,34 @@ def pieced(stream):
     return found
 
 
+@pytest.mark.parametrize("caching", [True, False])
+def test_a_prompt_is_scored_once_for_all_its_choices(caching):
+    """Without a cache the others have their answers before the first one's prompt is scored, and are told it first."""
+    workers = StubWorkers()
+    workers.engine = {"prefix_caching": caching, "token_budget": 512}
+    texts, count = ["score " * 20, "z" * 70], 3
+    asked = {"prompt": texts, "n": count, "max_tokens": 2, "seed": 1, "model": MODEL}
+    more = {"ignore_eos": True}
+    with stub_service(workers) as service, client(service.url) as api:
+        arguments = {**asked, "echo": True, "logprobs": 1}
+        whole = api.completions.create(**arguments, extra_body=more)
+        rows = sum(len(batch.rows) for batch in workers.model.model.batches)
+        assert rows == sum(map(len, texts)) - len(texts) + 2 * count * len(texts)
+        streamed = pieced(api.completions.create(**arguments, extra_body=more, stream=True))
+        vllm_s = api.completions.create(**asked, extra_body={**more, "prompt_logprobs": 1})
+        for choice, other in zip(whole.choices, vllm_s.choices, strict=True):
+            text = texts[choice.index // count]
+            assert choice.text.startswith(text) and streamed[choice.index] == (choice.text, choice.logprobs)
+            expected = pytest.approx([one.logprob for one in scores(text.encode(), 1)], abs=1e-9)
+            assert choice.logprobs.token_logprobs[1 : len(text)] == expected
+            told = [
+                entry[str(ord(byte))]["logprob"]
+                for byte, entry in zip(text, other.prompt_logprobs, strict=True)
+                if entry
+            ]
+            assert told == expected
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_echo_without_logprobs_is_the_prompt_and_the_answer(api, stream):
     arguments = {**GREEDY, "prompt": "say it", "n": 2, "extra_body": {"ignore_eos": True}}
