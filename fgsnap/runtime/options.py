@@ -36,10 +36,12 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
         """How many choices run at once, where the token budget has a token for each."""
         return self.max_num_seqs or MOST_SEQUENCES
 
-    @property
-    def most_live(self) -> int:
-        """How many choices the service takes at once: those that run, and those that wait beside them."""
-        return min(self.most_running, self.max_batch_tokens or self.most_running) + self.max_waiting
+    def most_live(self, budget: int | None = None) -> int:
+        """How many choices the service takes at once: those that run, and those that wait beside them.
+
+        No more run than tokens fit a forward; ``budget``, once that is known.
+        """
+        return min(self.most_running, budget or self.max_batch_tokens or self.most_running) + self.max_waiting
 
 
 class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):

@@ -64,7 +64,7 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     Attributes:
         id: unique among live requests.
         prompt: at least one token.
-        priority: those of a lower one go first, always.
+        priority: of the same tenant those of a lower one go first, always.
         tenant: whose it is; waiting tenants take turns by tokens.
         timeout: seconds from submission after which it ends, wherever it is; None: never.
         cache_salt: prefixes are shared only between requests of the same one.

@@ -25,7 +25,8 @@ class Sequence:
         table: its KV blocks, in order.
         promised: blocks that it may still draw.
         digests: of the blocks that are full of its tokens, as far as they are known.
-        order: what goes first among those that wait; the lowest.
+        order: what goes first among those of its tenant that wait; the lowest.
+        charged: tokens that its tenant has been charged for it; 0 before it starts for the first time.
         how: how its tokens are picked.
         enders: tokens that end it.
         row: its place in the roster, or -1.
@@ -39,7 +40,8 @@ class Sequence:
     """
 
     __slots__ = (
-        "cached", "deadline", "digests", "enders", "forwarded", "found", "how", "id", "last_step", "matcher", "order",
+        "cached", "charged", "deadline", "digests", "enders", "forwarded", "found", "how", "id", "last_step", "matcher",
+        "order",
         "params", "promised", "prompt_length", "request", "root", "row", "scored", "state", "table", "to_score",
         "tokens",
     )  # fmt: skip
@@ -68,7 +70,8 @@ class Sequence:
         self.promised = 0
         self.root = root
         self.digests: list[bytes] = []
-        self.order: tuple[int, int, int] = (0, 0, 0)
+        self.order: tuple[int, int] = (0, 0)
+        self.charged = 0
         self.deadline = float("inf")
         self.row = -1
         self.last_step = 0
@@ -82,6 +85,11 @@ class Sequence:
     @property
     def generated(self) -> int:
         return len(self.tokens) - self.prompt_length
+
+    @property
+    def used(self) -> int:
+        """Tokens of it that were ever computed, or found cached, each once."""
+        return len(self.tokens) if self.generated else self.forwarded
 
     @property
     def remaining(self) -> int:

@@ -22,6 +22,7 @@ from fgsnap.runtime import answers, metrics, protocol, wire
 from fgsnap.runtime.answers import Piece
 from fgsnap.runtime.connections import show_failure
 from fgsnap.runtime.link import Inbox, Link, Lost, unavailable
+from fgsnap.runtime.places import Places
 from fgsnap.runtime.request import Constraint, Output, Token
 from fgsnap.runtime.request import Request as EngineRequest
 
@@ -111,7 +112,7 @@ class App:
         startup: gives the start-up report.
         on_request: called when a generation request has arrived.
         on_token: called when tokens have been written to a client's connection.
-        max_open: generation requests at once, waiting ones included: as many choices as the engine takes.
+        max_open: choices at once, waiting ones included, of all keys together: as many as the engine takes.
     """
 
     def __init__(
@@ -138,7 +139,7 @@ class App:
         self.startup = startup
         self._on_request = on_request
         self._on_token = on_token
-        self._max_open = max_open
+        self.places = Places(max_open, len({*keys}))
         self._held = 0
         self._created = int(time.time())
 
@@ -174,10 +175,11 @@ class App:
     async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One completion or chat, from its body to its last token, or until its client leaves."""
         began = time.monotonic()
-        with self._admitted():
+        with self._admitted(scope["tenant"]) as hold:
             call = await self._parsed(GENERATION[scope["path"]], await _body(receive))
             if call.model is not None:
                 self.check_model(call.model)
+            hold(call.choices * max(len(call.prompts), 1) - 1)
             await unless_gone(receive, self._answer(call, scope["tenant"], began, send))
 
     async def _parsed(self, parse: Parse, body: bytes) -> protocol.Call:
@@ -302,6 +304,7 @@ class App:
         """What all choices produce, as it comes; None when nothing came for a while. Leaving early aborts the rest."""
         inbox: Inbox = asyncio.Queue()
         making: dict[str, _Choice] = {}
+        prompts: dict[str, _Prompt] = {}
         try:
             for work in works:
                 stream = self._text.stream(
@@ -311,22 +314,22 @@ class App:
                     include_stop=call.include_stop,
                     skip_special=call.skip_special,
                 )
-                making[work.request.id] = _Choice(work, stream, include_stop=call.include_stop)
+                prompt = prompts.setdefault(work.first, _Prompt(work.request))
+                making[work.request.id] = _Choice(work, stream, prompt, include_stop=call.include_stop)
                 self._link.submit(work.request, inbox)
             while making:
                 output = await _next(inbox, works[0].request.params.constraint)
                 if output is None:
                     yield None
                 elif (choice := making.get(output.request)) is not None:
-                    if opening := choice.opening(output):
-                        yield opening
-                    if not output.tokens and output.finish is None:
-                        continue
-                    piece = choice.take(output)
-                    if piece.finish is not None:
-                        del making[output.request]
-                        self._link.abort(output.request)  # where a stop text ended it, the engine does not know yet
-                    yield piece
+                    choice.hear(output)
+                    # Other choices of its prompt may have waited for what is told of that.
+                    for id, one in [*making.items()] if output.prompt else [(output.request, choice)]:
+                        for piece in one.pieces():
+                            if piece.finish is not None:
+                                del making[id]
+                                self._link.abort(id)  # where a stop text ended it, the engine does not know yet
+                            yield piece
         finally:
             for id in making:
                 self._link.abort(id)
@@ -348,24 +351,28 @@ class App:
         self.metrics.whole_request.observe(time.monotonic() - began)
 
     @contextmanager
-    def _admitted(self) -> Iterator[None]:
-        """Count a generation request while it lasts. RequestError where it may not begin."""
+    def _admitted(self, tenant: str) -> Iterator[Callable[[int], None]]:
+        """Count a generation request while it lasts, as one choice. RequestError where it may not begin.
+
+        What this gives is called with the number of further choices, which may be too many too.
+        """
         if self.draining:
             raise unavailable("The service is shutting down.")
-        if self.open >= self._max_open:
-            raise RequestError(
-                "The service is full.",
-                f"{self.open} requests are open, the most it takes.",
-                "Try again a little later.",
-                status=429,
-                code="overloaded",
-            )
+        held = 0
+
+        def hold(choices: int) -> None:
+            nonlocal held
+            self.places.take(tenant, choices, held)
+            held += choices
+
+        hold(1)
         self.open += 1
         self._on_request()
         try:
-            yield
+            yield hold
         finally:
             self.open -= 1
+            self.places.give_back(tenant, held)
 
     def _tenant(self, scope: Scope) -> str:
         """Whose request it is: the number of its API key. RequestError 401 without one where one is needed."""
@@ -432,11 +439,15 @@ class App:
 
 
 class Work(NamedTuple):
-    """One submission to the engine: one choice of a call, whose text begins with ``echo``."""
+    """One submission to the engine: one choice of a call, whose text begins with ``echo``.
+
+    ``first`` is the request of its prompt's first choice, which tells the prompt's logprobs for all of them.
+    """
 
     choice: int
     request: EngineRequest
     echo: str
+    first: str
 
 
 def _works(
@@ -452,10 +463,14 @@ def _works(
     more = call.priority, tenant, call.timeout, call.cache_salt
     logprobs = max(call.params.logprobs, 0 if call.kept < call.choices else -1)  # the best are told by them
     for prompt, length, echo in zip(prompts, lengths, echoes, strict=True):
+        first = f"{id}-{len(works)}"
         for choice in range(call.choices):
             seed = None if call.params.seed is None else (call.params.seed + choice) % 2**64
-            params = msgspec.structs.replace(call.params, max_tokens=length, seed=seed, logprobs=logprobs)
-            works.append(Work(len(works), EngineRequest(f"{id}-{len(works)}", prompt, params, *more), echo))
+            of_prompt = -1 if choice else call.params.prompt_logprobs
+            params = msgspec.structs.replace(
+                call.params, max_tokens=length, seed=seed, logprobs=logprobs, prompt_logprobs=of_prompt
+            )
+            works.append(Work(len(works), EngineRequest(f"{id}-{len(works)}", prompt, params, *more), echo, first))
     return works
 
 
@@ -495,30 +510,51 @@ def _as_told(error: Exception) -> RequestError:
     return RequestError("The server failed on this request.", status=500, code="internal_error")
 
 
+class _Prompt:
+    """What is told of a prompt's tokens, where their logprobs are wanted: to the first choice, and for all of them."""
+
+    def __init__(self, first: EngineRequest) -> None:
+        scored = first.params.prompt_logprobs >= 0
+        self.tokens = [Token(first.prompt[0])] if scored else []
+        self._awaited = len(first.prompt) if scored else 0
+
+    @property
+    def known(self) -> bool:
+        return len(self.tokens) >= self._awaited
+
+
 class _Choice:
     """One choice in the making: its text, and the tokens that the text does not show yet."""
 
-    def __init__(self, work: Work, stream: Stream, *, include_stop: bool) -> None:
-        prompt, scored = work.request.prompt, work.request.params.prompt_logprobs >= 0
+    def __init__(self, work: Work, stream: Stream, prompt: _Prompt, *, include_stop: bool) -> None:
         self._index = work.choice
         self._stream = stream
         self._include_stop = include_stop
         self._stop_tokens = work.request.params.stop_token_ids
         self._hidden: list[Token] = []
+        self._heard: list[Output] = []
         self._echo = work.echo
-        self._prompt = [Token(prompt[0])] if scored else []
-        self._awaited = len(prompt) if scored else 0
+        self._prompt = prompt
         self._opened = False
 
-    def opening(self, output: Output) -> Piece | None:
-        """What goes before the answer, once all of it is known: the prompt's text and, where wanted, its tokens."""
-        self._prompt += output.prompt
-        if self._opened or len(self._prompt) < self._awaited:
-            return None
+    def hear(self, output: Output) -> None:
+        self._prompt.tokens += output.prompt
+        self._heard.append(output)
+
+    def pieces(self) -> Iterator[Piece]:
+        """What can be told now: the prompt's text and, where wanted, its tokens go before the answer."""
+        if not self._prompt.known:
+            return
+        if not self._opened and (self._echo or self._prompt.tokens):
+            yield Piece(self._index, self._echo, (), (), None, tuple(self._prompt.tokens))
         self._opened = True
-        if not self._echo and not self._prompt:
-            return None
-        return Piece(self._index, self._echo, (), (), None, tuple(self._prompt))
+        heard, self._heard = self._heard, []
+        for output in heard:
+            if output.tokens or output.finish is not None:
+                piece = self.take(output)
+                yield piece
+                if piece.finish is not None:
+                    return
 
     def take(self, output: Output) -> Piece:
         """The output with its text; a stop text within it ends the choice."""

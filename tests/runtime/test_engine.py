@@ -68,7 +68,7 @@ def request(name: str, prompt=(1, 2, 3), max_tokens: int = 8, **params) -> Reque
 
 params = st.builds(
     SamplingParams,
-    max_tokens=st.integers(1, 9),
+    max_tokens=st.sampled_from([*range(10)]),
     temperature=st.sampled_from([0.0, 0.5, 1.0, 3.0]),
     top_k=st.sampled_from([0, 1, 5]),
     top_p=st.sampled_from([0.3, 0.9, 1.0]),
@@ -77,21 +77,26 @@ params = st.builds(
     stop_token_ids=st.sampled_from([(), (5,), (5, 6)]),
     ignore_eos=st.sampled_from([True, True, False]),
     logprobs=st.sampled_from([-1, -1, 0, 2]),
+    prompt_logprobs=st.sampled_from([-1, -1, 0, 2]),
 )
-edited = st.builds(
-    msgspec.structs.replace,
-    params,
-    repetition_penalty=st.sampled_from([1.0, 1.5]),
-    presence_penalty=st.sampled_from([0.0, 1.0]),
-    frequency_penalty=st.sampled_from([0.0, 0.5]),
-    logit_bias=st.sampled_from([(), ((1, 3.0), (2, -100.0)), ((5, 6.0),)]),
-    min_tokens=st.sampled_from([0, 0, 1]),
-    constraint=st.sampled_from([None, None, None, "1", "4", "6", "20", "0 unfit", "3 breaks"]).map(
-        lambda text: text and Constraint("lark", text)
-    ),
-    allowed=st.sampled_from([b"", b"", b"\x7e\x00\x00\x00"]),
-    bad_words=st.sampled_from([(), ((1,), (2, 3)), ((4, 5), (4, 4, 6), (5, 1))]),
-).map(lambda made: msgspec.structs.replace(made, allowed=b"") if made.constraint else made)
+edited = (
+    st.builds(
+        msgspec.structs.replace,
+        params,
+        repetition_penalty=st.sampled_from([1.0, 1.5]),
+        presence_penalty=st.sampled_from([0.0, 1.0]),
+        frequency_penalty=st.sampled_from([0.0, 0.5]),
+        logit_bias=st.sampled_from([(), ((1, 3.0), (2, -100.0)), ((5, 6.0),)]),
+        min_tokens=st.sampled_from([0, 0, 1]),
+        constraint=st.sampled_from([None, None, None, "1", "4", "6", "20", "0 unfit", "3 breaks"]).map(
+            lambda text: text and Constraint("lark", text)
+        ),
+        allowed=st.sampled_from([b"", b"", b"\x7e\x00\x00\x00"]),
+        bad_words=st.sampled_from([(), ((1,), (2, 3)), ((4, 5), (4, 4, 6), (5, 1))]),
+    )
+    .map(lambda made: msgspec.structs.replace(made, allowed=b"") if made.constraint else made)
+    .filter(lambda made: made.min_tokens <= made.max_tokens)
+)
 # Many begin alike, and some are equal.
 prompts = st.one_of(
     st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=20),
@@ -114,6 +119,8 @@ def said(request: Request, sick: int | None = None) -> tuple[list[Token], str]:
             grammars.hear()
         if follower.error:
             return [], "error"
+    if params.prompt_logprobs >= 0 and sick in tokens[:-1]:
+        return [], "error"
     enders = {*params.stop_token_ids, *(() if params.ignore_eos and follower is None else EOS)}
     while len(given) < params.max_tokens:
         edits = Edits(
@@ -156,6 +163,16 @@ def lateness(how: str | None, draw: random.Random) -> Callable[[], int]:
     return lambda: draw.randint(0, 7) if how == "often" or draw.random() < 0.2 else 0
 
 
+def scored(request: Request) -> list[Token]:
+    """The logprobs of a prompt's tokens, from the same rules."""
+    prompt, count = request.prompt, request.params.prompt_logprobs
+    if count < 0:
+        return []
+    how = [Sampling(logprobs=count, target=token) for token in prompt]
+    sure = [pick(said_next(prompt[:at], VOCAB), how[at], at) for at in range(1, len(prompt))]
+    return [Token(one.token, one.logprob, one.top) for one in sure]
+
+
 class Clock:
     """Seconds that pass when they are told to."""
 
@@ -179,6 +196,8 @@ class Witness:
         self.share = room - room // 2
         self.latest: dict[str, int] = {}
         self.waiting: dict[str, Sequence] = {}
+        self.leader = ""  # the tenant whose first kept its blocks when somebody last gave up its own
+        self.ended: set[str] = set()  # tenants of which one that ran or had run has ended since then
         self.add, self.start, self.preempt = scheduler.add, scheduler._start, scheduler._preempt
         self.remove, self.commit = scheduler.remove, engine._commit
         engine._commit = self.on_commit
@@ -191,12 +210,13 @@ class Witness:
         return self.scheduler.roster.step - self.lost
 
     def prefill(self, sequence: Sequence) -> int:
-        return -(-sequence.remaining // self.share)
+        scoring = sequence.scored < sequence.to_score
+        return -(-sequence.remaining // (min(self.share, self.scheduler._most_scored) if scoring else self.share))
 
     def cost(self, sequence: Sequence) -> int:
         """The steps that it takes if each brings it as little as it may."""
         left = sequence.params.max_tokens - sequence.generated
-        return left if sequence.row >= 0 else self.prefill(sequence) + left - 1
+        return left if sequence.row >= 0 else self.prefill(sequence) + max(left, 1) - 1
 
     def running(self) -> list[Sequence]:
         return [*self.scheduler._prompts, *self.scheduler.roster.sequences, *self.scheduler.held]
@@ -218,12 +238,17 @@ class Witness:
 
     def on_start(self, sequence: Sequence) -> bool:
         older = [*self.scheduler._prompts]
+        turns = {tenant: line.turn for tenant, line in self.scheduler._turns._lines.items()}
         if not self.start(sequence):
             return False
         self.waiting.pop(sequence.id)
         parked = {id(one) for group in self.scheduler._parked.values() for one in group}
+        mine = sequence.request.tenant
         for other in self.waiting.values():
-            assert sequence.order < other.order or id(other) in parked, "it overtook one that was ready"
+            if id(other) not in parked:
+                assert turns[mine] <= turns[other.request.tenant], "it was another tenant's turn"
+                same = other.request.tenant == mine
+                assert not same or sequence.order < other.order, "it overtook one that was ready"
             self.latest[other.id] += self.cost(sequence)
         from_here = self.step + sum(map(self.prefill, older)) + self.cost(sequence)
         assert from_here <= self.latest[sequence.id] + self.cost(sequence)
@@ -231,8 +256,12 @@ class Witness:
         return True
 
     def on_preempt(self, sequence: Sequence) -> None:
-        live = [*self.waiting.values(), *self.running()]
-        assert sequence is not min(live, key=lambda one: one.order), "the first of all gave up its blocks"
+        begun = [one for one in (*self.waiting.values(), *self.running()) if one.charged]
+        leader = next(one.request.tenant for one in begun if self.scheduler._turns.leads(one))
+        assert leader == self.leader or self.leader in {"", *self.ended}, "another tenant's turn ended before its time"
+        self.leader, self.ended = leader, set()
+        first = min((one for one in begun if one.request.tenant == leader), key=lambda one: one.order)
+        assert sequence is not first, "the first of all gave up its blocks"
         EngineLife.seen["held and preempted"] += sequence in self.scheduler.held
         self.preempt(sequence)
         self.on_wait(sequence)
@@ -240,6 +269,8 @@ class Witness:
     def on_remove(self, sequence: Sequence, *, spoiled: bool = False) -> None:
         self.waiting.pop(sequence.id, None)
         EngineLife.seen["held and ended"] += sequence in self.scheduler.held
+        if sequence.charged:
+            self.ended.add(sequence.request.tenant)
         self.remove(sequence, spoiled=spoiled)
         assert self.step <= self.latest.pop(sequence.id), "it took longer than is proven"
 
@@ -258,10 +289,12 @@ class EngineLife(RuleBasedStateMachine):
         caching=st.sampled_from([True, True, False]),
         sick=st.sampled_from([None, None, SICK]),
         queue=st.sampled_from([1, 100]),
+        most_scored=st.sampled_from([1, 3, MOST_SCORED]),
+        pushing=st.sampled_from([False, False, True]),
         late=st.sampled_from([None, None, "now and then", "often"]),
         seed=st.integers(0, 99),
     )
-    def begin(self, budget, most, block_size, spare, admission, caching, sick, queue, late, seed):
+    def begin(self, budget, most, block_size, spare, admission, caching, sick, queue, most_scored, pushing, late, seed):
         self.sick, self.queue, self.budget, self.most, self.clock = sick, queue, budget, most, Clock()
         blocks = -(-LONGEST // block_size) + spare
         self.model = stub(blocks=blocks, block_size=block_size, nan_after=sick)
@@ -270,7 +303,9 @@ class EngineLife(RuleBasedStateMachine):
             self.model, eos_token_ids=EOS, token_budget=budget, max_sequences=most, admission=admission,
             max_waiting=queue, prefix_caching=caching, clock=self.clock, grammars=lambda: self.grammars,
         )  # fmt: skip
+        self.engine._scheduler._most_scored = most_scored
         self.witness = Witness(self.engine, budget, most)
+        self.pushing, self.urgent = pushing, set()
         self.requests: dict[str, Request] = {}
         self.outputs: dict[str, list[Output]] = {}
         self.live: set[str] = set()
@@ -317,7 +352,18 @@ class EngineLife(RuleBasedStateMachine):
     def wait(self):
         self.clock.now += 2
 
+    def push(self):
+        """Keep up one tenant's stream of requests that are more urgent than all others."""
+        while self.pushing and len(self.live & self.urgent) < 3 and len(self.live) < self.engine._max_live:
+            params = SamplingParams(2, 0.0, ignore_eos=True)
+            request = Request(f"r{len(self.requests)}", (1,), params, priority=-5, tenant="c")
+            self.requests[request.id] = request
+            self.live.add(request.id)
+            self.urgent.add(request.id)
+            self.engine.submit(request)
+
     def one_step(self):
+        self.push()
         before, compiling = len(self.model.batches), len(self.engine._compiling)
         step = self.engine.step()
         for output in step.outputs():
@@ -353,19 +399,24 @@ class EngineLife(RuleBasedStateMachine):
     def teardown(self):
         if not hasattr(self, "engine"):
             return
-        for _ in range(sum(len(r.prompt) + r.params.max_tokens for r in self.requests.values()) ** 2 * 8 + 3):
+        tokens = sum(len(r.prompt) + r.params.max_tokens for r in self.requests.values())
+        for _ in range((tokens + self.pushing * 3 * LONGEST) ** 2 * 8 + 3):
+            self.pushing = self.pushing and not self.live <= self.urgent
             if not self.live:
                 break
             self.one_step()
         assert not self.engine.has_work(), "the engine makes no progress"
         nothing_is_left(self.engine)
         for name, outputs in self.outputs.items():
-            self.compare(outputs, said(self.requests[name], self.sick))
+            self.compare(outputs, said(self.requests[name], self.sick), scored(self.requests[name]))
         self.count()
 
-    def compare(self, outputs, expected):
+    def compare(self, outputs, expected, told):
         tokens, finish = [token for output in outputs for token in output.tokens], outputs[-1].finish
         assert all(output.finish is None for output in outputs[:-1])
+        prompt = of_prompt(outputs)
+        assert prompt == told[: len(prompt)] and (prompt == told or (finish == "error" and not tokens))
+        EngineLife.seen["prompt_scored"] += bool(prompt)
         if outputs[-1].code == "deadline_exceeded":
             assert tokens == expected[0][: len(tokens)] and finish == "error"
         else:
@@ -376,7 +427,10 @@ class EngineLife(RuleBasedStateMachine):
         stats, whole = self.engine.stats(), self.outputs.keys() == self.requests.keys()
         prompts = sum(len(request.prompt) for request in self.requests.values())
         ends = [outputs[-1] for outputs in self.outputs.values()]
-        if whole and all(end.code != "deadline_exceeded" and end.error != "unfit" for end in ends):
+        unread = any(
+            end.code == "not_finite" and self.requests[end.request].params.prompt_logprobs >= 0 for end in ends
+        )
+        if whole and not unread and all(end.code != "deadline_exceeded" and end.error != "unfit" for end in ends):
             assert stats.prompt_tokens == prompts, "a prompt's token was counted twice, or another's as one"
             assert stats.generated_tokens == sum(len(o.tokens) for given in self.outputs.values() for o in given)
         assert stats.prompt_tokens <= prompts
@@ -386,6 +440,7 @@ class EngineLife(RuleBasedStateMachine):
             prefix_hit=stats.cached_tokens > 0,
             parked=self.parked,
             compiled=self.compiled,
+            urgent=len(self.urgent) > 3,
             requests=len(self.requests),
         )
 
@@ -399,7 +454,9 @@ def nothing_is_left(engine: Engine) -> None:
     assert {*pool._found.values()} == {*pool._idle} and len(pool._found) == len(pool._idle)
     assert all(pool._found[digest] == block for block, digest in enumerate(pool._digests) if digest is not None)
     assert not scheduler._computing and not scheduler._parked and not scheduler._prompts and not scheduler.held
-    assert all(sequence.state == "gone" for _, sequence in scheduler._queue)
+    turns = scheduler._turns
+    assert not (turns or turns.waiting or turns._leading)
+    assert not any(line.queue or line.waiting or line.live or line.begun for line in turns._lines.values())
     columns = (roster.sequences, roster.ids, roster.texts, roster.tables, roster.how, roster.last, roster.cached)
     assert not any(columns) and not any(roster._growing) and not roster._due and not roster._edited
     assert roster._enders == {NO_TOKEN: 1, NO_CHOICE: 1}
@@ -429,6 +486,8 @@ class Life(EngineLife.TestCase):
                 "parked",
                 "compiled",
                 "held",
+                "urgent",
+                "prompt_scored",
                 "a full queue",
                 "ended by error",
                 "ended by stop",
@@ -547,6 +606,17 @@ def test_no_step_has_more_rows_of_prompts_than_memory_is_meant_for():
     }
     rows = [len(batch.rows) for batch in model.batches]
     assert max(rows) <= MOST_SCORED + len(prompts) and sum(rows) == sum(map(len, prompts.values()))
+
+
+@pytest.mark.parametrize(("logprobs", "steps"), [(-1, 4), (0, 32)])
+def test_a_prompt_that_is_scored_takes_the_steps_that_its_rows_need(logprobs, steps):
+    """Its bound is 2000 over 64, not over the half of the 257 tokens that generating leaves at least."""
+    model = Scripted({})
+    model.max_length, model.blocks = 2048, 512
+    engine = Engine(model, token_budget=512, max_sequences=256)
+    engine.submit(request("r", [1] * 2000, 0, prompt_logprobs=logprobs))
+    finish(engine)
+    assert engine.stats().steps == steps
 
 
 def test_a_prompt_that_is_scored_is_not_found_cached_but_others_find_it():
