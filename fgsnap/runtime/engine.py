@@ -238,34 +238,40 @@ class Engine:
             self._recomputed_tokens += again
             prompts = self._sound(prompts, ends)
             ends += self._only_computed(work)
-        silent = [row for row in roster.append(tokens[:decodes]) if self._stops(roster.sequences[row], tokens[row])]
-        stopped = [(roster.sequences[row], samples.logprobs.get(row)) for row in silent]
+        ended = [row for row in roster.append(tokens[:decodes]) if self._stops(roster.sequences[row], tokens[row])]
+        stopped = [(row, roster.sequences[row]) for row in ended]
         for sequence in roster.due():
             if not self._stops(sequence, sequence.tokens[-1]):
                 ends.append(self._end(sequence, Output(sequence.id, finish="length")))
-        for row, sequence in enumerate(work.through, decodes):
-            requests.append(sequence.id)
-            if sequence.state == "gone":  # another row of it was broken
-                silent.append(row)
-                continue
-            sequence.tokens.append(tokens[row])
-            if self._stops(sequence, tokens[row]):
-                silent.append(row)
-                stopped.append((sequence, samples.logprobs.get(row)))
-            else:
-                sequence.note(tokens[row])
-                if sequence.generated == sequence.params.max_tokens:
-                    ends.append(self._end(sequence, Output(sequence.id, finish="length")))
-                else:
-                    roster.join(sequence)
-        for sequence, last in stopped:
+        requests += [sequence.id for sequence in work.through]
+        broken = [row for row, sequence in enumerate(work.through, decodes) if sequence.state == "gone"]
+        stopped += self._first_tokens(work, tokens, ends)
+        for row, sequence in stopped:
             if _late(sequence):
                 sequence.tokens.pop()
                 self._scheduler.hold(sequence)
             else:
-                ends.append(self._stopped(sequence, last))
+                ends.append(self._stopped(sequence, samples.logprobs.get(row)))
+        silent = [*broken, *(row for row, _ in stopped)]  # nobody gets their tokens
         self._generated_tokens += len(tokens) - len(silent)
         return _without(silent, requests, tokens, samples.logprobs, ends, prompts, cached)
+
+    def _first_tokens(self, work: Work, tokens: list[int], ends: list[Output]) -> list[tuple[int, Sequence]]:
+        """Have those whose prompt is through generate from now on; gives those whose first token has ended them."""
+        stopped = []
+        for row, sequence in enumerate(work.through, work.decodes):
+            if sequence.state == "gone":  # another row of it was broken
+                continue
+            sequence.tokens.append(tokens[row])
+            if self._stops(sequence, tokens[row]):
+                stopped.append((row, sequence))
+                continue
+            sequence.note(tokens[row])
+            if sequence.generated == sequence.params.max_tokens:
+                ends.append(self._end(sequence, Output(sequence.id, finish="length")))
+            else:
+                self._roster.join(sequence)
+        return stopped
 
     def _unpicked(self, work: Work, samples: Samples) -> Samples:
         """The samples without the tokens of those whose mask has not come. They forward their last token again."""
