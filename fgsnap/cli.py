@@ -71,7 +71,8 @@ def engine_options(command: Command) -> Command:
             option("--max-model-len", type=click.IntRange(min=1), help="Longest context; default: the model's."),
             option(
                 "--max-batch-tokens", type=click.IntRange(min=1),
-                help="Token budget of one forward; default: what 'fgsnap bench budget' measured here, else 512.",
+                help="Token budget of one forward; default: what 'fgsnap bench budget' measured here, else 128 on a "
+                "CPU and 512 on a GPU.",
             ),
             option("--kv-memory", type=ByteSize(), help="KV cache; default: 2GiB, or half of what the weights leave."),
             option("--threads", type=click.IntRange(min=1), help="CPU threads of all ranks; default: those there are."),
@@ -143,6 +144,23 @@ class WholeText(click.ParamType[str]):
 
     name = "text"
     envvar_list_splitter = "\n"
+
+
+class TextOrFile(click.ParamType[str]):
+    """A text, or after an ``@`` the file that holds it, as curl has it."""
+
+    name = "text|@file"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value)
+        if not text.startswith("@"):
+            return text
+        try:
+            return Path(text[1:]).read_bytes().decode()
+        except OSError as error:
+            self.fail(f"{text[1:]!r} cannot be read: {error.strerror}.", param, ctx)
+        except UnicodeDecodeError as error:
+            self.fail(f"{text[1:]!r} is not UTF-8 text: byte {error.start} is not.", param, ctx)
 
 
 class SuggestingGroup(click.Group):
@@ -334,7 +352,11 @@ def _print_plan(as_json: bool, source: str, **settings: Any) -> None:
 @option("--host", default="127.0.0.1", help="Address to listen on.")
 @option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0 picks a free one.")
 @engine_options
-@option("--max-num-seqs", type=click.IntRange(min=1), default=256, help="Most requests in one forward.")
+@option(
+    "--max-num-seqs", type=click.IntRange(min=1),
+    help="Most requests in one forward, for which a token budget that is left out has room; default: 256, or the "
+    "budget if that is less.",
+)  # fmt: skip
 @option(
     "--max-waiting",
     type=click.IntRange(min=1),
@@ -381,18 +403,24 @@ def serve(snapshot: Path, **settings: Any) -> None:
 @engine_options
 @sampling_options
 @option("--stop", type=WholeText(), multiple=True, help="End at this text; may be given several times.")
+@option("--json-schema", type=TextOrFile(), help="Answer in JSON that this schema describes.")
+@option("--regex", help="Answer with a whole match of this regular expression.")
+@option("--choice", type=WholeText(), multiple=True, help="Answer with this text; may be given several times.")
+@option("--grammar", type=TextOrFile(), help="Answer with what this Lark grammar derives.")
 @option("--raw", is_flag=True, help="Continue the prompt as plain text, without the chat template.")
 @json_option
 def run(snapshot: Path, prompt: str, **settings: Any) -> None:
     """Answer one prompt on stdout, without a server.
 
     A snapshot with a chat template answers as a chat; --raw continues the text instead. A prompt of '-' is read from
-    stdin.
+    stdin, and a schema or grammar of '@FILE' from that file.
 
     \b
     Examples:
       fgsnap run snap/ "What is the capital of France?"
       fgsnap run snap/ "Once upon a time" --raw --temperature 0.8 --seed 7
+      fgsnap run snap/ "Is Paris in France?" --choice yes --choice no
+      fgsnap run snap/ "Describe Ada Lovelace." --json-schema @person.json
     """
     engine = engine_of(settings)
     if prompt == "-":
@@ -692,7 +720,8 @@ def engine_of(settings: dict[str, Any]) -> EngineOptions:
 
 def _options(settings: dict[str, Any]) -> dict[str, Any]:
     """What ``sampling_options`` and others added to the settings, by the names of the pipeline's options."""
-    return {"max_new_tokens" if name == "max_tokens" else name: value for name, value in settings.items()}
+    given = {name: value for name, value in settings.items() if value not in (None, ())}
+    return {"max_new_tokens" if name == "max_tokens" else name: value for name, value in given.items()}
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:

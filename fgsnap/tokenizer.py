@@ -66,8 +66,8 @@ class Tokenizer(Protocol):
         """How many tokens the text has at least, by its length; 0 where that says nothing."""
         ...
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens, special tokens skipped."""
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of tokens, special ones skipped unless they are asked for."""
         ...
 
     def id_to_token(self, id: int) -> str | None:
@@ -107,8 +107,8 @@ class Whole:
     def _density(self) -> Density:
         return density(self._library, max(len(token.encode()) for token in self._library.get_vocab()))
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self._library.decode(list(ids), skip_special_tokens=True))
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        return str(self._library.decode(list(ids), skip_special_tokens=skip_special))
 
     def id_to_token(self, id: int) -> str | None:
         token = self._library.id_to_token(id)
@@ -149,8 +149,9 @@ class Cut:
     def _density(self) -> Density:
         return density(self._frame, max(map(operator.sub, self._ends, itertools.chain([0], self._ends))))
 
-    def decode(self, ids: Sequence[int]) -> str:
-        pieces = [piece for piece in map(self.id_to_token, ids) if piece is not None and piece not in self._special]
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        skipped = self._special if skip_special else frozenset()
+        pieces = [piece for piece in map(self.id_to_token, ids) if piece is not None and piece not in skipped]
         return " ".join(pieces) if self._decoder is None else str(self._decoder.decode(pieces))
 
     def id_to_token(self, id: int) -> str | None:

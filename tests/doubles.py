@@ -12,7 +12,7 @@ import random
 import zlib
 from array import array
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fgsnap.errors import RequestError
@@ -173,11 +173,12 @@ def _draw(row: Sequence[float], how: Sampling, number: float) -> int:
 class StubGrammars:
     """Constraints that are a number n: an answer of n tokens, each of which makes the sum of all of them even.
 
-    It may end from half of them on. With "unfit" it cannot be compiled, and "breaks" it after n tokens.
+    It may end from half of them on. With "unfit" it cannot be compiled, and "breaks" it after n tokens. ``late`` tells
+    how many looks each of the other masks comes late.
     """
 
-    def __init__(self, vocab_size: int, eos: Sequence[int]) -> None:
-        self.vocab_size, self.eos = vocab_size, tuple(eos)
+    def __init__(self, vocab_size: int, eos: Sequence[int], late: Callable[[], int] = lambda: 0) -> None:
+        self.vocab_size, self.eos, self.late = vocab_size, tuple(eos), late
         self.matchers: set[StubMatcher] = set()
 
     def matcher(self, constraint: Constraint, *, open_end: bool) -> StubMatcher:
@@ -190,7 +191,11 @@ class StubGrammars:
 
     def hear(self) -> None:
         for matcher in self.matchers:
-            matcher.compile()
+            matcher.look()
+
+    def wait(self, matchers: Sequence[Any], seconds: float) -> None:
+        assert self.matchers.issuperset(matchers)
+        self.hear()
 
     def fileno(self) -> int:
         return -1
@@ -206,27 +211,24 @@ class StubMatcher:
         self.pending, self.complete, self.error, self.code = True, False, "", ""
         self._grammars, self._words, self._open_end = grammars, words, open_end
         self._length = int(words[0])
-        self._before = 1 + self._length % 3  # looks until it is compiled
+        self._before = 1 + self._length % 3  # looks until it is compiled, or its mask has come
         self._tokens: list[int] = []
 
-    def compile(self) -> None:
+    def look(self) -> None:
         self._before -= 1
-        if self._before == 0:
+        if self.pending and self._before <= 0:
             self.pending = False
-            self._fail("unfit")
+            self.complete = len(self._tokens) == self._length
+            self._fail("breaks" if self._tokens and self.complete else "unfit")
 
     def accept(self, token: int) -> None:
-        assert self in self._grammars.matchers and not self.pending and not self._before > 0
+        assert self in self._grammars.matchers and not self.pending
         assert not self.error and self._allows(token)
         self._tokens.append(token)
-        self.pending = True
+        self.pending, self._before = True, 1 + self._grammars.late()
 
     def mask(self) -> memoryview:
-        assert self in self._grammars.matchers and not self._before > 0
-        self.pending = False
-        self.complete = len(self._tokens) == self._length
-        if self.complete:
-            self._fail("breaks")
+        assert self in self._grammars.matchers and not self.pending
         bits = 0 if self.error else sum(1 << token for token in range(self._grammars.vocab_size) if self._allows(token))
         return memoryview(bits.to_bytes(-(-self._grammars.vocab_size // 32) * 4, "little"))
 
@@ -253,36 +255,39 @@ class ByteText:
     def __init__(self, add_bos: bool = False) -> None:
         self._bos = [self.bos] if add_bos else []
 
-    def encode(self, text: str) -> list[int]:
-        return self._bos + list(text.encode())
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return (self._bos if add_special_tokens else []) + list(text.encode())
 
     def least_tokens(self, text: str) -> int:
         return 0
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return bytes(id for id in ids if id < 256).decode(errors="replace")
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        special = {} if skip_special else {self.bos: b"<bos>", self.eos: b"<eos>"}
+        return b"".join(bytes([id]) if id < 256 else special.get(id, b"") for id in ids).decode(errors="replace")
 
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **variables: Any,
     ) -> str:
         for message in messages:
             if message["role"] not in ("system", "user", "assistant"):
                 raise RequestError(f"No role {message['role']!r}.", param="messages")
         turns = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+        if continue_final_message:
+            return turns.removesuffix("\n")
         return turns + ("assistant:" if add_generation_prompt else "")
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], *args: Any, **variables: Any) -> list[int]:
-        return self.encode_rendered(self.render_chat(messages, *args, **variables))
-
-    def encode_rendered(self, text: str) -> list[int]:
-        return list(text.encode())
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], *args: Any, add_special_tokens: bool = False, **variables: Any
+    ) -> list[int]:
+        return self.encode(self.render_chat(messages, *args, **variables), add_special_tokens)
 
     def token_bytes(self, token: int) -> bytes:
         return bytes([token]) if token < 256 else b""
 
-    def stream(self, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> TextStream:
-        return TextStream(self, tuple(stop), prompt)
+    def stream(self, stop: Sequence[str] = (), prompt: Sequence[int] = (), **how: Any) -> TextStream:
+        return TextStream(self, tuple(stop), prompt, **how)

@@ -82,10 +82,8 @@ class StubWorkers:
                 raise RuntimeError("no luck")
             settings = {"token_budget": 32, "grammars": byte_grammars, **self.engine}
             engine = Engine(model, eos_token_ids=(ByteText.eos,), **settings)
-            sizes = (model.max_length, model.blocks, model.block_size, 32)
-            return engine, wire.Ready(
-                "stub", "cpu", "1 thread", "asked for", "none", *sizes, most_live=engine.most_live
-            )
+            sizes = (model.max_length, model.blocks, model.block_size)
+            return engine, wire.Ready("stub", "cpu", "1 thread", "asked for", "none", *sizes, token_budget=32)
 
         def live():
             with theirs:

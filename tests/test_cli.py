@@ -7,12 +7,15 @@ import os
 import subprocess
 import sys
 
+import click
 import pytest
 
 from fgsnap import __version__
-from fgsnap.cli import EXTRAS, ByteSize, WholeText, cli, run_cli, size
+from fgsnap.cli import EXTRAS, ByteSize, TextOrFile, WholeText, cli, run_cli, size
 from fgsnap.convert.families import FAMILIES
 from fgsnap.environment import _numa_nodes
+from fgsnap.runtime import generate
+from fgsnap.runtime.pipeline import CONSTRAINING, Response
 from tests.commands import every_command
 from tests.snapshots import make_snapshot, tiny_spec
 
@@ -61,6 +64,7 @@ def test_version_is_printed_by_both_spellings_and_as_json():
         (["serve", "x", "--tp", "0"], 2, "--tp"),
         (["serve", "x", "--tp", "two"], 2, "'two' is not a whole number."),
         (["run", "x", "hello", "--temperature", "hot"], 2, "'hot' is not a number."),
+        (["run", "x", "hello", "--json-schema", "@nowhere"], 2, "'nowhere' cannot be read: No such file"),
         (["chat", "nowhere"], 4, "nowhere"),
         (["inspect", "nowhere"], 4, "nowhere"),
         (["verify", "nowhere"], 4, "nowhere"),
@@ -173,6 +177,38 @@ def test_no_arguments_show_the_help():
 
 def test_several_stop_texts_may_hold_blanks_in_the_environment():
     assert WholeText().split_envvar_value("capital of\nthe end") == ["capital of", "the end"]
+
+
+def test_a_text_may_be_in_a_file(tmp_path):
+    file = tmp_path / "schema.json"
+    file.write_text('{"type": "é"}', "utf-8")
+    assert TextOrFile().convert(f"@{file}", None, None) == '{"type": "é"}'
+    assert TextOrFile().convert("{}", None, None) == "{}"
+    file.write_bytes(b"ab\xff")
+    with pytest.raises(click.BadParameter, match="is not UTF-8 text: byte 2 is not"):
+        TextOrFile().convert(f"@{file}", None, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["--json-schema", "@schema.json"], {"json_schema": '{"const": 1}'}),
+        (["--grammar", "@schema.json"], {"grammar": '{"const": 1}'}),
+        (["--json-schema", "{}"], {"json_schema": "{}"}),
+        (["--regex", "@[a-z]+"], {"regex": "@[a-z]+"}),
+        (["--choice", "quite so", "--choice", "@no"], {"choice": ("quite so", "@no")}),
+        ([], {}),
+    ],
+)
+def test_run_has_what_constrains_an_answer(arguments, option, tmp_path, monkeypatch):
+    (tmp_path / "schema.json").write_text('{"const": 1}')
+    monkeypatch.chdir(tmp_path)
+    asked = {}
+    monkeypatch.setattr(generate, "answer", lambda *arguments, **options: asked.update(options) or Response(
+        generated_text="", prompt_length=1, generated_length=0, finish_reason="stop"
+    ))  # fmt: skip
+    assert run_cli(["run", "snap", "Hi", *arguments]) == 0
+    assert {name: value for name, value in asked.items() if name in CONSTRAINING} == option
 
 
 def test_env_names_backends_and_hides_secrets():

@@ -264,6 +264,7 @@ def test_a_real_vocabulary(smollm2):
         text = whole.decode([draw.randrange(whole.size) for _ in range(draw.randrange(60))])
         ids = whole.encode(text)
         assert cut.encode(text) == ids and cut.decode(ids) == whole.decode(ids)
+        assert cut.decode(ids, skip_special=False) == whole.decode(ids, skip_special=False)
     for text in (*TEXTS, PEOPLE, Path(__file__).read_text(), "<|im_start|>user\nhi<|im_end|>\n"):
         assert cut.encode(text) == whole.encode(text)
 

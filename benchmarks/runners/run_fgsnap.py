@@ -11,7 +11,7 @@ import jobs
 TOLD = jobs.results_apart()
 
 from fgsnap.bench import local  # noqa: E402
-from fgsnap.runtime.budget import DEFAULT_BUDGET  # noqa: E402
+from fgsnap.runtime.budget import default_budget  # noqa: E402
 from fgsnap.runtime.options import EngineOptions  # noqa: E402
 from fgsnap.runtime.ranks import load_as_chosen  # noqa: E402
 from fgsnap.runtime.request import SamplingParams  # noqa: E402
@@ -28,7 +28,7 @@ class Fgsnap:
         decoder = load_as_chosen(self._snapshot, options)  # before the tokenizer has threads: it may fork
         self._text = Text(self._snapshot)
         check_canary(decoder, self._snapshot)
-        self._engine = engine_as_chosen(decoder, self._snapshot, options, DEFAULT_BUDGET)
+        self._engine = engine_as_chosen(decoder, self._snapshot, options, default_budget(decoder.ops.device))
 
     def answer(self, question: str, tokens: int) -> str:
         prompt = self._text.encode_chat([{"role": "user", "content": question}])

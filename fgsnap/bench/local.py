@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 from fgsnap.bench.record import quantile, summary
 from fgsnap.errors import FgsnapError, HostError, UsageError
 from fgsnap.runtime.budget import settled_budget
@@ -61,7 +63,7 @@ def latency(
     snapshot: Path, options: EngineOptions, shape: Shape, batch: int, rounds: int, tell: Callable[[str], None]
 ) -> dict[str, Any]:
     """``batch`` requests at once, ``rounds`` times: seconds and tokens/s, each the median of rounds with its spread."""
-    with loaded(snapshot, options, _room_for(shape, batch)) as (decoder, facts):
+    with loaded(snapshot, _running(options, batch), _room_for(shape, batch)) as (decoder, facts):
         runs = list(_rounds(decoder, facts["max_batch_tokens"], shape, batch, batch, rounds, tell))
     rows: dict[str, Sequence[float | None]] = {
         "first_token": [quantile(run.first_tokens, 0.5) for run in runs],
@@ -83,7 +85,7 @@ def throughput(
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
     """For each batch size, ``requests`` requests of which so many run at once; None: twice the batch size."""
-    with loaded(snapshot, options, _room_for(shape, max(batches))) as (decoder, facts):
+    with loaded(snapshot, _running(options, max(batches)), _room_for(shape, max(batches))) as (decoder, facts):
         rows = []
         for batch in batches:
             count = requests or 2 * batch
@@ -167,7 +169,7 @@ def loaded(
     try:
         decoder = load_as_chosen(opened, options)
         end_when_unreadable(opened)
-        budget = settled_budget(options.max_batch_tokens, opened.id, decoder).tokens
+        budget = settled_budget(options, opened.id, decoder).tokens
         check(decoder, budget)
         canary = check_canary(decoder, opened)
         ops = decoder.ops
@@ -176,6 +178,11 @@ def loaded(
         yield decoder, {**facts, **more, "canary": canary}
     finally:
         opened.close()
+
+
+def _running(options: EngineOptions, batch: int) -> EngineOptions:
+    """The options with ``batch`` sequences asked for, which a token budget that was not asked for leaves room for."""
+    return msgspec.structs.replace(options, max_num_seqs=batch)
 
 
 def _room_for(shape: Shape, batch: int) -> Callable[[Decoder, int], None]:

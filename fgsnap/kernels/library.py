@@ -11,7 +11,7 @@ from pathlib import Path
 from fgsnap.built import built_library
 from fgsnap.errors import UsageError
 
-ABI = 6
+ABI = 7
 
 
 def available() -> tuple[bool, str]:
@@ -53,6 +53,8 @@ def _declare(library: ctypes.CDLL) -> None:
     library.fgsnap_close.restype = None
     library.fgsnap_dots.argtypes = [ctypes.c_char_p]
     library.fgsnap_dots.restype = integer
+    library.fgsnap_plan.argtypes = [pointer]
+    library.fgsnap_plan.restype = integer
     library.fgsnap_run.argtypes = [pointer, pointer, integer, pointer]
     library.fgsnap_ranks_memory.argtypes = [integer, integer]
     library.fgsnap_ranks_memory.restype = integer

@@ -217,7 +217,7 @@ class Native:
         return Cache(*sizes, words, data)
 
     def plan(self, batch: Batch, block_size: int) -> Plan:
-        return Plan.of(batch, block_size)
+        return Plan.of(batch, block_size, self._library.fgsnap_plan)
 
     # ops
 

@@ -7,10 +7,27 @@ otherwise), V vocabulary rows, R rows of logits, X experts, I inner width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 Tensor = Any  # a backend's own tensor; only that backend looks inside
+
+
+class BlockTable(array):  # type: ignore[type-arg]  # at run time it takes none
+    """The KV blocks of one sequence, in order. ``at`` is where they lie in memory, until the table grows again."""
+
+    __slots__ = ("at",)
+    at: int
+
+    def __new__(cls, blocks: Iterable[int] = ()) -> BlockTable:
+        table: BlockTable = super().__new__(cls, "i", blocks)  # type: ignore[assignment]
+        table.at = table.buffer_info()[0]
+        return table
+
+    def append(self, block: int) -> None:
+        super().append(block)
+        self.at = self.buffer_info()[0]
 
 
 class Batch(NamedTuple):
@@ -21,7 +38,8 @@ class Batch(NamedTuple):
         positions: [T] position of each token in its own sequence, from 0.
         starts: [S + 1] where each sequence's tokens begin in ``tokens``; starts[S] == T.
         lengths: [S] keys visible to the sequence's last token: tokens cached before this step plus those in it.
-        block_tables: [S] each the KV block indices of the sequence, in order, enough for ``lengths``.
+        block_tables: [S] each the KV block indices of the sequence, in order, enough for ``lengths``; at least cost as
+            BlockTables.
         rows: [R] indices into ``tokens`` whose logits are wanted, ascending.
     """
 

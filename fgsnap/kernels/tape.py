@@ -11,13 +11,14 @@ import ctypes
 import mmap
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 
-from fgsnap.kernels.ops import Batch
+from fgsnap.kernels.ops import Batch, BlockTable
 
 F32, BF16, F16 = range(3)  # csrc/program.h's Type
-TILE = 16  # tokens of one sequence that attend together
+TILE = 16  # csrc/program.h's
 POOL_BYTES = 512 << 20  # memory for activations kept for reuse
 
 
@@ -28,6 +29,9 @@ def misuse(op: str, text: str) -> ValueError:
 
 def address_of(numbers: array[Any]) -> int:
     return numbers.buffer_info()[0]
+
+
+_place = attrgetter("at")
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------
@@ -99,10 +103,13 @@ TOKENS, ROWS = -1, -2  # how many tokens and rows a plan has that stands for any
 class Plan:
     """A batch as the kernels read it: ``step`` is program.h's Step without the registers.
 
-    ``data`` is what its words point to. ``angles`` holds one table for each rotation that the ops have met.
+    ``data`` is what its words point to, ``tables`` what is pointed to from there. ``angles`` holds one table for each
+    rotation that the ops have met.
     """
 
-    __slots__ = ("angles", "block_size", "data", "highest_block", "highest_position", "rows", "step", "tokens")
+    __slots__ = (
+        "angles", "block_size", "data", "highest_block", "highest_position", "rows", "step", "tables", "tokens",
+    )  # fmt: skip
 
     def __init__(self, tokens: int, rows: int, block_size: int) -> None:
         self.tokens = tokens
@@ -112,33 +119,37 @@ class Plan:
         self.highest_position = -1
         self.step: array[int] = array("q")
         self.data: tuple[array[int], ...] = ()
+        self.tables: list[BlockTable] = []
         self.angles: dict[Rotation, Activation] = {}
 
     @staticmethod
-    def of(batch: Batch, block_size: int) -> Plan:
-        check_batch(batch, block_size)
-        tokens, rows = array("i", batch.tokens), array("i", batch.rows)
-        positions, tables, blocks, tiles = array("i", batch.positions), array("i"), array("i"), array("i")
-        for first, stop, table in zip(batch.starts, batch.starts[1:], batch.block_tables, strict=False):
-            count = stop - first
-            tables.extend([len(blocks)] * count)
-            blocks.extend(table)
-            if count <= TILE:
-                tiles.extend((first, count))
-            else:
-                for at in range(first, stop, TILE):
-                    tiles.extend((at, min(TILE, stop - at)))
-        plan = Plan(len(tokens), len(rows), block_size)
-        plan.highest_block = max(blocks)
+    def of(batch: Batch, block_size: int, lay_out: Callable[[int], int]) -> Plan:
+        """``lay_out``: program.h's Ragged, filled in; gives the sequence that is wrong, or -1."""
+        counts = len(batch.lengths), len(batch.tokens), len(batch.rows)
+        sequences, tokens, rows = counts
+        if not len(batch.starts) - 1 == sequences == len(batch.block_tables) or len(batch.positions) != tokens:
+            raise _misplanned(batch, block_size, sequences)
+        tables = [table if type(table) is BlockTable else BlockTable(table) for table in batch.block_tables]
+        columns = batch.tokens, batch.positions, batch.rows, batch.starts, batch.lengths, [*map(len, tables)]
+        ids, positions, selected, starts, lengths, sizes = (array("i", column) for column in columns)
+        table_of, tiles = array("q", bytes(8 * tokens)), array("i", bytes(8 * (sequences + tokens // TILE)))
+        given = (ids, positions, selected, starts, lengths, sizes, array("q", map(_place, tables)), table_of, tiles)
+        ragged = array("q", (*counts, block_size, *map(address_of, given), 0, 0))
+        if (wrong := lay_out(address_of(ragged))) >= 0:
+            raise _misplanned(batch, block_size, wrong)
+        plan = Plan(tokens, rows, block_size)
+        plan.highest_block = ragged[-1]
         plan.highest_position = max(batch.lengths) - 1
-        plan.data = (tokens, positions, tables, blocks, tiles, rows)
-        plan.step = array("q", (len(tokens), len(rows), len(tiles) // 2, *map(address_of, plan.data)))
+        plan.tables = tables
+        plan.data = (ids, positions, table_of, tiles, selected)
+        plan.step = array("q", (tokens, rows, ragged[-2], *map(address_of, plan.data)))
         return plan
 
     def with_rows(self, rows: Sequence[int]) -> Plan:
         """The same tokens with other rows wanted."""
         plan = Plan(self.tokens, len(rows), self.block_size)
         plan.highest_block, plan.highest_position = self.highest_block, self.highest_position
+        plan.tables = self.tables
         plan.data = (*self.data[:-1], array("i", rows))
         plan.step = array("q", (*self.step[:1], len(rows), self.step[2], *map(address_of, plan.data)))
         return plan
@@ -249,21 +260,17 @@ class Tape:
         self.blocks = self.positions = sys.maxsize
 
 
-def check_batch(batch: Batch, block_size: int) -> None:
-    """The kernels follow these indices without looking."""
-    count, starts, lengths, rows = len(batch.tokens), batch.starts, batch.lengths, batch.rows
-    if count == 0 or block_size <= 0 or len(batch.positions) != count or min(batch.tokens) < 0:
-        raise misuse("plan", f"{count} tokens, {len(batch.positions)} positions, blocks of {block_size}")
-    if not len(starts) - 1 == len(lengths) == len(batch.block_tables) or starts[0] != 0 or starts[-1] != count:
-        raise misuse("plan", f"starts {list(starts)} do not divide {count} tokens into {len(lengths)} sequences")
-    for s, (table, length) in enumerate(zip(batch.block_tables, lengths, strict=True)):
-        first, stop = starts[s], starts[s + 1]
-        if not 0 < stop - first <= length or len(table) * block_size < length or min(table) < 0:
-            raise misuse("plan", f"sequence {s}: {stop - first} tokens, {length} keys, {len(table)} blocks")
-        if list(batch.positions[first:stop]) != list(range(length - stop + first, length)):
-            raise misuse("plan", f"sequence {s}: its positions are not the last ones of {length} keys")
-    if rows and not 0 <= min(rows) <= max(rows) < count:
-        raise misuse("plan", f"rows {list(rows)} of {count} tokens")
+def _misplanned(batch: Batch, block_size: int, wrong: int) -> ValueError:
+    """What is wrong with a sequence of a batch, or with the whole where there is no such sequence."""
+    count, sequences = len(batch.tokens), len(batch.lengths)
+    if wrong < sequences:
+        first, stop = batch.starts[wrong], batch.starts[wrong + 1]
+        length, blocks = batch.lengths[wrong], list(batch.block_tables[wrong])
+        where = f"at {list(batch.positions[first:stop])} of {length} keys in blocks {blocks} of {block_size}"
+        return misuse("plan", f"sequence {wrong}: {stop - first} tokens {where}")
+    tables = f"{len(batch.block_tables)} tables, starts {list(batch.starts)}"
+    rows = f"{len(batch.positions)} positions, blocks of {block_size}, rows {list(batch.rows)}"
+    return misuse("plan", f"{count} tokens of {sequences} sequences, {tables}, {rows}")
 
 
 def size_class(size: int) -> int:

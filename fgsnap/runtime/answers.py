@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,9 @@ class Piece(NamedTuple):
         finish: why the choice ended, if it did.
         prompt: of a first piece without tokens all tokens of the prompt, where their logprobs are wanted. The first one
             has none.
+        ending: of a last piece the token that ended the choice and is not among ``tokens``.
+        stop_reason: of a last piece the stop text, or of the stop tokens that the client named the one, that ended it.
+        cached: of the prompt's tokens those that the prefix cache had, where it is known by now.
     """
 
     choice: int
@@ -32,6 +36,9 @@ class Piece(NamedTuple):
     shown: tuple[Token, ...]
     finish: str | None
     prompt: tuple[Token, ...] = ()
+    ending: Token | None = None
+    stop_reason: str | int | None = None
+    cached: int = 0
 
 
 class Heading(NamedTuple):
@@ -59,8 +66,8 @@ class Answer:
     Args:
         heading: of every body.
         choices: how many are made, of all prompts.
-        best: the client gets the first number of each second number of choices, the likeliest by the mean logprob of
-            their tokens; None: all.
+        each: how many of each prompt.
+        best: so many of each prompt's the client gets, the likeliest by the mean logprob of their tokens; None: all.
         prompt_tokens: of all prompts together.
         spell: a token's bytes, where log probabilities are wanted; None where not.
         usage: a stream's client wants the token counts at its end.
@@ -73,15 +80,17 @@ class Answer:
         heading: Heading,
         *,
         choices: int,
+        each: int = 1,
         prompt_tokens: int,
         spell: Spell | None,
         usage: bool = False,
-        best: tuple[int, int] | None = None,
+        best: int | None = None,
         echo_top: int = -1,
         prompt_top: int = -1,
         prompt_spell: Spell = lambda token: b"",
     ) -> None:
         self._heading = heading
+        self._each = each
         self._best_of = best
         self._prompt_tokens = prompt_tokens
         self._spell = spell
@@ -90,6 +99,7 @@ class Answer:
         self._prompt_top = prompt_top
         self._prompt_spell = prompt_spell
         self._completion_tokens = 0
+        self._cached = [0] * choices
         self._places = [_Places() for _ in range(choices)]
         self._pieces: list[list[Piece]] = [[] for _ in range(choices)]
 
@@ -102,7 +112,7 @@ class Answer:
 
     def chunk(self, piece: Piece) -> bytes:
         """The piece as a server-sent event; nothing where it has nothing to tell."""
-        self._completion_tokens += len(piece.tokens)
+        self._count(piece)
         told = piece.shown or piece.prompt
         if not piece.text and piece.finish is None and (self._spell is None or not told):
             return b""
@@ -110,7 +120,9 @@ class Answer:
         if self._heading.chat:
             said = {"delta": {"content": piece.text} if piece.text else {}}
         logprobs = self._logprobs(piece.choice, [piece]) if told else None
-        return self._chunk([{"index": piece.choice, **said, "logprobs": logprobs, "finish_reason": piece.finish}])
+        ended = {} if piece.finish is None else {"stop_reason": piece.stop_reason}
+        choice = {"index": piece.choice, **said, "logprobs": logprobs, "finish_reason": piece.finish, **ended}
+        return self._chunk([choice])
 
     def closing(self) -> bytes:
         """What a stream ends with."""
@@ -120,8 +132,12 @@ class Answer:
         return event(msgspec.json.encode(body)) + DONE
 
     def add(self, piece: Piece) -> None:
-        self._completion_tokens += len(piece.tokens)
+        self._count(piece)
         self._pieces[piece.choice].append(piece)
+
+    def _count(self, piece: Piece) -> None:
+        self._completion_tokens += len(piece.tokens)
+        self._cached[piece.choice] = max(self._cached[piece.choice], piece.cached)
 
     def whole(self) -> bytes:
         """The answer that the added pieces make."""
@@ -135,15 +151,18 @@ class Answer:
         """The pieces of the choices that the client gets."""
         if self._best_of is None:
             return self._pieces
-        kept, made = self._best_of
-        groups = [self._pieces[first : first + made] for first in range(0, len(self._pieces), made)]
-        return [pieces for group in groups for pieces in sorted(group, key=_likelihood, reverse=True)[:kept]]
+        groups = [self._pieces[first : first + self._each] for first in range(0, len(self._pieces), self._each)]
+        ranked = [sorted(group, key=_likelihood, reverse=True) for group in groups]
+        return [pieces for group in ranked for pieces in group[: self._best_of]]
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
+        # A prompt is counted once, as its first choice found it: the others share with that one in any case.
+        cached = sum(self._cached[:: self._each])
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": self._completion_tokens,
             "total_tokens": self._prompt_tokens + self._completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": cached},
         }
 
     def _choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
@@ -154,6 +173,7 @@ class Answer:
             **said,
             "logprobs": self._logprobs(index, pieces),
             "finish_reason": pieces[-1].finish,
+            "stop_reason": pieces[-1].stop_reason,
         }
         if not self._heading.chat and self._prompt_top >= 0:
             choice["prompt_logprobs"] = self._prompt_logprobs(pieces)
@@ -194,8 +214,9 @@ class Answer:
 
 
 def _likelihood(pieces: Sequence[Piece]) -> float:
-    logprobs = [token.logprob for piece in pieces for token in piece.tokens]
-    return sum(logprobs) / len(logprobs) if logprobs else 0.0
+    """The mean logprob of the tokens, with that of the one that ended it: to end is a choice as any other."""
+    tokens = [token for piece in pieces for token in (*piece.tokens, *([piece.ending] if piece.ending else ()))]
+    return sum(token.logprob for token in tokens) / len(tokens) if tokens else -math.inf
 
 
 def _chat_logprobs(tokens: Sequence[Token], spell: Spell) -> dict[str, Any]:
@@ -248,7 +269,7 @@ def _top(token: Token, name: str, spell: Spell) -> dict[str, float]:
 
 
 def _ranked(token: Token, top: Sequence[tuple[int, float]], spell: Spell) -> dict[str, Any]:
-    """The token and the likeliest by their ids. How likely one that is not among them is, nobody has counted."""
+    """The token and the likeliest by their ids. The rank of one that is not among them, nobody has counted."""
     ranks = {id: rank for rank, (id, _) in enumerate(top, 1)}
     return {
         str(id): {"logprob": logprob, "rank": ranks.get(id), "decoded_token": _readable(spell(id))}

@@ -14,6 +14,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from hashlib import blake2b
 
+from fgsnap.kernels.ops import BlockTable
+
 DIGEST_BYTES = 16
 """Two texts share a digest by chance once in 2^64 pairs, and nobody can search for them without the key."""
 
@@ -66,12 +68,12 @@ class BlockPool:
         """Whether a block with this digest can be shared."""
         return digest in self._found
 
-    def take(self, digests: Sequence[bytes], blocks: int) -> list[int] | None:
+    def take(self, digests: Sequence[bytes], blocks: int) -> BlockTable | None:
         """The blocks that hold a text's beginning, with a promise of those that are missing to ``blocks``.
 
         None, and nothing is taken, where so many are not available now.
         """
-        shared: list[int] = []
+        shared = BlockTable()
         for digest in digests:
             if (block := self._found.get(digest)) is None:
                 break
@@ -110,7 +112,7 @@ class BlockPool:
             self._digests[block] = digest
             self._found[digest] = block
 
-    def release(self, table: list[int], promised: int) -> None:
+    def release(self, table: BlockTable, promised: int) -> None:
         """Take back a table, and what was promised and not drawn. The end of a text is forgotten before its start."""
         self._promised -= promised
         for block in reversed(table):

@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import msgspec
 
-from fgsnap.runtime.options import BudgetSource
+from fgsnap.runtime.options import BudgetSource, EngineOptions
 
 if TYPE_CHECKING:
     from fgsnap.runtime.decoder import Decoder
 
-DEFAULT_BUDGET = 512
+CPU_BUDGET = 128
+"""Beyond some hundred tokens a CPU gains hardly any throughput, and everybody who generates waits for all of them."""
+
+GPU_BUDGET = 512
 MOST_TOKENS = 1 << 20
 
 
@@ -37,30 +40,47 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True):
     max_batch_tokens: Annotated[int, msgspec.Meta(ge=1, le=MOST_TOKENS)]
 
 
-def settled_budget(asked: int | None, snapshot: str, decoder: "Decoder") -> Budget:
-    """The budget of a forward of ``decoder``, which computes the snapshot with the id ``snapshot``."""
-    if asked is not None:
-        return Budget(asked, "asked for")
+def settled_budget(options: EngineOptions, snapshot: str, decoder: "Decoder") -> Budget:
+    """The budget of a forward of ``decoder``, which computes the snapshot with the id ``snapshot``.
+
+    Where only the number of sequences was asked for, it has a token for each of them, and as many for prompts.
+    """
+    if options.max_batch_tokens is not None:
+        return Budget(options.max_batch_tokens, "asked for")
+    needed = 2 * (options.max_num_seqs or 0)
+    tokens = _measured(snapshot, decoder)
+    found = Budget(default_budget(decoder.ops.device), "default") if tokens is None else Budget(tokens, "measured")
+    return found if found.tokens >= needed else Budget(needed, "asked for")
+
+
+def default_budget(device: str) -> int:
+    """The budget of a forward on ``device`` where nobody has asked for one and none was measured."""
+    return CPU_BUDGET if device == "cpu" else GPU_BUDGET
+
+
+def _measured(snapshot: str, decoder: "Decoder") -> int | None:
+    """What was measured of the snapshot on this host."""
     folder = cache_folder(snapshot)
     if not folder.is_dir():  # the usual case costs one look
-        return Budget(DEFAULT_BUDGET, "default")
+        return None
     host = host_of(decoder)
     path = budget_file(folder, host)
     try:
         kept = msgspec.json.decode(path.read_bytes(), type=Kept)
     except FileNotFoundError:
-        return Budget(DEFAULT_BUDGET, "default")
+        return None
     except (OSError, msgspec.MsgspecError, UnicodeError) as error:
-        return _ignored(path, error.strerror or str(error) if isinstance(error, OSError) else str(error))
+        _tell_ignored(path, error.strerror or str(error) if isinstance(error, OSError) else str(error))
+        return None
     if (kept.snapshot, kept.host) != (snapshot, host):
-        return _ignored(path, "it was measured for another snapshot or host")
-    return Budget(kept.max_batch_tokens, "measured")
+        _tell_ignored(path, "it was measured for another snapshot or host")
+        return None
+    return kept.max_batch_tokens
 
 
-def _ignored(path: Path, why: str) -> Budget:
+def _tell_ignored(path: Path, why: str) -> None:
     words = " ".join(why.split()).rstrip(".")
     print(f"fgsnap: the token budget in {path} is ignored: {words}.", file=sys.stderr, flush=True)
-    return Budget(DEFAULT_BUDGET, "default")
 
 
 def cache_folder(snapshot: str) -> Path:

@@ -5,6 +5,7 @@ They are bounded here; what they say is looked into by who compiles them.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -75,10 +76,19 @@ def _schema(value: Any, field: str) -> Constraint:
             raise _wrong(field, "The schema cannot be read as JSON.") from None
     if not isinstance(value, dict | bool):
         raise _wrong(field, "The schema must be an object.")
+    return Constraint("json", _bounded(_json(value, field), field), field)
+
+
+def _json(value: Any, field: str) -> str:
+    """The text of a schema, of which a Python program may have made anything."""
     try:
-        return Constraint("json", _bounded(msgspec.json.encode(value).decode(), field), field)
+        text = _bounded(msgspec.json.encode(value).decode(), field)
+        json.dumps(value, allow_nan=False)  # msgspec makes null of NaN
     except RecursionError:
         raise _wrong(field, "The schema is nested too deeply.") from None
+    except (TypeError, ValueError) as error:
+        raise _wrong(field, f"The schema cannot be written as JSON: {error}.") from None
+    return text
 
 
 def _json_object(value: Any, field: str) -> Constraint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from fgsnap.runtime.request import Constraint
@@ -34,7 +35,7 @@ class Matcher(Protocol):
         ...
 
     def mask(self) -> memoryview:
-        """Which tokens may come next, as ops.Edits wants it; waits until it is known. None of them after an error."""
+        """Which tokens may come next, as ops.Edits wants it, once it is not pending. None of them after an error."""
         ...
 
     def close(self) -> None:
@@ -59,6 +60,10 @@ class Grammars(Protocol):
 
     def hear(self) -> None:
         """Take in what has been found out, without waiting."""
+        ...
+
+    def wait(self, matchers: Sequence[Matcher], seconds: float) -> None:
+        """Take in what is found out until none of these is pending, or so much time has passed."""
         ...
 
     def fileno(self) -> int:

@@ -18,7 +18,7 @@ from fgsnap.errors import RequestError
 from fgsnap.kernels.ops import Batch, Sampled, Samples, Sampling
 from fgsnap.runtime.blocks import BlockPool
 from fgsnap.runtime.request import EngineStats, Output, Request, SamplingParams, Step, Token
-from fgsnap.runtime.roster import NO_TOKEN
+from fgsnap.runtime.roster import NO_CHOICE, NO_TOKEN
 from fgsnap.runtime.scheduler import Admission, Scheduler, Work
 from fgsnap.runtime.sequence import Sequence
 
@@ -56,9 +56,6 @@ class Engine:
         prefix_caching: share the blocks of equal beginnings.
         grammars: gives what makes grammars of constraints, when the first one is asked for; None: they are refused.
         clock: seconds, for deadlines.
-
-    Attributes:
-        most_live: how many requests may run and wait at once.
     """
 
     def __init__(
@@ -79,7 +76,7 @@ class Engine:
         self._pool = BlockPool(model.blocks, model.block_size, caching=prefix_caching)
         self._scheduler = Scheduler(self._pool, token_budget, min(max_sequences, token_budget), admission)
         self._roster = self._scheduler.roster
-        self.most_live = min(max_sequences, token_budget) + max_waiting
+        self._max_live = min(max_sequences, token_budget) + max_waiting
         self._clock = clock
         self._live: dict[str, Sequence] = {}
         self._begin_grammars = grammars
@@ -123,12 +120,16 @@ class Engine:
             self._grammars.close()
 
     def has_work(self) -> bool:
-        """Whether ``step`` would run a forward."""
-        return len(self._live) > len(self._compiling)
+        """Whether ``step`` would run a forward, or find that who waits needs the blocks of those that are held."""
+        return self._scheduler.has_work()
 
     def awaited(self) -> int | None:
-        """A file descriptor that is readable when a constraint may be compiled, for ``step``; None: none is pending."""
-        return self._grammars.fileno() if self._grammars is not None and self._compiling else None
+        """A file descriptor that is readable when ``step`` may find that a constraint was compiled, or a mask has come.
+
+        None: nobody waits for either.
+        """
+        waits = self._compiling or self._scheduler.held
+        return self._grammars.fileno() if self._grammars is not None and waits else None
 
     def time_left(self) -> float | None:
         """Seconds until a deadline is over, for which ``step`` has to be called; None: there is none."""
@@ -137,15 +138,17 @@ class Engine:
     def step(self) -> Step:
         """Run one forward and return what it produced, at most one token a request."""
         ends = self._expire() if self._deadlines else []
-        if self._compiling:
-            ends += self._begin_compiled()
+        if self._compiling or self._scheduler.held:
+            ends += self._hear()
         work = self._scheduler.schedule()
         if work is None:
             return Step([], [], {}, ends)
         logits = self._model.forward(work.batch)
-        for sequence in self._constrained:
-            sequence.constrain()
+        if self._constrained:
+            self._constrain(work)
         samples = self._model.sample(logits, work.how, work.positions) if work.how else NO_SAMPLES
+        if NO_TOKEN in samples.tokens:
+            samples = self._told_apart(samples, work, logits)
         step = self._commit(work, samples, ends)
         if self._constrained and self._grammars is not None:
             self._grammars.flush()
@@ -185,56 +188,102 @@ class Engine:
         self._grammars = self._grammars or self._begin_grammars()
         return self._grammars.matcher(params.constraint, open_end=params.ignore_eos)
 
-    def _begin_compiled(self) -> list[Output]:
-        """Schedule those whose constraint has been compiled, and end those for which it could not be."""
+    def _hear(self) -> list[Output]:
+        """Schedule those whose constraint has been compiled, or whose mask has come; end those for which it cannot."""
         assert self._grammars is not None
         self._grammars.hear()
+        self._grammars.flush()  # also where there was no room the last time, and no forward since
         ends = []
-        for sequence in [*self._compiling]:
+        for sequence in [*self._compiling, *self._scheduler.held]:
             matcher = sequence.matcher
             assert matcher is not None
             if matcher.error:
                 ends.append(self._end(sequence, Output(sequence.id, (), "error", matcher.error, matcher.code)))
-            elif not matcher.pending:
+            elif matcher.pending:
+                continue
+            elif sequence in self._compiling:
                 del self._compiling[sequence]
                 self._constrained[sequence] = None
                 self._scheduler.add(sequence)
+            else:
+                self._scheduler.resume(sequence)
         return ends
+
+    def _told_apart(self, samples: Samples, work: Work, logits: Any) -> Samples:
+        """The samples with NO_CHOICE in rows that would have a token, were it not for their requests' own edits."""
+        if all(how.edits is None for how in work.how):
+            return samples
+        free = self._model.sample(logits, [Sampling()] * len(work.how), work.positions).tokens
+        pairs = zip(samples.tokens, free, strict=True)
+        tokens = [NO_CHOICE if token == NO_TOKEN and other != NO_TOKEN else token for token, other in pairs]
+        return Samples(tokens, samples.logprobs)
+
+    def _constrain(self, work: Work) -> None:
+        """Have tokens picked as constraints say, waiting but a moment for what they say; see ``_unpicked``."""
+        assert self._grammars is not None
+        picked = [one for one in self._constrained if one.row >= 0]
+        picked += [one for one in work.through if one.matcher is not None]
+        self._grammars.wait([one.matcher for one in picked if one.matcher is not None], PATIENCE_SECONDS)
+        for sequence in picked:
+            sequence.constrain()
 
     def _commit(self, work: Work, samples: Samples, ends: list[Output]) -> Step:
         """Add the tokens to their texts, and take out whoever has ended."""
         samples, prompts = _parted(work, samples)
+        if self._constrained:
+            samples = self._unpicked(work, samples)
         roster, decodes, tokens = self._roster, work.decodes, samples.tokens
         requests = roster.ids.copy()
+        cached: dict[str, int] = {}
         if work.slices:
             new, again = self._scheduler.advance(work)
+            cached = {one.id: one.found for one, _ in work.slices if one.found and not one.remaining}
             self._prompt_tokens += new
             self._recomputed_tokens += again
             prompts = self._sound(prompts, ends)
             ends += self._only_computed(work)
-        silent = [row for row in roster.append(tokens[:decodes]) if self._stops(roster.sequences[row], tokens[row])]
-        stopped = [roster.sequences[row] for row in silent]
+        ended = [row for row in roster.append(tokens[:decodes]) if self._stops(roster.sequences[row], tokens[row])]
+        stopped = [(row, roster.sequences[row]) for row in ended]
         for sequence in roster.due():
             if not self._stops(sequence, sequence.tokens[-1]):
                 ends.append(self._end(sequence, Output(sequence.id, finish="length")))
-        for row, sequence in enumerate(work.through, decodes):
-            requests.append(sequence.id)
+        requests += [sequence.id for sequence in work.through]
+        broken = [row for row, sequence in enumerate(work.through, decodes) if sequence.state == "gone"]
+        stopped += self._first_tokens(work, tokens, ends)
+        for row, sequence in stopped:
+            if _late(sequence):
+                sequence.tokens.pop()
+                self._scheduler.hold(sequence)
+            else:
+                ends.append(self._stopped(sequence, samples.logprobs.get(row)))
+        silent = [*broken, *(row for row, _ in stopped)]  # nobody gets their tokens
+        self._generated_tokens += len(tokens) - len(silent)
+        return _without(silent, requests, tokens, samples.logprobs, ends, prompts, cached)
+
+    def _first_tokens(self, work: Work, tokens: list[int], ends: list[Output]) -> list[tuple[int, Sequence]]:
+        """Have those whose prompt is through generate from now on; gives those whose first token has ended them."""
+        stopped = []
+        for row, sequence in enumerate(work.through, work.decodes):
             if sequence.state == "gone":  # another row of it was broken
-                silent.append(row)
                 continue
             sequence.tokens.append(tokens[row])
             if self._stops(sequence, tokens[row]):
-                silent.append(row)
-                stopped.append(sequence)
+                stopped.append((row, sequence))
+                continue
+            sequence.note(tokens[row])
+            if sequence.generated == sequence.params.max_tokens:
+                ends.append(self._end(sequence, Output(sequence.id, finish="length")))
             else:
-                sequence.note(tokens[row])
-                if sequence.generated == sequence.params.max_tokens:
-                    ends.append(self._end(sequence, Output(sequence.id, finish="length")))
-                else:
-                    roster.join(sequence)
-        ends += [self._stopped(sequence) for sequence in stopped]
-        self._generated_tokens += len(tokens) - len(silent)
-        return _without(silent, requests, tokens, samples.logprobs, ends, prompts)
+                self._roster.join(sequence)
+        return stopped
+
+    def _unpicked(self, work: Work, samples: Samples) -> Samples:
+        """The samples without the tokens of those whose mask has not come. They forward their last token again."""
+        late = {one.row for one in self._constrained if one.row >= 0 and _late(one)}
+        late |= {row for row, one in enumerate(work.through, work.decodes) if _late(one)}
+        if not late:
+            return samples
+        return samples._replace(tokens=[NO_TOKEN if row in late else one for row, one in enumerate(samples.tokens)])
 
     def _only_computed(self, work: Work) -> list[Output]:
         """End those that are through and want no answer."""
@@ -249,17 +298,19 @@ class Engine:
         return [output for output in prompts if output.finish is None]
 
     def _stops(self, sequence: Sequence, token: int) -> bool:
-        return token == NO_TOKEN or token in sequence.enders
+        return token < 0 or token in sequence.enders
 
-    def _stopped(self, sequence: Sequence) -> Output:
-        """End a sequence whose last token does not belong to it."""
-        if sequence.tokens.pop() == NO_TOKEN:
-            matcher = sequence.matcher
-            if matcher is not None and matcher.error:
-                return self._end(sequence, Output(sequence.id, (), "error", matcher.error, matcher.code))
-            or_else = "" if matcher is None else ", or its constraint and other options leave no token"
-            return self._end(sequence, _not_finite(sequence, or_else), spoiled=True)
-        return self._end(sequence, Output(sequence.id, finish="stop"))
+    def _stopped(self, sequence: Sequence, last: Sampled | None) -> Output:
+        """End a sequence whose last token does not belong to it; ``last`` is that token, where it has a logprob."""
+        token, matcher = sequence.tokens.pop(), sequence.matcher
+        if token < 0 and matcher is not None and matcher.error:
+            return self._end(sequence, Output(sequence.id, (), "error", matcher.error, matcher.code))
+        if token == NO_TOKEN:
+            return self._end(sequence, _not_finite(sequence), spoiled=True)
+        if token == NO_CHOICE:
+            return self._end(sequence, Output(sequence.id, (), "error", NOTHING_LEFT, "constraint"))
+        ending = Token(token) if last is None else Token(*last)
+        return self._end(sequence, Output(sequence.id, finish="stop", ending=ending))
 
     def _end(self, sequence: Sequence, output: Output, *, spoiled: bool = False) -> Output:
         del self._live[sequence.id]
@@ -297,7 +348,7 @@ class Engine:
     def _check(self, request: Request) -> None:
         if request.id in self._live:
             raise RequestError(f"A request with the id '{request.id}' is still running.", param="id")
-        if len(self._live) >= self.most_live:
+        if len(self._live) >= self._max_live:
             waiting = self._waiting
             raise RequestError(
                 "The queue is full.",
@@ -316,10 +367,13 @@ class Engine:
         for name, tokens in (
             ("logit_bias", [t for t, _ in request.params.logit_bias]),
             ("stop_token_ids", request.params.stop_token_ids),
+            ("bad_words", [t for word in request.params.bad_words for t in word]),
         ):
             stray = next((token for token in tokens if not 0 <= token < vocab), None)
             if stray is not None:
                 raise RequestError(f"{name} names token id {stray}.", f"The ids are 0 to {vocab - 1}.", param=name)
+        if request.params.allowed and len(request.params.allowed) != -(-vocab // 32) * 4:
+            raise RequestError("The allowed tokens are of another vocabulary.", param="allowed_token_ids")
         self._check_size(len(request.prompt), request.params.max_tokens)
 
     def _check_size(self, prompt: int, max_tokens: int) -> None:
@@ -339,7 +393,7 @@ class Engine:
             raise RequestError(
                 "The request does not fit the KV cache, even alone.",
                 f"{wanted} = {blocks} blocks of {self._pool.block_size}, but the cache has {self._pool.blocks}.",
-                "Shorten the prompt, lower max_tokens, or serve with more --kv-memory.",
+                "Shorten the prompt, lower max_tokens, or have a larger KV cache (--kv-memory, in Python kv_memory).",
                 param=param,
                 code="kv_cache_exceeded",
             )
@@ -352,10 +406,11 @@ def _without(
     logprobs: dict[int, Sampled],
     ends: list[Output],
     prompts: list[Output],
+    cached: dict[str, int],
 ) -> Step:
     """The step without the rows whose token nobody gets."""
     if not silent:
-        return Step(requests, tokens, {row: Token(*one) for row, one in logprobs.items()}, ends, prompts)
+        return Step(requests, tokens, {row: Token(*one) for row, one in logprobs.items()}, ends, prompts, cached)
     gone = {*silent}
     left = [row for row in range(len(tokens)) if row not in gone]
     return Step(
@@ -364,6 +419,7 @@ def _without(
         {place: Token(*logprobs[row]) for place, row in enumerate(left) if row in logprobs},
         ends,
         prompts,
+        cached,
     )
 
 
@@ -383,12 +439,20 @@ def _parted(work: Work, samples: Samples) -> tuple[Samples, list[Output]]:
     return Samples([samples.tokens[row] for row in left], logprobs), outputs
 
 
-def _not_finite(sequence: Sequence, or_else: str = "") -> Output:
-    why = f"the model gave no finite logit for this request{or_else}"
-    return Output(sequence.id, (), "error", why, "not_finite")
+def _not_finite(sequence: Sequence) -> Output:
+    return Output(sequence.id, (), "error", "the model gave no finite logit for this request", "not_finite")
 
+
+def _late(sequence: Sequence) -> bool:
+    return sequence.matcher is not None and sequence.matcher.pending
+
+
+PATIENCE_SECONDS = 0.005
+"""A step waits so long, in all, for masks that have not come when its logits have. Who is later is held meanwhile."""
 
 NO_SAMPLES = Samples([], {})
+
+NOTHING_LEFT = "the options of the request together leave no token to go on with"
 
 FEW_DEADLINES = 64
 """So many deadlines of requests that have ended may be kept whatever is live."""
@@ -414,6 +478,7 @@ def _check_params(request: Request) -> None:
         ("frequency_penalty", params.frequency_penalty, math.isfinite(params.frequency_penalty), "a finite number"),
         ("logit_bias", f"of {len(biases)} tokens", len(biases) <= MOST_BIASES, f"of at most {MOST_BIASES}"),
         ("logit_bias", biases, all(map(math.isfinite, biases)), "of finite numbers"),
+        ("bad_words", params.bad_words, all(params.bad_words), "of at least one token each"),
         ("min_tokens", params.min_tokens, 0 <= params.min_tokens <= params.max_tokens, "from 0 to max_tokens"),
         ("logprobs", params.logprobs, -1 <= params.logprobs < MOST, "-1 (none) or more"),
         ("prompt_logprobs", params.prompt_logprobs, -1 <= params.prompt_logprobs < MOST, "-1 (none) or more"),

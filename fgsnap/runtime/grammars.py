@@ -12,8 +12,9 @@ from __future__ import annotations
 import os
 import select
 import socket
-from collections import deque
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -22,15 +23,24 @@ from fgsnap.runtime import wire
 from fgsnap.runtime.process import Worker
 from fgsnap.runtime.request import Constraint
 
+if TYPE_CHECKING:
+    from fgsnap.runtime import constraint as seam
+
 MOST_GRAMMARS = 128
 """Different grammars that answers are made by at once; each is a process."""
 
 MOST_IDLE = 16
 """Grammars that are kept for later answers."""
 
-MOST_COMPILING = max(1, len(os.sched_getaffinity(0)) // 2)
+MOST_COMPILING = max(2, len(os.sched_getaffinity(0)) // 2)
 MOST_WAITING = 256
-"""Different grammars that are compiled at once, and that wait for it. The model computes too."""
+"""Different grammars that are compiled at once, and that wait for it. Their processes give way to the model's."""
+
+MOST_MEMORY = 4 << 30
+"""Bytes that compiled grammars and their answers may take in all, as far as they have told."""
+
+LONG = 8192
+"""Characters from which on a grammar is long. One place among those that are compiled is kept for the others."""
 
 
 class Open(msgspec.Struct, frozen=True, tag=True):
@@ -64,6 +74,12 @@ class Unfit(msgspec.Struct, frozen=True, tag=True):
     code: str
 
 
+class Grown(msgspec.Struct, frozen=True, tag=True):
+    """How much memory the grammar's process has taken so far."""
+
+    memory: int
+
+
 class Mask(msgspec.Struct, frozen=True, tag=True):
     number: int
     mask: bytes
@@ -78,7 +94,7 @@ class Broken(msgspec.Struct, frozen=True, tag=True):
 
 
 ToGrammar = Open | Accept | Close
-FromGrammar = Begun | Compiled | Unfit | Mask | Broken
+FromGrammar = Begun | Compiled | Unfit | Grown | Mask | Broken
 
 _encoder = msgspec.msgpack.Encoder()
 decode_constraint = msgspec.msgpack.Decoder(Constraint).decode
@@ -110,8 +126,7 @@ class Matcher:
             self._grammar.send(Accept(self._number, token))
 
     def mask(self) -> memoryview:
-        while self.pending:
-            self._grammar.hear(wait=True)
+        assert not self.pending
         return self._mask
 
     def close(self) -> None:
@@ -131,13 +146,15 @@ class Grammar:
 
     Args:
         constraint: what it is made of.
-        changed: called when it has been compiled, has failed, or has no answers any more.
+        changed: called when it has been compiled, has failed, takes more memory, or has no answers any more.
     """
 
     def __init__(self, constraint: Constraint, changed: Callable[[Grammar], None]) -> None:
         self.constraint = constraint
+        self.long = len(constraint.text) >= LONG
         self.matchers: dict[int, Matcher] = {}
         self.pipe, self.far_end = socket.socketpair()
+        self.memory = 0
         self.state = "queued"  # then "sent", "begun", "compiled", and "gone"
         self._changed = changed
         self._buffer = wire.FrameBuffer()
@@ -162,7 +179,7 @@ class Grammar:
         self._unsent += frame(message)
 
     def flush(self) -> None:
-        """Send, once it is compiled, for what there is room; the rest goes when the other end has been heard."""
+        """Send, once it is compiled, for what there is room; the rest goes the next time."""
         if self.state != "compiled":
             return
         try:
@@ -173,15 +190,10 @@ class Grammar:
         except OSError:
             self._unsent.clear()  # it is gone, which is heard of when it is listened to
 
-    def hear(self, *, wait: bool) -> None:
+    def hear(self) -> None:
         """Take in what it has said."""
-        if wait and self._unsent:
-            readiness = select.poll()
-            readiness.register(self.pipe, select.POLLIN | select.POLLOUT)
-            readiness.poll()
-            self.flush()
         try:
-            data = self.pipe.recv(1 << 18, socket.MSG_DONTWAIT if self._unsent or not wait else 0)
+            data = self.pipe.recv(1 << 18, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return
         except OSError:
@@ -209,6 +221,9 @@ class Grammar:
         elif isinstance(message, Broken):
             if message.number in self.matchers:
                 self.matchers[message.number].fail(message.why, "constraint")
+        elif isinstance(message, Grown):
+            self.memory = message.memory
+            self._changed(self)
         elif isinstance(message, Unfit):
             self.end(message.why, message.code)
         elif isinstance(message, Compiled):
@@ -238,7 +253,8 @@ class Grammars:
         self._start = start
         self._nursery: Worker | None = None
         self._known: dict[Constraint, Grammar] = {}  # the one that was asked for last is the last
-        self._queue: deque[Grammar] = deque()
+        self._queue: dict[Grammar, None] = {}  # in the order in which they came
+        self._turns = 0
         self._compiling: dict[Grammar, None] = {}
         self._poll = select.epoll()
         self._by_pipe: dict[int, Grammar] = {}
@@ -258,10 +274,19 @@ class Grammars:
         for grammar in self._known.values():
             grammar.flush()
 
-    def hear(self) -> None:
-        for descriptor, _ in self._poll.poll(0):
+    def hear(self, within: float = 0.0) -> None:
+        for descriptor, _ in self._poll.poll(within):
             if descriptor in self._by_pipe:
-                self._by_pipe[descriptor].hear(wait=False)
+                self._by_pipe[descriptor].hear()
+
+    def wait(self, matchers: Sequence[seam.Matcher], seconds: float) -> None:
+        self.hear()
+        until = time.monotonic() + seconds
+        while matchers := [one for one in matchers if one.pending]:
+            left = until - time.monotonic()
+            if left <= 0:
+                return
+            self.hear(left)
 
     def fileno(self) -> int:
         return self._poll.fileno()
@@ -289,7 +314,7 @@ class Grammars:
         grammar = Grammar(constraint, self._note)
         self._by_pipe[grammar.pipe.fileno()] = grammar
         self._poll.register(grammar.pipe, select.EPOLLIN)
-        self._queue.append(grammar)
+        self._queue[grammar] = None
         return grammar
 
     def _note(self, grammar: Grammar) -> None:
@@ -301,13 +326,13 @@ class Grammars:
         elif grammar.state == "queued" and not grammar.matchers:
             grammar.end("nobody waits for it", "unavailable")
         self._let_go_of_idle()
+        self._bound_memory()
         self._compile()
 
     def _forget(self, grammar: Grammar) -> None:
         if self._known.get(grammar.constraint) is grammar:
             del self._known[grammar.constraint]
-        if grammar in self._queue:
-            self._queue.remove(grammar)
+        self._queue.pop(grammar, None)
         self._by_pipe = {at: one for at, one in self._by_pipe.items() if one is not grammar}  # closed, so epoll has too
 
     def _let_go_of_idle(self) -> None:
@@ -315,13 +340,29 @@ class Grammars:
         for grammar in idle[: max(0, len(idle) - MOST_IDLE)]:
             grammar.end("nobody uses it", "unavailable")
 
+    def _bound_memory(self) -> None:
+        """End those that take too much together: who is idle, then who takes the most."""
+        while sum(grammar.memory for grammar in self._known.values()) > MOST_MEMORY:
+            grammar = max(self._known.values(), key=lambda one: (not one.matchers, one.memory))
+            grammar.end("of all in use, which take more memory than they are given, it takes the most", "constraint")
+
     def _compile(self) -> None:
         """Have the next ones compiled, as many as may be at once."""
-        while self._queue and len(self._compiling) < MOST_COMPILING:
-            grammar = self._queue.popleft()
+        while (grammar := self._next()) is not None:
+            del self._queue[grammar]
             self._compiling[grammar] = None
             grammar.state = "sent"
             self._send(grammar)
+
+    def _next(self) -> Grammar | None:
+        """The next one to compile: the shortest, and every other time the oldest. None: no place is free."""
+        free = MOST_COMPILING - len(self._compiling)
+        long_too = free > 0 and sum(one.long for one in self._compiling) < MOST_COMPILING - 1
+        able = [one for one in self._queue if long_too or not one.long] if free > 0 else []
+        if not able:
+            return None
+        self._turns += 1
+        return able[0] if self._turns % 2 else min(able, key=lambda one: len(one.constraint.text))
 
     def _send(self, grammar: Grammar) -> None:
         """Hand a grammar to the nursery, or to a new one; where that cannot be, its pipe is closed and it is lost."""

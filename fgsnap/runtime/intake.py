@@ -31,13 +31,13 @@ Prompt = str | tuple[int, ...]
 class Tokenizes(Protocol):
     """What this needs of text.Text."""
 
-    def encode(self, text: str) -> list[int]: ...
-
-    def encode_rendered(self, text: str) -> list[int]: ...
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
 
     def least_tokens(self, text: str) -> int: ...
 
-    def render_chat(self, messages: Sequence[dict[str, Any]]) -> str: ...
+    def render_chat(
+        self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool, continue_final_message: bool
+    ) -> str: ...
 
 
 class Dropped(Exception):
@@ -94,11 +94,19 @@ class Intake:
         return ThreadPoolExecutor(AT_ONCE, "tokenize")
 
     def _texts(self, call: protocol.Call) -> Sequence[Prompt]:
-        return (self._text.render_chat(call.messages),) if call.chat else call.prompts
+        if not call.chat:
+            return call.prompts
+        rendered = self._text.render_chat(
+            call.messages,
+            add_generation_prompt=call.add_generation_prompt,
+            continue_final_message=call.continue_final_message,
+        )
+        return (rendered,)
 
     def _tokens(self, call: protocol.Call, texts: Sequence[Prompt], errand: Errand) -> list[tuple[int, ...]]:
-        encode = self._text.encode_rendered if call.chat else self._text.encode
-        most = self._context()
+        encode = functools.partial(self._text.encode, add_special_tokens=call.add_special_tokens)
+        # What is to be cut is not too long, and what is left of it is known when all has been tokenized.
+        most = self._context() if call.truncate_prompt_tokens is None else protocol.MOST_TOKENS
 
         def encoded(text: str) -> tuple[int, ...]:
             errand.go_on()

@@ -10,7 +10,7 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from fgsnap.errors import FgsnapError, RequestError, SnapshotRefused
@@ -116,32 +116,15 @@ class Link:
             await self._settled.wait()
         return self.engine
 
-    def submit(self, requests: Sequence[Request], inbox: Inbox) -> None:
-        """Send requests to the engine; what they produce comes to ``inbox``.
-
-        RequestError 429 where there is no place for all of them: then none is sent. No place is taken for one that has
-        ended or was aborted, so the engine always has one where it is counted here.
-        """
-        if self.state != "ready" or self.engine is None:
+    def submit(self, request: Request, inbox: Inbox) -> None:
+        """Send a request to the engine; what it produces comes to ``inbox``."""
+        if self.state != "ready":
             inbox.put_nowait(Lost("The engine was lost before the request reached it."))
             return
-        if len(self._open) + len(requests) > self.engine.most_live:
-            raise self._full(len(requests), self.engine.most_live)
         if not self._open:
             self._heard = time.monotonic()
-        for request in requests:
-            self._open[request.id] = inbox
-            self._send(wire.Submit(request))
-
-    def _full(self, wanted: int, most: int) -> RequestError:
-        more = "" if wanted == 1 else f", and this request has {wanted}"
-        return RequestError(
-            "The queue is full.",
-            f"{len(self._open)} choices run or wait, of at most {most}{more}.",
-            "Try again a little later.",
-            status=429,
-            code="overloaded",
-        )
+        self._open[request.id] = inbox
+        self._send(wire.Submit(request))
 
     def abort(self, request: str) -> None:
         """Drop a request that nobody waits for any more; one that already ended is fine."""

@@ -6,12 +6,14 @@ memory, however deep it is in the library, and nobody else ends with it. ``gramm
 
 from __future__ import annotations
 
+import heapq
 import json
 import os
 import resource
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,14 +24,32 @@ from fgsnap.runtime.request import Constraint
 from fgsnap.runtime.worker import ENDING, die_with
 
 COMPILE_SECONDS = 5.0
-STEP_SECONDS = 1.0
-"""Wall time for a grammar to be compiled, and for one mask."""
+MASK_SECONDS = 1.0
+"""Processor time for a grammar to be compiled, and for one mask. Whoever takes more is ended with all its answers."""
+
+LOADED = 8
+"""So many times that may pass on the clock meanwhile, for hosts that are busy."""
+
+ANSWER_SECONDS = 5.0
+TOKEN_SECONDS = 0.02
+"""Processor time for all masks of an answer, and what each token adds to it. More, and the answer ends."""
+
+TURN_SECONDS = 5.0
+"""Processor time that may go to other answers by the same grammar before a mask's own turn. More, and it ends."""
+
+NICE = 3
+"""How much grammars give way to the model."""
 
 MEMORY = 1 << 30
-"""Bytes that a grammar may take."""
+"""Bytes that a grammar may take; what all of them may is grammars.MOST_MEMORY."""
+
+GROWTH = 1 << 22
+"""Bytes that it may take more before it tells."""
 
 LONGEST_REASON = 500
 NO_ROOM = "it leaves no token to go on with"
+TOO_SLOW = "it takes more time to follow than it is given"
+CROWDED = "answers by it take more time to follow, together, than they are given"
 
 
 class Vocabulary:
@@ -91,6 +111,8 @@ def live(ends: Sequence[str], read: Callable[[], Vocabulary]) -> int:
     descriptor = int(ends[0])
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
+    for number in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)  # as _limit_time relies on, whatever this process was started from
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children
     with socket.socket(fileno=descriptor) as pipe:
         make = _maker(read)
@@ -159,6 +181,7 @@ def _fork(parent: socket.socket, pipe: socket.socket, constraint: Constraint, ma
     try:
         parent.close()
         _be_quiet()
+        os.nice(NICE)
         if die_with(nursery):
             Child(pipe, *make).live(constraint)
         code = 0
@@ -174,8 +197,28 @@ def _be_quiet() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
+class Answer:
+    """What a grammar's process knows of an answer.
+
+    Attributes:
+        open_end: as constraint.Grammars has it.
+        token: to take in before the next mask; None: none.
+        tokens: how many it has.
+        spent: processor time that its masks took.
+        asked: processor time of the process when the next one was asked for.
+    """
+
+    def __init__(self, open_end: bool) -> None:
+        self.open_end = open_end
+        self.matcher: Any = None
+        self.token: int | None = None
+        self.tokens = 0
+        self.spent = 0.0
+        self.asked = 0.0
+
+
 class Child:
-    """A grammar's process.
+    """A grammar's process. Of the answers that ask for a mask, that goes first which has taken the least time so far.
 
     Args:
         pipe: to the engine.
@@ -187,28 +230,32 @@ class Child:
         self._pipe = pipe
         self._make = make
         self._eos = known.eos if known else ()
-        self._answers: dict[int, tuple[Any, bool]] = {}
-        self._said = bytearray()
+        self._answers: dict[int, Answer] = {}
+        self._asking: list[tuple[float, int]] = []  # a heap; those that were closed meanwhile are passed over
+        self._unsent = bytearray()
+        self._told = self._before = _resident()
 
     def live(self, constraint: Constraint) -> None:
         """Compile, and follow answers until the engine closes its end."""
         self._send(grammars.Begun())
         _limit_memory()
         try:
-            signal.setitimer(signal.ITIMER_REAL, COMPILE_SECONDS)
+            _limit_time(COMPILE_SECONDS)
             first = self._compiled(constraint)
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            _limit_time(0)
         except Unable as error:
             self._send(grammars.Unfit(error.why, error.code))
             return
-        self._send(grammars.Compiled())
-        for messages in _messages(self._pipe):
+        self._say(grammars.Compiled())
+        self._tell_of_memory()
+        self._flush(wait=True)
+        for messages in self._heard():
             for message in messages:
-                signal.setitimer(signal.ITIMER_REAL, STEP_SECONDS)
-                self._take(message, first)
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            self._pipe.sendall(self._said)
-            self._said.clear()
+                self._take(message)
+            if self._asking:
+                self._serve(heapq.heappop(self._asking)[1], first)
+                self._tell_of_memory()
+                self._flush(wait=not self._asking)
 
     def _compiled(self, constraint: Constraint) -> Any:
         """A matcher at the beginning, from which others are copied."""
@@ -222,28 +269,60 @@ class Child:
             raise Unable(_reason(first), "constraint")
         return first
 
-    def _take(self, message: grammars.ToGrammar, first: Any) -> None:
+    def _heard(self) -> Iterator[list[grammars.ToGrammar]]:
+        """What has come; waited for only where no mask is asked for."""
+        buffer = wire.FrameBuffer()
+        while True:
+            try:
+                data = self._pipe.recv(1 << 16, socket.MSG_DONTWAIT if self._asking else 0)
+            except BlockingIOError:
+                yield []
+                continue
+            if not data:
+                return
+            yield [*map(grammars.decode_to_grammar, buffer.feed(data))]
+
+    def _take(self, message: grammars.ToGrammar) -> None:
         if isinstance(message, grammars.Close):
             self._answers.pop(message.number, None)
-        elif isinstance(message, grammars.Open):
-            self._answers[message.number] = first.deep_copy(), message.open_end
-            self._tell(message.number)
-        else:
-            matcher, _ = self._answers[message.number]
-            matcher.consume_token(message.token)
-            self._tell(message.number)
+            return
+        if isinstance(message, grammars.Open):
+            self._answers[message.number] = Answer(message.open_end)
+        answer = self._answers[message.number]
+        if isinstance(message, grammars.Accept):
+            answer.token = message.token
+            answer.tokens += 1
+        answer.asked = time.process_time()
+        heapq.heappush(self._asking, (answer.spent, message.number))
 
-    def _tell(self, number: int) -> None:
-        """What may come next in an answer."""
-        matcher, open_end = self._answers[number]
-        mask = bytearray(matcher.compute_bitmask())
-        if matcher.is_error():
-            self._say(grammars.Broken(number, _reason(matcher)))
-        elif not any(mask):
-            self._say(grammars.Broken(number, NO_ROOM))
+    def _serve(self, number: int, first: Any) -> None:
+        """Find out what may come next in an answer, within the time that is left to it."""
+        answer = self._answers.get(number)
+        if answer is None:
+            return
+        began = time.process_time()
+        if began - answer.asked > TURN_SECONDS:
+            self._say(grammars.Broken(number, CROWDED))
+            return
+        _limit_time(MASK_SECONDS)
+        reply = self._next(number, answer, first)
+        _limit_time(0)
+        answer.spent += time.process_time() - began
+        slow = answer.spent > ANSWER_SECONDS + TOKEN_SECONDS * answer.tokens
+        self._say(grammars.Broken(number, TOO_SLOW) if slow else reply)
+
+    def _next(self, number: int, answer: Answer, first: Any) -> grammars.Mask | grammars.Broken:
+        if answer.matcher is None:
+            answer.matcher = first.deep_copy()
         else:
-            complete = self._mend(mask, matcher.is_stopped(), open_end)
-            self._say(grammars.Mask(number, bytes(mask), complete))
+            answer.matcher.consume_token(answer.token)
+        mask = bytearray(answer.matcher.compute_bitmask())
+        if answer.matcher.is_error():
+            return grammars.Broken(number, _reason(answer.matcher))
+        if not any(mask):
+            return grammars.Broken(number, NO_ROOM)
+        complete = self._mend(mask, answer.matcher.is_stopped(), answer.open_end)
+        return grammars.Mask(number, bytes(mask), complete)
 
     def _mend(self, mask: bytearray, stopped: bool, open_end: bool) -> bool:
         """Allow every token that ends an answer, or none, where the library allows the one it knows."""
@@ -257,18 +336,36 @@ class Child:
                 mask[token // 8] |= 1 << token % 8
         return complete
 
-    def _say(self, message: grammars.Mask | grammars.Broken) -> None:
-        self._said += grammars.frame(message)
+    def _say(self, message: grammars.FromGrammar) -> None:
+        self._unsent += grammars.frame(message)
+
+    def _tell_of_memory(self) -> None:
+        resident = _resident()
+        if resident > self._told + GROWTH:
+            self._told = resident
+            self._say(grammars.Grown(resident - self._before))
+
+    def _flush(self, *, wait: bool) -> None:
+        """Send what has been said, and what there is no room for later, unless nothing else is to be done."""
+        try:
+            while self._unsent:
+                del self._unsent[: self._pipe.send(self._unsent, 0 if wait else socket.MSG_DONTWAIT)]
+        except BlockingIOError:
+            return
 
     def _send(self, message: grammars.FromGrammar) -> None:
         self._pipe.sendall(grammars.frame(message))
 
 
-def _messages(pipe: socket.socket) -> Iterator[list[grammars.ToGrammar]]:
-    """Those that come together."""
-    buffer = wire.FrameBuffer()
-    while data := pipe.recv(1 << 16):
-        yield [*map(grammars.decode_to_grammar, buffer.feed(data))]
+def _resident() -> int:
+    """The most memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def _limit_time(seconds: float) -> None:
+    """End this process when it has computed so long from now, or taken much longer for it; 0: do not."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds * LOADED)
 
 
 def _limit_memory() -> None:

@@ -11,6 +11,9 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 BudgetSource = Literal["asked for", "measured", "default"]
 """Where the token budget of a forward comes from."""
 
+MOST_SEQUENCES = 256
+"""Choices in one forward, unless another number is asked for."""
+
 
 class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What ``serve``, ``run`` and ``fgsnap.load`` let a user choose; None: the engine's or the snapshot's own value."""
@@ -19,7 +22,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "auto"
     dtype: str = "auto"
     max_batch_tokens: Count | None = None
-    max_num_seqs: Count = 256
+    max_num_seqs: Count | None = None
     max_waiting: Count = 4096
     admission: Literal["reserve", "optimistic"] = "reserve"
     prefix_caching: bool = True
@@ -29,9 +32,16 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     tp: Count | None = None
 
     @property
-    def most_live(self) -> int:
-        """How many choices the service takes at once: those that run, and those that wait beside them."""
-        return min(self.max_num_seqs, self.max_batch_tokens or self.max_num_seqs) + self.max_waiting
+    def most_running(self) -> int:
+        """How many choices run at once, where the token budget has a token for each."""
+        return self.max_num_seqs or MOST_SEQUENCES
+
+    def most_live(self, budget: int | None = None) -> int:
+        """How many choices the service takes at once: those that run, and those that wait beside them.
+
+        No more run than tokens fit a forward; ``budget``, once that is known.
+        """
+        return min(self.most_running, budget or self.max_batch_tokens or self.most_running) + self.max_waiting
 
 
 class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):

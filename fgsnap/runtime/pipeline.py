@@ -7,6 +7,7 @@ Names, options, defaults and results are those of DeepSpeed-MII's ``mii.pipeline
 
 import functools
 import gc
+import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self, TypedDict, Unpack,
 
 import msgspec
 
-from fgsnap.errors import RequestError, UsageError
+from fgsnap.errors import FgsnapError, RequestError, UsageError
 from fgsnap.runtime.budget import settled_budget
 from fgsnap.runtime.options import EngineOptions
 from fgsnap.runtime.protocol import (
@@ -42,6 +43,9 @@ Prompt = str | Sequence[Message] | Sequence[int]
 """A text to continue; a conversation, as messages with ``role`` and ``content``; or token ids."""
 
 MAX_LENGTH = 1024  # of prompt and answer, as in MII, where a call says nothing of lengths
+CHARACTERS, MARGIN = 8, 16
+"""Of a longer text than CHARACTERS for each token that there is room for, the beginning is tokenized first."""
+
 CONSTRAINING = ("json_schema", "regex", "choice", "grammar")
 MAX_WAITING = 1 << 40  # a batch is as long as its caller makes it
 
@@ -53,7 +57,7 @@ class Options(TypedDict, total=False):
         max_length: most tokens of prompt and answer together; default: the context, or MAX_LENGTH if that is less and
             ``max_new_tokens`` is left out too.
         max_new_tokens: most tokens of the answer; what does not fit into ``max_length`` is left off.
-        min_new_tokens: an answer does not end by itself before so many.
+        min_new_tokens: an answer does not end by itself, nor by a stop token or text, before so many.
         ignore_eos: it does not end by itself at all.
         stop: texts that end an answer, and are no part of it.
         stop_token_ids: tokens that do.
@@ -65,9 +69,14 @@ class Options(TypedDict, total=False):
         repetition_penalty, presence_penalty, frequency_penalty: as OpenAI and Hugging Face have them; off are 1, 0, 0.
         logit_bias: what to add to the logits of tokens, by token id.
         logprobs: give log probabilities with the tokens, and those of so many of the likeliest ones beside.
+        prompt_logprobs: the same of the prompt's tokens.
         json_schema, regex, choice, grammar: what an answer has to be, one of them: JSON by a schema (an object or its
             text), a match of an expression, one of these texts, or what a Lark grammar derives.
         n: answers of each prompt.
+        best_of: make so many, and give the ``n`` whose tokens are likeliest in the mean. They cannot be streamed.
+        timeout: seconds after which a call fails that is not done, looked at after every step.
+        priority: those of a lower one go first, among the answers that wait.
+        cache_salt: beginnings of prompts are computed once only among calls with the same one.
         return_full_text: an answer's text begins with its prompt's.
     """
 
@@ -75,8 +84,8 @@ class Options(TypedDict, total=False):
     max_new_tokens: Count | None
     min_new_tokens: Annotated[int, msgspec.Meta(ge=0, le=2**31)] | None
     ignore_eos: bool | None
-    stop: StopText | Sequence[StopText] | None
-    stop_token_ids: Sequence[TokenId] | None
+    stop: StopText | Annotated[Sequence[StopText], msgspec.Meta(max_length=16)] | None
+    stop_token_ids: Annotated[Sequence[TokenId], msgspec.Meta(max_length=64)] | None
     do_sample: bool | None
     temperature: Annotated[float, msgspec.Meta(ge=0, le=1000)] | None
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None
@@ -86,13 +95,18 @@ class Options(TypedDict, total=False):
     repetition_penalty: Annotated[float, msgspec.Meta(gt=0, le=10)] | None
     presence_penalty: Penalty | None
     frequency_penalty: Penalty | None
-    logit_bias: Mapping[TokenId, Bias] | None
+    logit_bias: Annotated[Mapping[TokenId, Bias], msgspec.Meta(max_length=1024)] | None
     logprobs: TopLogprobs | None
+    prompt_logprobs: TopLogprobs | None
     json_schema: Any
     regex: str | None
     choice: list[str] | None
     grammar: str | None
     n: Choices | None
+    best_of: Choices | None
+    timeout: Annotated[float, msgspec.Meta(gt=0, le=1e6)] | None
+    priority: Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31)] | None
+    cache_salt: Annotated[str, msgspec.Meta(min_length=1, max_length=256)] | None
     return_full_text: bool | None
 
 
@@ -106,6 +120,8 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
         finish_reason: "stop" (eos, or a stop text or token), "length", or of a piece that is not the last "none".
         index: which answer of the call this is.
         tokens: those generated, or new; ``logprob`` and ``top`` are filled where ``logprobs`` asked for them.
+        prompt_tokens: where ``prompt_logprobs`` asked for them, those of the prompt; of a piece, the next of them. The
+            first one has no log probability, for nothing comes before it.
     """
 
     generated_text: str
@@ -114,6 +130,7 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: Literal["stop", "length", "none"]
     index: int = 0
     tokens: tuple[Token, ...] = ()
+    prompt_tokens: tuple[Token, ...] = ()
 
     def __repr__(self) -> str:
         return self.generated_text
@@ -126,11 +143,18 @@ StreamingFn = Callable[[list[Response]], object]
 
 
 class _Wanted(NamedTuple):
-    """A call, checked: what to ask the engine, and what the text of each answer begins with."""
+    """A call, checked.
+
+    Attributes:
+        asks: what to ask the engine.
+        openings: what the text of each answer begins with.
+        best: the caller gets the first number of each second number of answers; None: all.
+    """
 
     asks: list[Ask]
     stop: tuple[str, ...]
     openings: list[str]
+    best: tuple[int, int] | None
 
 
 class Pipeline:
@@ -176,7 +200,7 @@ class Pipeline:
 
         Args:
             prompts: a prompt, or a sequence of them.
-            streaming_fn: called after each step with the pieces that are new, at most one of an answer.
+            streaming_fn: called after each step with the pieces that are new.
             options: see Options.
 
         Raises:
@@ -184,13 +208,16 @@ class Pipeline:
             FgsnapError: the model failed; nothing of this call goes on.
         """
         wanted = self._wanted(prompts, options)
+        if streaming_fn is not None:
+            _check_streamable(wanted)
         parts: list[list[Response]] = [[] for _ in wanted.asks]
         for pieces in self._pieces(wanted):
             for piece in pieces:
                 parts[piece.index].append(piece)
             if streaming_fn is not None:
                 streaming_fn(pieces)
-        return [_joined(pieces) for pieces in parts]
+        answers = [_joined(pieces) for pieces in parts]
+        return answers if wanted.best is None else _best(answers, *wanted.best)
 
     def stream(self, prompts: Prompt | Sequence[Prompt], **options: Unpack[Options]) -> Pieces:
         """The same answers piece by piece, as they come; ``index`` says which one a piece belongs to.
@@ -201,6 +228,7 @@ class Pipeline:
             RequestError, FgsnapError: as a call does; what only the engine finds out comes with the first piece.
         """
         wanted = self._wanted(prompts, options)
+        _check_streamable(wanted)
         return (piece for pieces in self._pieces(wanted) for piece in pieces)
 
     def stats(self) -> EngineStats:
@@ -226,43 +254,61 @@ class Pipeline:
     def _wanted(self, prompts: Prompt | Sequence[Prompt], options: Options) -> _Wanted:
         checked = _checked(options)
         constraint = _constraint(checked)
+        best = _best_of(checked)
         asks: list[Ask] = []
         openings: list[str] = []
         batch, places = _batch(prompts)
         for prompt, place in zip(batch, places, strict=True):
             with placed(place):
-                opening, ids = self._encoded(prompt)
+                opening, ids = self._encoded(prompt, checked)
                 params = _params(checked, _room(checked, len(ids), self._max_length), constraint)
-            for choice in range(checked.get("n") or 1):
+            for choice in range(best[1] if best else checked.get("n") or 1):
                 seed = None if params.seed is None else (params.seed + choice) % 2**64
-                asks.append(Ask(ids, msgspec.structs.replace(params, seed=seed), place))
-                openings.append(opening if checked.get("return_full_text") else "")
-        stop = checked.get("stop") or ()
-        return _Wanted(asks, (stop,) if isinstance(stop, str) else tuple(stop), openings)
+                asks.append(_ask(checked, ids, msgspec.structs.replace(params, seed=seed), place))
+                openings.append(opening)
+        return _Wanted(asks, _stops(checked), openings, best)
 
-    def _encoded(self, prompt: Prompt) -> tuple[str, Sequence[int]]:
-        """A prompt as text and as tokens."""
+    def _encoded(self, prompt: Prompt, options: Options) -> tuple[str, Sequence[int]]:
+        """A prompt as text, where an answer begins with it, and as tokens. One that is far too long is not read."""
+        told = options.get("return_full_text")
         if isinstance(prompt, str):
-            return prompt, self._text.encode(prompt)
-        if _all_are(int, prompt):
-            ids = token_ids(cast(Sequence[int], prompt), self._snapshot.manifest.spec.vocab_size)
-            return self._text.decode(ids), ids
-        if not _all_are(Mapping, prompt):
+            return prompt if told else "", self._text.encode(self._bounded(prompt, options))
+        if _begins_with(int, prompt):
+            _room(options, len(prompt), self._max_length)
+            if _all_are(int, prompt):
+                ids = token_ids(cast(Sequence[int], prompt), self._snapshot.manifest.spec.vocab_size)
+                return self._text.decode(ids) if told else "", ids
+        if isinstance(prompt, Sequence) and not prompt:
+            raise RequestError("The prompt is empty.", "A model continues at least one token.", param="prompt")
+        if not _begins_with(Mapping, prompt):
             raise RequestError(
                 "The prompt is neither text, nor a conversation, nor token ids.",
                 "A conversation is a list of messages, each with 'role' and 'content'.",
                 param="prompt",
             )
         messages = conversation(cast(Sequence[Message], prompt))
-        return self._text.render_chat(messages), self._text.encode_chat(messages)
+        text = self._bounded(self._text.render_chat(messages), options)
+        return text if told else "", self._text.encode_chat(messages)
+
+    def _bounded(self, text: str, options: Options) -> str:
+        """The text, unless its beginning has clearly more tokens than there is room for: that takes no time to say."""
+        limit, _ = _limit(options, self._max_length)
+        begin = text[: CHARACTERS * limit]
+        if len(begin) < len(text):
+            tokens = len(self._text.encode(begin))
+            if tokens > limit + limit // 4 + MARGIN:  # the cut may have made some more of them, but not so many
+                raise _too_long(f"more than {tokens}", options, self._max_length)
+        return text
 
     def _pieces(self, wanted: _Wanted) -> Iterator[list[Response]]:
         lengths = [0] * len(wanted.asks)
         openings = list(wanted.openings)
+        firsts = [(Token(ask.prompt[0]),) if ask.params.prompt_logprobs >= 0 else () for ask in wanted.asks]
 
         def piece(delta: Delta) -> Response:
             lengths[delta.answer] += len(delta.tokens)
             opening, openings[delta.answer] = openings[delta.answer], ""
+            first, firsts[delta.answer] = firsts[delta.answer], ()
             return Response(
                 generated_text=opening + delta.text,
                 prompt_length=len(wanted.asks[delta.answer].prompt),
@@ -270,6 +316,7 @@ class Pipeline:
                 finish_reason=cast(Literal["stop", "length", "none"], delta.finish or "none"),
                 index=delta.answer,
                 tokens=delta.tokens,
+                prompt_tokens=first + delta.prompt,
             )
 
         for deltas in self._engine.generate(wanted.asks, wanted.stop):
@@ -286,8 +333,8 @@ def load(
     threads: int | None = None,
     kv_memory: int | None = None,
     max_model_len: int | None = None,
-    max_batch_tokens: int = 512,
-    max_num_seqs: int = 256,
+    max_batch_tokens: int | None = None,
+    max_num_seqs: int | None = None,
     admission: Literal["reserve", "optimistic"] = "reserve",
     prefix_caching: bool = True,
 ) -> Pipeline:
@@ -307,8 +354,10 @@ def load(
         threads: CPU threads of all ranks; None: those there are.
         kv_memory: bytes of the KV cache; None: 2 GiB, or half of what the weights leave.
         max_model_len: longest context in tokens; None: the model's.
-        max_batch_tokens: token budget of one forward.
-        max_num_seqs: most answers in one forward; what a call asks for beyond waits its turn.
+        max_batch_tokens: token budget of one forward; None: what ``fgsnap bench budget`` measured here, else 128 on a
+            CPU and 512 on a GPU, or twice ``max_num_seqs`` if that is given and more.
+        max_num_seqs: most answers in one forward, each with a token of the budget; what a call asks for beyond waits
+            its turn. None: 256.
         admission: "reserve" the KV cache that an answer may need before it begins, or be "optimistic", and preempt.
         prefix_caching: compute equal beginnings of prompts once.
 
@@ -323,7 +372,21 @@ def load(
     except msgspec.ValidationError as error:
         reason, _, field = str(error).partition(" - at `$.")
         raise UsageError(f"{field.rstrip('`')}: {reason}.", "", "See help(fgsnap.load).") from None
-    return opened(open_snapshot(path), options)
+    try:
+        return opened(open_snapshot(path), options)
+    except FgsnapError as error:
+        error.why, error.next_step = _as_arguments(error.why), _as_arguments(error.next_step)
+        raise
+
+
+def _as_arguments(text: str) -> str:
+    """What names flags of the command line, with the arguments of ``load`` in their place."""
+
+    def named(flag: re.Match[str]) -> str:
+        name = flag[1].replace("-", "_")
+        return name if name in EngineOptions.__struct_fields__ else flag[0]
+
+    return re.sub(r"--([a-z]+(?:-[a-z]+)*)", named, text)
 
 
 def opened(snapshot: Snapshot, options: EngineOptions) -> Pipeline:
@@ -333,7 +396,7 @@ def opened(snapshot: Snapshot, options: EngineOptions) -> Pipeline:
         decoder = load_as_chosen(snapshot, options)  # before the tokenizer has threads: it may fork
         text = Text(snapshot)
         check_canary(decoder, snapshot)
-        budget = settled_budget(options.max_batch_tokens, snapshot.id, decoder)
+        budget = settled_budget(options, snapshot.id, decoder)
         grammars = functools.partial(begin_grammars, str(snapshot.path))
         engine = engine_as_chosen(decoder, snapshot, options, budget.tokens, grammars)
         failing.pop_all()
@@ -346,7 +409,20 @@ def _checked(options: Options) -> Options:
             raise RequestError(
                 f"There is no option {name!r}.", "", _hint(name, list(Options.__annotations__)), param=name
             )
-    return typed(cast(Mapping[str, Any], options), Options)
+    checked = typed(cast(Mapping[str, Any], options), Options)
+    _check_unicode("stop", _stops(checked))
+    _check_unicode("cache_salt", (checked.get("cache_salt") or "",))
+    return checked
+
+
+def _check_unicode(name: str, texts: Sequence[str]) -> None:
+    try:
+        for text in texts:
+            text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{name} is not valid Unicode.", f"Character {error.start} is half of a surrogate pair.", param=name
+        ) from None
 
 
 def _hint(name: str, names: list[str]) -> str:
@@ -362,34 +438,81 @@ def _batch(prompts: Prompt | Sequence[Prompt]) -> tuple[Sequence[Prompt], list[s
     """The prompts, and what to call each in an error; a single one needs no name."""
     if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray):
         raise RequestError("What is asked is neither a prompt nor a list of prompts.", param="prompts")
-    if isinstance(prompts, str) or (prompts and (_all_are(Mapping, prompts) or _all_are(int, prompts))):
+    if isinstance(prompts, str) or _begins_with(Mapping, prompts) or _begins_with(int, prompts):
         return [cast(Prompt, prompts)], [""]
     return cast(Sequence[Prompt], prompts), [f"prompts[{index}]" for index in range(len(prompts))]
+
+
+def _begins_with(kind: type, items: object) -> bool:
+    """Whether it is a list whose first item, of maybe very many, is of this kind."""
+    listed = isinstance(items, Sequence) and not isinstance(items, bytes | bytearray) and len(items) > 0
+    return listed and _all_are(kind, [cast(Sequence[object], items)[0]])
 
 
 def _all_are(kind: type, items: object) -> bool:
     return isinstance(items, Sequence) and all(isinstance(i, kind) and not isinstance(i, bool) for i in items)
 
 
+def _limit(options: Options, context: int) -> tuple[int, str]:
+    """Most tokens of prompt and answer, and what says so."""
+    asked = options.get("max_length") or (context if options.get("max_new_tokens") else MAX_LENGTH)
+    return (asked, "max_length") if asked < context else (context, "the context")
+
+
 def _room(options: Options, prompt: int, context: int) -> int:
     """Most tokens of the answer to a prompt of so many. RequestError where there is not one."""
-    most = options.get("max_new_tokens")
-    asked = options.get("max_length") or (context if most else MAX_LENGTH)
-    limit, name = (asked, "max_length") if asked < context else (context, "the context")
+    limit, _ = _limit(options, context)
     if prompt >= limit:
-        raise RequestError(
-            f"The prompt does not fit {name}.",
-            f"It has {prompt} tokens and {name} {limit}, of which the answer needs at least one.",
-            f"Shorten the prompt, or raise {'max_length' if asked < context else 'max_model_len'} if it was lowered.",
-            param="prompt",
-            code="context_length_exceeded",
-        )
-    least, room = options.get("min_new_tokens") or 0, min(limit - prompt, most or limit)
+        raise _too_long(str(prompt), options, context)
+    least, room = options.get("min_new_tokens") or 0, min(limit - prompt, options.get("max_new_tokens") or limit)
     if least > room:
         raise RequestError(
             f"min_new_tokens is {least}.", f"The answer has room for {room} tokens.", param="min_new_tokens"
         )
     return room
+
+
+def _too_long(tokens: str, options: Options, context: int) -> RequestError:
+    limit, name = _limit(options, context)
+    return RequestError(
+        f"The prompt does not fit {name}.",
+        f"It has {tokens} tokens and {name} {limit}, of which the answer needs at least one.",
+        f"Shorten the prompt, or raise {'max_length' if limit < context else 'max_model_len'} if it was lowered.",
+        param="prompt",
+        code="context_length_exceeded",
+    )
+
+
+def _best_of(options: Options) -> tuple[int, int] | None:
+    """How many answers to give, and of how many that are made; None: of as many."""
+    kept = options.get("n") or 1
+    made = options.get("best_of") or kept
+    if made < kept:
+        raise RequestError(f"best_of is {made}.", f"It is less than n, which is {kept}.", param="best_of")
+    return (kept, made) if made > kept else None
+
+
+def _check_streamable(wanted: _Wanted) -> None:
+    if wanted.best is not None:
+        raise RequestError(
+            "The answers cannot be streamed.", "With best_of the best are known when all have ended.", param="best_of"
+        )
+
+
+def _stops(options: Options) -> tuple[str, ...]:
+    stop = options.get("stop") or ()
+    return (stop,) if isinstance(stop, str) else tuple(stop)
+
+
+def _ask(options: Options, prompt: Sequence[int], params: SamplingParams, place: str) -> Ask:
+    return Ask(
+        prompt,
+        params,
+        place,
+        priority=options.get("priority") or 0,
+        timeout=options.get("timeout"),
+        cache_salt=options.get("cache_salt") or "",
+    )
 
 
 def _constraint(options: Options) -> Constraint | None:
@@ -401,7 +524,10 @@ def _constraint(options: Options) -> Constraint | None:
 
 
 def _params(options: Options, max_tokens: int, constraint: Constraint | None) -> SamplingParams:
-    temperature, top_p, logprobs = options.get("temperature"), options.get("top_p"), options.get("logprobs")
+    temperature, top_p = options.get("temperature"), options.get("top_p")
+    logprobs, prompt_logprobs = options.get("logprobs"), options.get("prompt_logprobs")
+    if logprobs is None and _best_of(options):
+        logprobs = 0  # they tell which answers are best
     if options.get("do_sample") is False:
         temperature = 0.0
     return SamplingParams(
@@ -419,6 +545,7 @@ def _params(options: Options, max_tokens: int, constraint: Constraint | None) ->
         ignore_eos=options.get("ignore_eos") or False,
         min_tokens=options.get("min_new_tokens") or 0,
         logprobs=-1 if logprobs is None else logprobs,
+        prompt_logprobs=-1 if prompt_logprobs is None else prompt_logprobs,
         constraint=constraint,
     )
 
@@ -429,4 +556,16 @@ def _joined(pieces: list[Response]) -> Response:
         pieces[-1],
         generated_text="".join(piece.generated_text for piece in pieces),
         tokens=tuple(token for piece in pieces for token in piece.tokens),
+        prompt_tokens=tuple(token for piece in pieces for token in piece.prompt_tokens),
     )
+
+
+def _best(answers: list[Response], kept: int, made: int) -> list[Response]:
+    """Of each ``made`` answers the ``kept`` likeliest, by the mean logprob of their tokens."""
+    groups = [answers[first : first + made] for first in range(0, len(answers), made)]
+    best = [answer for group in groups for answer in sorted(group, key=_likelihood, reverse=True)[:kept]]
+    return [msgspec.structs.replace(answer, index=index) for index, answer in enumerate(best)]
+
+
+def _likelihood(answer: Response) -> float:
+    return sum(token.logprob for token in answer.tokens) / max(len(answer.tokens), 1)

@@ -28,6 +28,7 @@ StopText = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 TopLogprobs = Annotated[int, msgspec.Meta(ge=0, le=20)]
 Choices = Annotated[int, msgspec.Meta(ge=1, le=MAX_CHOICES)]
 Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
+AllowedTokens = Annotated[list[TokenId], msgspec.Meta(min_length=1, max_length=1 << 18)]
 Bias = Annotated[float, msgspec.Meta(ge=-100, le=100)]
 
 
@@ -54,6 +55,13 @@ class Sampled(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: Annotated[list[TokenId], msgspec.Meta(max_length=64)] | None = None
     ignore_eos: bool | None = False
     min_tokens: Annotated[int, msgspec.Meta(ge=0, le=2**31)] | None = None
+    include_stop_str_in_output: bool | None = False
+    skip_special_tokens: bool | None = True
+    spaces_between_special_tokens: bool | None = True
+    allowed_token_ids: AllowedTokens | None = None
+    bad_words: Annotated[list[StopText], msgspec.Meta(max_length=128)] | None = None
+    truncate_prompt_tokens: Annotated[int, msgspec.Meta(ge=-1, le=2**31)] | None = None
+    add_special_tokens: bool | None = None
     prompt_logprobs: TopLogprobs | None = None
     priority: Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31)] | None = None
     timeout: Annotated[float, msgspec.Meta(gt=0, le=1e6)] | None = None
@@ -89,6 +97,8 @@ Messages = Annotated[list[Message], msgspec.Meta(min_length=1, max_length=4096)]
 class ChatBody(Sampled, frozen=True, kw_only=True):
     messages: Messages
     max_completion_tokens: Count | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = False
     logprobs: bool | None = False
     top_logprobs: TopLogprobs | None = None
 
@@ -97,17 +107,30 @@ class ChatBody(Sampled, frozen=True, kw_only=True):
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "suffix": (None, ""),
     "length_penalty": (None, 1),
-    "bad_words": (None, []),
+    "min_length": (None, 0),
+    "typical_p": (None, 1),
+    "mirostat": (None, 0),
+    "dry_multiplier": (None, 0),
     "use_beam_search": (None, False),
+    "logits_processors": (None, []),
     "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
     "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "modalities": (None, [], ["text"]),
     "audio": (None,),
+    "prediction": (None,),
+    "reasoning_effort": (None, "none"),
+    "return_tokens_as_token_ids": (None, False),
+    "guided_whitespace_pattern": (None,),
+    "json_schema": (None, {}),
+    "grammar": (None, ""),
     "chat_template": (None,),
     "chat_template_kwargs": (None, {}),
 }
 
 
-BRIEF = frozenset(("stop", "stop_token_ids", "logit_bias", "cache_salt", "model"))
+BRIEF = frozenset(("stop", "stop_token_ids", "logit_bias", "bad_words", "cache_salt", "model"))
 LONGEST_LIST = 1 << 16  # bytes of JSON that one of these takes at most
 LONGEST_SEARCH = 1 << 20  # bytes of a body in which the field is looked for that is no JSON
 
@@ -135,6 +158,13 @@ class Call(NamedTuple):
         choices: answers to make of each prompt, of which the client gets the ``kept`` likeliest.
         echo: the answer begins with the prompt, and so do its logprobs.
         prompt_top: the prompt's logprobs are wanted in a field of their own, with so many of the likeliest; -1: not.
+        include_stop: what ends the answer is a part of it.
+        skip_special: special tokens are not shown.
+        bad_words: texts that the answer must not have.
+        truncate_prompt_tokens: keep so many of the prompt's last tokens; -1: as many as the context has room for.
+        add_special_tokens: a prompt that comes as text begins with the model's bos, where it has one.
+        add_generation_prompt: a chat ends with what the assistant's words begin with.
+        continue_final_message: it ends within its last message.
     """
 
     chat: bool
@@ -153,6 +183,13 @@ class Call(NamedTuple):
     cache_salt: str = ""
     echo: bool = False
     prompt_top: int = -1
+    include_stop: bool = False
+    skip_special: bool = True
+    bad_words: tuple[str, ...] = ()
+    truncate_prompt_tokens: int | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
 
 
 def parse_completion(body: bytes, vocab_size: int, context: int = MOST_TOKENS) -> Call:
@@ -187,7 +224,10 @@ def parse_chat(body: bytes, vocab_size: int, context: int = MOST_TOKENS) -> Call
     wanted = typed(sent, ChatBody)
     if wanted.top_logprobs and not wanted.logprobs:
         raise _wrong("top_logprobs", "top_logprobs needs logprobs to be true.")
-    return _call(
+    goes_on = bool(wanted.continue_final_message)
+    if goes_on and wanted.add_generation_prompt:
+        raise _wrong("continue_final_message", "It cannot go with add_generation_prompt, which begins a new message.")
+    call = _call(
         wanted,
         vocab_size,
         chat=True,
@@ -195,6 +235,11 @@ def parse_chat(body: bytes, vocab_size: int, context: int = MOST_TOKENS) -> Call
         logprobs=(wanted.top_logprobs or 0) if wanted.logprobs else None,
         max_tokens=wanted.max_completion_tokens or wanted.max_tokens,
         constraint=_constraint(sent),
+    )
+    return call._replace(
+        add_special_tokens=bool(wanted.add_special_tokens),  # a template has its own
+        add_generation_prompt=wanted.add_generation_prompt is not False and not goes_on,
+        continue_final_message=goes_on,
     )
 
 
@@ -222,17 +267,19 @@ def _object(body: bytes, kind: type[msgspec.Struct], context: int) -> dict[str, 
         if body.lstrip()[:1] != b"{":
             raise _wrong("", f"The body must be a JSON object, not {_json_name(msgspec.json.decode(body))}.")
         raws = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-        known = _known(kind)
+        known = _known_fields(kind)
+        if "truncate_prompt_tokens" in raws:
+            context = MOST_TOKENS  # what is too long is cut
         sent = {name: _value(name, raw, context) for name, raw in raws.items() if name in known}
     except RecursionError:
         raise _wrong("", "The body is nested too deeply.") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise _unreadable(body, _known(kind), error) from None
+        raise _unreadable(body, _known_fields(kind), error) from None
     _refuse_unsupported(sent, UNSUPPORTED)
     return sent
 
 
-def _known(kind: type[msgspec.Struct]) -> set[str]:
+def _known_fields(kind: type[msgspec.Struct]) -> set[str]:
     return {*kind.__struct_fields__, *UNSUPPORTED, *UNSUPPORTED_IN_CHAT, *CONSTRAINING}
 
 
@@ -415,6 +462,13 @@ def _call(
         raise _wrong("stream_options", "stream_options needs stream to be true.")
     if wanted.prompt_logprobs is not None and wanted.stream:
         raise _wrong("prompt_logprobs", "prompt_logprobs are not streamed; echo with logprobs is.")
+    if wanted.allowed_token_ids is not None and constraint is not None:
+        raise _wrong("allowed_token_ids", f"{constraint.field} says which tokens are allowed already.")
+    skip_special = wanted.skip_special_tokens is not False
+    if wanted.spaces_between_special_tokens is False and not skip_special:
+        raise _wrong("spaces_between_special_tokens", "Tokens are shown as the tokenizer spaces them.")
+    if wanted.truncate_prompt_tokens == 0:
+        raise _wrong("truncate_prompt_tokens", "Expected `int` >= 1, or -1.")
     prompt_top = -1 if wanted.prompt_logprobs is None else wanted.prompt_logprobs
     return Call(
         chat=chat,
@@ -432,12 +486,13 @@ def _call(
             frequency_penalty=wanted.frequency_penalty or 0.0,
             logit_bias=_biases(wanted.logit_bias or {}, vocab_size),
             seed=wanted.seed,
-            stop_token_ids=_stop_tokens(wanted.stop_token_ids or (), vocab_size),
+            stop_token_ids=tuple(_known("stop_token_ids", wanted.stop_token_ids or (), vocab_size)),
             ignore_eos=bool(wanted.ignore_eos),
             min_tokens=wanted.min_tokens or 0,
             logprobs=-1 if logprobs is None else logprobs,
             prompt_logprobs=prompt_top,
             constraint=constraint,
+            allowed=_mask(wanted.allowed_token_ids or (), vocab_size),
         ),
         max_tokens=max_tokens,
         choices=wanted.n or 1,
@@ -449,14 +504,39 @@ def _call(
         timeout=wanted.timeout,
         cache_salt=wanted.cache_salt or "",
         prompt_top=prompt_top,
+        include_stop=bool(wanted.include_stop_str_in_output),
+        skip_special=skip_special,
+        bad_words=tuple(wanted.bad_words or ()),
+        truncate_prompt_tokens=wanted.truncate_prompt_tokens,
+        add_special_tokens=wanted.add_special_tokens is not False,
     )
 
 
-def _stop_tokens(ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+def _known(field: str, ids: Sequence[int], vocab_size: int) -> Sequence[int]:
     stray = next((id for id in ids if id >= vocab_size), None)
     if stray is not None:
-        raise _wrong("stop_token_ids", f"Token id {stray} is outside the vocabulary of {vocab_size}.")
-    return tuple(ids)
+        raise _wrong(field, f"Token id {stray} is outside the vocabulary of {vocab_size}.")
+    return ids
+
+
+def _mask(allowed: Sequence[int], vocab_size: int) -> bytes:
+    """A bit for each token; nothing where all are allowed."""
+    if not allowed:
+        return b""
+    mask = bytearray(-(-vocab_size // 32) * 4)
+    for id in _known("allowed_token_ids", allowed, vocab_size):
+        mask[id // 8] |= 1 << id % 8
+    return bytes(mask)
+
+
+def truncated(call: Call, prompt: tuple[int, ...], head: int, max_length: int) -> tuple[int, ...]:
+    """Of the prompt as many tokens as the call asks for: its last ones, after the first ``head``, which stay."""
+    wanted = call.truncate_prompt_tokens
+    if wanted is None:
+        return prompt
+    room = max_length - (1 if call.max_tokens is None else call.max_tokens)
+    most = max(wanted if wanted > 0 else room, 1)
+    return prompt if len(prompt) <= most else prompt[: min(head, most)] + prompt[len(prompt) - most + head :]
 
 
 def settled(call: Call, prompt_tokens: int, max_length: int, kv_tokens: int, chat_tokens: int) -> int:
@@ -500,21 +580,6 @@ def _too_long(field: str, tokens: int, max_length: int, about: str = "") -> Requ
         next_step="Shorten the prompt.",
         param=field,
         code="context_length_exceeded",
-    )
-
-
-def check_choices(call: Call, most: int) -> None:
-    """RequestError where the choices of a call are more than may ever run and wait at once."""
-    prompts = max(len(call.prompts), 1)
-    if prompts * call.choices <= most:
-        return
-    field = "n" if call.choices == call.kept else "best_of"
-    needed = f"{prompts} prompts x {field} {call.choices} = {prompts * call.choices}" if prompts > 1 else call.choices
-    raise RequestError(
-        f"The request has more choices than this server takes at once: {needed}, of at most {most}.",
-        next_step="Send it in several requests.",
-        param=field if call.choices > 1 else "prompt",
-        code="invalid_value",
     )
 
 

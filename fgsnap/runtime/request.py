@@ -30,10 +30,12 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and penalties of 1, 0 and 0 are off.
     ``repetition_penalty`` looks at prompt and answer, the other two at the answer; ``logit_bias`` is (token id, what is
     added to its logit). ``seed`` None draws one at submission. ``min_tokens``: eos and stop tokens are not picked
-    before so many others. ``logprobs`` -1: none; 0: of the picked token; n: also of the n most likely;
-    ``prompt_logprobs`` likewise, of the prompt's tokens but the first, which has none. ``max_tokens`` 0 only computes
-    the prompt. ``constraint``: what the answer has to be; once it cannot go on it ends, whatever ``ignore_eos`` and
-    ``min_tokens`` say. Stop *strings* belong to the text side.
+    before so many others, and stop texts not heeded. ``logprobs`` -1: none; 0: of the picked token; n: also of the n
+    most likely; ``prompt_logprobs`` likewise, of the prompt's tokens but the first, which has none. ``max_tokens`` 0
+    only computes the prompt. ``constraint``: what the answer has to be; once it cannot go on it ends, whatever
+    ``ignore_eos`` and ``min_tokens`` say. ``allowed`` has a bit for each token, as ops.Edits has them: only those are
+    picked, unless it is empty; not with a constraint. ``bad_words``: the last token of each is not picked after the
+    others, as far as these are the answer's. Stop *strings* belong to the text side.
     """
 
     max_tokens: int
@@ -52,6 +54,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: int = -1
     prompt_logprobs: int = -1
     constraint: Constraint | None = None
+    allowed: bytes = b""
+    bad_words: tuple[tuple[int, ...], ...] = ()
 
 
 class Request(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -60,7 +64,7 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     Attributes:
         id: unique among live requests.
         prompt: at least one token.
-        priority: those of a lower one go first, always.
+        priority: of the same tenant those of a lower one go first, always.
         tenant: whose it is; waiting tenants take turns by tokens.
         timeout: seconds from submission after which it ends, wherever it is; None: never.
         cache_salt: prefixes are shared only between requests of the same one.
@@ -87,10 +91,12 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     """What one step produced for one request. The last output of a request carries ``finish``.
 
     The token that ended the request (an eos or stop token) is not among ``tokens``. ``error`` says why finish is
-    "error", and ``code`` which kind it is: "not_finite", "deadline_exceeded", or of its constraint "constraint" (it
-    cannot be compiled or followed), "not_supported" or "unavailable" (another attempt may succeed). ``prompt`` are the
-    next of the prompt's tokens with their logprobs, where these were asked for: each once, before the first of
-    ``tokens``.
+    "error", and ``code`` which kind it is: "not_finite", "deadline_exceeded", "constraint" (its constraint cannot be
+    compiled or followed, or its options together leave no token), or of its constraint "not_supported" or "unavailable"
+    (another attempt may succeed). ``prompt`` are the next of the prompt's tokens with their logprobs, where these were
+    asked for: each once, before the first of ``tokens``. ``ending`` is the token that ended it, with its logprob where
+    these were asked for. ``cached`` comes with the first token, or instead of it: how many of the prompt's tokens
+    the prefix cache had.
     """
 
     request: str
@@ -99,13 +105,15 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     error: str = ""
     code: str = ""
     prompt: tuple[Token, ...] = ()
+    ending: Token | None = None
+    cached: int = 0
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True):
     """What one step produced: a token for each of ``requests``, logprobs by row, and which requests ended, and how.
 
     In columns, for most steps of a busy engine are many single tokens. An end has no tokens of its own. ``prompts`` are
-    outputs that tell of a prompt's tokens.
+    outputs that tell of a prompt's tokens. ``cached`` are the tokens of prompts, which are through now, that were.
     """
 
     requests: list[str]
@@ -113,10 +121,16 @@ class Step(msgspec.Struct, frozen=True, array_like=True):
     logprobs: dict[int, Token]
     ends: list[Output]
     prompts: list[Output] = []
+    cached: dict[str, int] = {}
 
     def outputs(self) -> Iterator[Output]:
         """The same as one output a request."""
         yield from self.prompts
+        for output in self._answers():
+            cached = self.cached.get(output.request, 0) if self.cached else 0
+            yield msgspec.structs.replace(output, cached=cached) if cached else output
+
+    def _answers(self) -> Iterator[Output]:
         ends = {end.request: end for end in self.ends}
         for row, (request, token) in enumerate(zip(self.requests, self.tokens, strict=True)):
             end = ends.pop(request, None) if ends else None

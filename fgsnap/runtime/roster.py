@@ -11,11 +11,14 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from fgsnap.kernels.ops import Sampling
+from fgsnap.kernels.ops import BlockTable, Sampling
 from fgsnap.runtime.sequence import Sequence
 
 NO_TOKEN = -1
 """What a backend picks where a row has no token."""
+
+NO_CHOICE = -2
+"""What the engine makes of it where the model gave one, and the request's own edits left none."""
 
 
 class Roster:
@@ -32,7 +35,7 @@ class Roster:
         self.sequences: list[Sequence] = []
         self.ids: list[str] = []
         self.texts: list[list[int]] = []
-        self.tables: list[list[int]] = []
+        self.tables: list[BlockTable] = []
         self.how: list[Sampling] = []
         self.last: list[int] = []
         self.cached: list[int] = []
@@ -42,7 +45,7 @@ class Roster:
         self._growing: list[dict[Sequence, None]] = [{} for _ in range(block_size)]
         self._due: dict[int, dict[Sequence, None]] = {}
         self._edited: dict[Sequence, None] = {}
-        self._enders: dict[int, int] = {NO_TOKEN: 1}  # tokens that end some row, and how many of them
+        self._enders: dict[int, int] = {NO_TOKEN: 1, NO_CHOICE: 1}  # tokens that end some row, and how many of them
 
     def __len__(self) -> int:
         return len(self.sequences)

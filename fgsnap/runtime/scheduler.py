@@ -6,35 +6,40 @@ rest, cut wherever the budget ends.
 
 Nobody waits for ever:
 
-- Who waits is started in a fixed order: priority, then tenants in turns by tokens (start-time fair queueing: Goyal et
-  al., SIGCOMM 1996), then first come, first served. The first in line is never overtaken for want of blocks or places;
-  only who waits for a prefix that a running prompt computes lets others pass until it is there.
+- Who waits is started in the order of ``turns``: tenants by the tokens that they have had, then priority, then first
+  come, first served. The first in line is never overtaken for want of blocks or places; only who waits for a prefix
+  that a running prompt computes lets others pass until it is there.
 - With ``reserve``, who is started has all the blocks it can ever need, so it always runs on. With ``optimistic`` it has
   those of its prompt, and when none is left for a next token, the sequence that costs least to compute again gives up
-  its own; never the first of all in the order above, which therefore finishes, and then another one is the first.
+  its own. Never the first, by priority and arrival, of the tenant of which none has ended for longest: so that one
+  finishes, and then it is another tenant's turn. Endless high priorities keep back others of their own tenant only.
 
 How long it takes, in steps. Let the share h be half, rounded up, of budget - most sequences + 1 tokens: every step
 brings each sequence that generates its token, and the oldest prompt h tokens at least, or what it has left. A prompt
-with n tokens to compute that may get m costs at most ceil(n / h) + m - 1 steps, and one that generates m. (Of prompts
-whose logprobs are wanted, MOST_SCORED tokens a step at most: their logits take memory.)
+with n tokens to compute that may get m costs at most ceil(n / h) + m - 1 steps, and one that generates m. Of prompts
+whose logprobs are wanted MOST_SCORED tokens a step are computed at most, for their logits take memory, and the oldest
+goes first: to such a prompt h is no more than that.
 
 - From its start, a sequence has ended after its cost and the ceil(n / h) of the prompts that started before it.
 - From its submission, it has ended after its cost, that of all that ran then, and that of all started before it: for
   every step brings that one forward which started first of those that run.
 - Preempted, it is as if it were submitted then, with all the tokens it has; it never costs more than at first.
+- Steps in which a sequence is held, or comes to be, count for nobody: it keeps its blocks and its place while its
+  constraint is followed, which is bounded in time (see nursery), and the others go on beside it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from heapq import heapify, heappop, heappush
 from operator import attrgetter
 from typing import Literal, NamedTuple
 
-from fgsnap.kernels.ops import Batch, Sampling
+from fgsnap.kernels.ops import Batch, BlockTable, Sampling
 from fgsnap.runtime.blocks import BlockPool
 from fgsnap.runtime.roster import Roster
 from fgsnap.runtime.sequence import Sequence
+from fgsnap.runtime.turns import Turns
 
 Admission = Literal["reserve", "optimistic"]
 
@@ -43,9 +48,6 @@ MOST_PROMPTS = 64
 
 MOST_SCORED = 64
 """Rows of prompt logprobs in one step: each is a row of logits, which is as long as the vocabulary."""
-
-MANY_TENANTS = 1024
-"""From so many on, tenants that have no claim to a later turn are forgotten."""
 
 
 class Slice(NamedTuple):
@@ -96,52 +98,58 @@ class Scheduler:
         self.roster = Roster(pool.block_size)
         self.preemptions = 0
         self.cached_tokens = 0
-        self.waiting = 0
         self.waiting_tokens = 0  # the most that they can have, prompts included
+        self.held: dict[Sequence, None] = {}  # they run, but in no forward for now
         self._pool = pool
         self._budget = token_budget
         self._max_sequences = max_sequences
         self._optimistic = admission == "optimistic"
-        self._queue: list[
-            tuple[tuple[int, int, int], Sequence]
-        ] = []  # a heap; who has left it meanwhile is passed over
+        self._most_scored = MOST_SCORED
+        self._turns = Turns()
         self._prompts: dict[Sequence, None] = {}  # in order of admission
         self._computing: dict[bytes, Sequence] = {}  # digests of blocks that running prompts will fill
         self._parked: dict[bytes, list[Sequence]] = {}  # by the digest that they wait to share
         self._full = False  # no blocks have come back since the first in line found too few
-        self._arrivals = 0
-        self._turn = 0  # where the tenants' turns are, in tokens
-        self._turns: dict[str, int] = {}  # where each tenant's last sequence ends
 
     @property
     def running(self) -> int:
-        return len(self._prompts) + len(self.roster)
+        return len(self._prompts) + len(self.roster) + len(self.held)
+
+    def has_work(self) -> bool:
+        """Whether ``schedule`` finds any, or has not yet found that who waits needs what those that are held have."""
+        if self._prompts or self.roster.sequences:
+            return True
+        return self.waiting > 0 and not self._full and self.running < self._max_sequences
+
+    @property
+    def waiting(self) -> int:
+        return self._turns.waiting
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; the caller has checked that it fits the whole pool."""
-        request = sequence.request
-        if not self.waiting:
-            self._turns.clear()  # all of them have had their turns
-        start = max(self._turn, self._turns.get(request.tenant, 0))
-        self._turns[request.tenant] = start + sequence.longest
-        if len(self._turns) > MANY_TENANTS:
-            self._turns = {tenant: turn for tenant, turn in self._turns.items() if turn > self._turn}
-        self._arrivals += 1
-        sequence.order = (request.priority, start, self._arrivals)
-        self._wait(sequence)
+        self._wait(sequence, self._turns.join)
 
     def remove(self, sequence: Sequence, *, spoiled: bool = False) -> None:
         """Forget a sequence, wherever it is; its blocks are free at once. ``spoiled``: what they hold is wrong."""
-        if sequence.state == "running":
-            self._stop(sequence, spoiled)
-        else:
+        waited = sequence.state == "waiting"
+        if waited:
             self.waiting_tokens -= sequence.longest
-            self.waiting -= 1  # its place in the queue, or among those that are parked, is passed over later
             self._full = False  # there may be another first in line
-        sequence.state = "gone"
-        if len(self._queue) > 2 * self.waiting + MOST_PROMPTS:
-            self._queue = [entry for entry in self._queue if entry[1].state == "waiting"]
-            heapify(self._queue)
+        else:
+            self._stop(sequence, spoiled)
+        sequence.state = "gone"  # its place among those that are parked is passed over later
+        self._turns.leave(sequence, waited=waited)
+
+    def hold(self, sequence: Sequence) -> None:
+        """Leave one that generates out of the forwards until ``resume``. It has its last token forwarded again then."""
+        if sequence.row >= 0:
+            self.roster.leave(sequence)
+        sequence.cached = len(sequence.tokens) - 1
+        self.held[sequence] = None
+
+    def resume(self, sequence: Sequence) -> None:
+        del self.held[sequence]
+        self.roster.join(sequence)
 
     def schedule(self) -> Work | None:
         """The next forward: every decode, then as much of the prompts as the budget has room for. None: no work."""
@@ -210,7 +218,7 @@ class Scheduler:
         either cannot use goes to the other, so the room is used up while any prompt has tokens left; but those whose
         logprobs are wanted have no more than MOST_SCORED rows in all.
         """
-        oldest, scores = next(iter(self._prompts)), MOST_SCORED
+        oldest, scores = next(iter(self._prompts)), self._most_scored
         lengths: dict[Sequence, int] = {}
         for sequence, most in [
             (oldest, room - room // 2),
@@ -232,19 +240,15 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Start waiting sequences in their order, as long as there are places and blocks for the first in line."""
-        while self._queue and not self._full and self.running < self._max_sequences:
+        while not self._full and self._turns and self.running < self._max_sequences:
             if len(self._prompts) >= MOST_PROMPTS:
                 return
-            sequence = self._queue[0][1]
-            if sequence.state != "waiting":
-                heappop(self._queue)
-            elif (missing := self._being_computed(sequence)) is not None:
-                heappop(self._queue)
+            sequence = self._turns.first()
+            if (missing := self._being_computed(sequence)) is not None:
+                self._turns.step_aside(sequence)
                 self._parked.setdefault(missing, []).append(sequence)
             elif not self._start(sequence):
                 self._full = True
-            else:
-                heappop(self._queue)
 
     def _start(self, sequence: Sequence) -> bool:
         """Give a sequence what it needs to run, or say that there are too few blocks."""
@@ -258,11 +262,12 @@ class Scheduler:
         sequence.promised = self._claim(sequence) - len(table)
         sequence.cached = len(table) * self._pool.block_size
         sequence.state = "running"
-        self.waiting -= 1
+        self._turns.start(sequence)
         self.waiting_tokens -= sequence.longest
+        if not sequence.forwarded:
+            sequence.found = sequence.cached
         self.cached_tokens += max(0, sequence.cached - sequence.forwarded)
         sequence.forwarded = max(sequence.forwarded, sequence.cached)
-        self._turn = max(self._turn, sequence.order[1])
         self._prompts[sequence] = None
         for digest in sequence.digests[len(table) :]:
             self._computing.setdefault(digest, sequence)
@@ -282,7 +287,8 @@ class Scheduler:
 
     def _has_headroom(self) -> bool:
         """Whether those that generate could each still draw a block, so that they do not soon take this one's back."""
-        return not self._optimistic or self._pool.available >= min(len(self.roster), self._pool.blocks // 8)
+        generating = len(self.roster) + len(self.held)
+        return not self._optimistic or self._pool.available >= min(generating, self._pool.blocks // 8)
 
     def _being_computed(self, sequence: Sequence) -> bytes | None:
         """The digest of its first block that nobody has cached, if a running prompt will have it soon."""
@@ -308,12 +314,16 @@ class Scheduler:
         return granted
 
     def _cheapest(self) -> Sequence:
-        """Who gives up its blocks: of the lowest priority, who has least to compute again, but never the very first."""
-        running = [*self._prompts, *self.roster.sequences]
-        first = min(running, key=_order)
+        """Who gives up its blocks: of the lowest priority of its tenant, who has least to compute again."""
+        running = [*self._prompts, *self.roster.sequences, *self.held]
+        first = min((sequence for sequence in running if self._turns.leads(sequence)), key=_order, default=None)
+        others = [sequence for sequence in running if sequence is not first]
+        lowest: dict[str, int] = {}
+        for request in (sequence.request for sequence in others):
+            lowest[request.tenant] = max(request.priority, lowest.get(request.tenant, request.priority))
         return min(
-            (sequence for sequence in running if sequence is not first),
-            key=lambda sequence: (-sequence.request.priority, self._cached(sequence), -sequence.order[2]),
+            (sequence for sequence in others if sequence.request.priority == lowest[sequence.request.tenant]),
+            key=lambda sequence: (self._cached(sequence), -sequence.order[1]),
         )
 
     def _cached(self, sequence: Sequence) -> int:
@@ -324,47 +334,44 @@ class Scheduler:
         self.preemptions += 1
         sequence.forwarded = max(sequence.forwarded, self._cached(sequence))
         self._stop(sequence)
-        self._wait(sequence)
+        self._wait(sequence, self._turns.wait)
 
-    def _wait(self, sequence: Sequence) -> None:
+    def _wait(self, sequence: Sequence, line_up: Callable[[Sequence], bool]) -> None:
         if self._pool.caching:
             known, full = len(sequence.digests), len(sequence.tokens) // self._pool.block_size
             parent = sequence.digests[-1] if known else sequence.root
             sequence.digests += self._pool.digests(parent, sequence.tokens, known, full)
         sequence.state = "waiting"
         sequence.cached = 0
-        self.waiting += 1
         self.waiting_tokens += sequence.longest
-        self._line_up(sequence)
-
-    def _line_up(self, sequence: Sequence) -> None:
-        heappush(self._queue, (sequence.order, sequence))
-        if self._queue[0][1] is sequence:
-            self._full = False
+        if line_up(sequence):
+            self._full = False  # it may be the first of all
 
     def _stop(self, sequence: Sequence, spoiled: bool = False) -> None:
         """Take a running sequence out, and its blocks back; what they hold can be found as long as it is there."""
+        generates = sequence.row >= 0 or sequence in self.held
         if sequence.row >= 0:
             self.roster.leave(sequence)
-            if not spoiled:
-                self._note(sequence, len(sequence.digests) * self._pool.block_size)
-        else:
-            self._prompts.pop(sequence, None)
+        self.held.pop(sequence, None)
+        self._prompts.pop(sequence, None)
+        if generates and not spoiled:
+            self._note(sequence, len(sequence.digests) * self._pool.block_size)
         for digest in sequence.digests:
             if self._computing.get(digest) is sequence:
                 self._computed(digest)
         if spoiled:
             self._pool.discard(sequence.table)
         self._pool.release(sequence.table, sequence.promised)
-        sequence.table, sequence.promised = [], 0
+        sequence.table, sequence.promised = BlockTable(), 0
+        self._turns.stop(sequence)
         self._full = False
 
     def _computed(self, digest: bytes) -> None:
         """Nobody computes this block any more: who waited for it goes on, with it or without."""
         del self._computing[digest]
         for sequence in self._parked.pop(digest, ()):
-            if sequence.state == "waiting":
-                self._line_up(sequence)
+            if sequence.state == "waiting" and self._turns.line_up(sequence):
+                self._full = False
 
     # blocks
 

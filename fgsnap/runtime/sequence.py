@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from fgsnap.kernels.ops import Edits, Sampling
+from fgsnap.kernels.ops import BlockTable, Edits, Sampling
 from fgsnap.runtime.request import Request, SamplingParams
 
 if TYPE_CHECKING:
@@ -25,12 +25,14 @@ class Sequence:
         table: its KV blocks, in order.
         promised: blocks that it may still draw.
         digests: of the blocks that are full of its tokens, as far as they are known.
-        order: what goes first among those that wait; the lowest.
+        order: what goes first among those of its tenant that wait; the lowest.
+        charged: tokens that its tenant has been charged for it; 0 before it starts for the first time.
         how: how its tokens are picked.
         enders: tokens that end it.
         row: its place in the roster, or -1.
         last_step: the step at which it has all its tokens, as long as it is in the roster.
         forwarded: how many of its tokens were ever cached, so that none is counted twice.
+        found: how many the prefix cache had when it first started.
         scored: positions of the prompt before this one have told the logprob of the token after them.
         to_score: where that ends; 0 where prompt logprobs are not wanted.
         matcher: tells which tokens its constraint allows next, where it has one; whoever makes it sets it.
@@ -38,8 +40,10 @@ class Sequence:
     """
 
     __slots__ = (
-        "cached", "deadline", "digests", "enders", "forwarded", "how", "id", "last_step", "matcher", "order", "params",
-        "promised", "prompt_length", "request", "root", "row", "scored", "state", "table", "to_score", "tokens",
+        "cached", "charged", "deadline", "digests", "enders", "forwarded", "found", "how", "id", "last_step", "matcher",
+        "order",
+        "params", "promised", "prompt_length", "request", "root", "row", "scored", "state", "table", "to_score",
+        "tokens",
     )  # fmt: skip
 
     def __init__(self, request: Request, seed: int, eos: Collection[int], root: bytes) -> None:
@@ -53,16 +57,21 @@ class Sequence:
         heeds_eos = params.constraint is not None or not params.ignore_eos
         self.enders = frozenset(params.stop_token_ids) | (frozenset(eos) if heeds_eos else frozenset())
         self.matcher: Matcher | None = None
-        self.how = _sampling(params, seed, _edits(params, request.prompt, self.enders))
+        edits = _edits(params, request.prompt, self.enders)
+        if edits is not None:
+            self._ban(edits)
+        self.how = _sampling(params, seed, edits)
         self.cached = 0
         self.forwarded = 0
+        self.found = 0
         self.scored = 0
         self.to_score = 0 if params.prompt_logprobs < 0 else self.prompt_length - 1
-        self.table: list[int] = []
+        self.table = BlockTable()
         self.promised = 0
         self.root = root
         self.digests: list[bytes] = []
-        self.order: tuple[int, int, int] = (0, 0, 0)
+        self.order: tuple[int, int] = (0, 0)
+        self.charged = 0
         self.deadline = float("inf")
         self.row = -1
         self.last_step = 0
@@ -76,6 +85,11 @@ class Sequence:
     @property
     def generated(self) -> int:
         return len(self.tokens) - self.prompt_length
+
+    @property
+    def used(self) -> int:
+        """Tokens of it that were ever computed, or found cached, each once."""
+        return len(self.tokens) if self.generated else self.forwarded
 
     @property
     def remaining(self) -> int:
@@ -97,20 +111,36 @@ class Sequence:
         return [Sampling(logprobs=count, target=self.tokens[position + 1]) for position in positions]
 
     def note(self, token: int) -> None:
-        """Take ``token``, which was just added, into account for those that are picked after it."""
+        """Take ``token``, which was just added, into account for those that are picked after it; -1 is none."""
         edits = self.how.edits
-        if edits is not None:
+        if edits is not None and token >= 0:
             if edits.penalizes:
                 edits.count(token)
-            if edits.banned and self.generated >= self.params.min_tokens:
+            if self.params.bad_words:
+                self._ban(edits)
+            elif edits.banned and self.generated >= self.params.min_tokens:
                 _unban(edits)
-            if self.matcher is not None and token >= 0 and token not in self.enders:
+            if self.matcher is not None and token not in self.enders:
                 self.matcher.accept(token)
 
+    def _ban(self, edits: Edits) -> None:
+        """Ban what may not come next: the ends, as long as there are too few tokens, and what completes a bad word."""
+        held_off = sorted(self.enders) if self.generated < self.params.min_tokens else ()
+        banned = (*held_off, *(word[-1] for word in self.params.bad_words if self._said(word[:-1])))
+        if banned != edits.banned:
+            edits.banned = banned
+            edits.version += 1
+
+    def _said(self, words: tuple[int, ...]) -> bool:
+        """Whether the answer ends with these tokens."""
+        return len(words) <= self.generated and tuple(self.tokens[len(self.tokens) - len(words) :]) == words
+
     def constrain(self) -> None:
-        """Have the next token picked as its constraint says, once that is known."""
+        """Have the next token picked as its constraint says, if that is known."""
         matcher, edits = self.matcher, self.how.edits
         assert matcher is not None and edits is not None
+        if matcher.pending:
+            return
         edits.allowed = matcher.mask()
         if matcher.complete and edits.banned:
             _unban(edits)
@@ -134,8 +164,9 @@ def _edits(params: SamplingParams, prompt: Collection[int], enders: Collection[i
         presence=params.presence_penalty,
         frequency=params.frequency_penalty,
         bias=dict(params.logit_bias),
-        banned=sorted(enders) if params.min_tokens else (),
         prompt=sorted(set(prompt)) if params.repetition_penalty != 1.0 else (),
+        allowed=memoryview(params.allowed) if params.allowed else None,
     )
-    constrained = params.constraint is not None
-    return edits if constrained or edits.penalizes or edits.bias or edits.banned else None
+    bans = params.bad_words or (params.min_tokens and enders)
+    asked = params.constraint is not None or params.allowed or bans
+    return edits if asked or edits.penalizes or edits.bias else None

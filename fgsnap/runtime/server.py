@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, Unpack
 
 import msgspec
 
@@ -24,6 +24,7 @@ from fgsnap.runtime.answers import Piece
 from fgsnap.runtime.connections import show_failure
 from fgsnap.runtime.intake import Intake, Tokenizes
 from fgsnap.runtime.link import Inbox, Link, Lost, unavailable
+from fgsnap.runtime.places import Places
 from fgsnap.runtime.request import Constraint, Output, Token
 from fgsnap.runtime.request import Request as EngineRequest
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from starlette.types import Message, Receive, Scope, Send
 
     from fgsnap.runtime.routes import Routes
+    from fgsnap.runtime.text import Told
 
 BODY_LIMIT = 8 << 20
 DISCARD_LIMIT = 64 << 20  # of a body that is too long, read on so far, that its sender gets to see the refusal
@@ -56,6 +58,9 @@ class Stream(Protocol):
     shown: int
 
     @property
+    def matched(self) -> str | None: ...
+
+    @property
     def finished(self) -> bool: ...
 
     def feed(self, ids: Sequence[int]) -> str: ...
@@ -70,7 +75,7 @@ class TextSide(Tokenizes, Protocol):
 
     def token_bytes(self, token: int) -> bytes: ...
 
-    def stream(self, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> Stream: ...
+    def stream(self, stop: Sequence[str] = (), prompt: Sequence[int] = (), **how: Unpack[Told]) -> Stream: ...
 
 
 class Identity(NamedTuple):
@@ -133,7 +138,7 @@ class App:
         startup: gives the start-up report.
         on_request: called when a generation request has arrived.
         on_token: called when tokens have been written to a client's connection.
-        max_open: generation requests at once, waiting ones included: as many choices as the engine takes.
+        max_open: choices at once, waiting ones included, of all keys together: as many as the engine takes.
     """
 
     def __init__(
@@ -161,7 +166,7 @@ class App:
         self.startup = startup
         self._on_request = on_request
         self._on_token = on_token
-        self._max_open = max_open
+        self.places = Places(max_open, len({*keys}))
         self._held = 0
         self._created = int(time.time())
 
@@ -197,11 +202,12 @@ class App:
     async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One completion or chat, from its body to its last token, or until its client leaves."""
         began = time.monotonic()
-        with self._admitted():
+        with self._admitted(scope["tenant"]) as hold:
             body = await _body(receive)
             call = await self._parsed(GENERATION[scope["path"]], body)
             if call.model is not None:
                 self.check_model(call.model)
+            hold(call.choices * max(len(call.prompts), 1) - 1)
             await unless_gone(receive, self._answer(call, len(body), scope["tenant"], began, send))
 
     async def _parsed(self, parse: Parse, body: bytes) -> protocol.Call:
@@ -213,36 +219,37 @@ class App:
         """The most tokens of a sequence, as far as is known yet."""
         return self._identity.max_length if self._link.engine is None else self._link.engine.max_length
 
-    def _most_live(self) -> int:
-        """The most choices that may run and wait at once, as far as is known yet."""
-        return self._max_open if self._link.engine is None else self._link.engine.most_live
-
     async def _answer(self, call: protocol.Call, size: int, tenant: str, began: float, send: Send) -> None:
-        protocol.check_choices(call, self._most_live())
         deadline = Deadline.of(began, call.timeout)
         async with _in_time(deadline):
             prompts = await self._intake.prompts(call, size)
+            if call.bad_words:
+                bad_words = await asyncio.to_thread(self._bad_words, call.bad_words)
+                call = call._replace(params=msgspec.structs.replace(call.params, bad_words=bad_words))
             engine = await self._until_ready()
+        if call.truncate_prompt_tokens is not None:
+            prompts = self._truncated(call, prompts, engine.max_length)
         kv_tokens = engine.kv_blocks * engine.block_size
         lengths = [
             protocol.settled(call, len(prompt), engine.max_length, kv_tokens, self._default_max_tokens)
             for prompt in prompts
         ]
         heading = self._heading(call)
-        works = _works(heading.id, call, prompts, lengths, tenant, self._echoes(call), deadline.rest())
+        works = _works(heading.id, call, prompts, lengths, tenant, self._echoes(call, prompts), deadline.rest())
         answer = answers.Answer(
             heading,
             choices=len(works),
+            each=call.choices,
             prompt_tokens=sum(map(len, prompts)),
             spell=None if call.params.logprobs < 0 else self._text.token_bytes,
             usage=call.include_usage,
-            best=(call.kept, call.choices) if call.kept < call.choices else None,
+            best=call.kept if call.kept < call.choices else None,
             echo_top=call.params.logprobs if call.echo else -1,
             prompt_top=call.prompt_top,
             prompt_spell=self._text.token_bytes,
         )
         async with (
-            aclosing(self._pieces(works, call.stop, deadline)) as pieces,
+            aclosing(self._pieces(works, call, deadline)) as pieces,
             aclosing(self._timed(pieces, began)) as timed,
         ):
             await (self._stream if call.stream else self._whole)(answer, timed, send)
@@ -277,11 +284,32 @@ class App:
         await send(_part(body, more=False))
         self._on_token()
 
-    def _echoes(self, call: protocol.Call) -> list[str]:
+    def _truncated(self, call: protocol.Call, prompts: list[tuple[int, ...]], max_length: int) -> list[tuple[int, ...]]:
+        """The prompts as short as the call wants them; what ``encode`` put before a text stays."""
+        bos = len(self._text.encode("")) if call.add_special_tokens else 0
+        heads = [0 if isinstance(sent, tuple) else bos for sent in call.prompts or ("",)]
+        return [protocol.truncated(call, *each, max_length) for each in zip(prompts, heads, strict=True)]
+
+    def _echoes(self, call: protocol.Call, prompts: Sequence[tuple[int, ...]]) -> list[str]:
         """What the answers to each prompt begin with."""
         if not call.echo:
-            return [""] * max(len(call.prompts), 1)
-        return [prompt if isinstance(prompt, str) else self._text.decode(prompt) for prompt in call.prompts]
+            return [""] * len(prompts)
+        return [
+            sent if isinstance(sent, str) and call.truncate_prompt_tokens is None else self._text.decode(ids)
+            for sent, ids in zip(call.prompts, prompts, strict=True)
+        ]
+
+    def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The tokens of each, as vLLM reads them: at the beginning of a text and, where that differs, after a space."""
+        found: dict[tuple[int, ...], None] = {}
+        for word in words:
+            first, spaced = (tuple(self._text.encode(space + word.lstrip(), False)) for space in ("", " "))
+            if not first:
+                raise RequestError(f"bad_words: {word!r} has no tokens.", param="bad_words", code="invalid_value")
+            found[first] = None
+            if spaced[0] != first[0] and len(spaced) == len(first):
+                found[spaced] = None
+        return tuple(found)
 
     async def _until_ready(self) -> wire.Ready:
         self._held += 1
@@ -290,28 +318,36 @@ class App:
         finally:
             self._held -= 1
 
-    async def _pieces(self, works: Sequence[Work], stop: tuple[str, ...], deadline: Deadline) -> Pieces:
+    async def _pieces(self, works: Sequence[Work], call: protocol.Call, deadline: Deadline) -> Pieces:
         """What all choices produce, as it comes; None when nothing came for a while. Leaving early aborts the rest."""
         inbox: Inbox = asyncio.Queue()
         making: dict[str, _Choice] = {}
+        prompts: dict[str, _Prompt] = {}
         try:
             for work in works:
-                making[work.request.id] = _Choice(work, self._text.stream(stop, work.request.prompt))
-            self._link.submit([work.request for work in works], inbox)
+                stream = self._text.stream(
+                    call.stop,
+                    work.request.prompt,
+                    min_tokens=call.params.min_tokens,
+                    include_stop=call.include_stop,
+                    skip_special=call.skip_special,
+                )
+                prompt = prompts.setdefault(work.first, _Prompt(work.request))
+                making[work.request.id] = _Choice(work, stream, prompt, include_stop=call.include_stop)
+                self._link.submit(work.request, inbox)
             while making:
                 output = await _next(inbox, works[0].request.params.constraint, deadline)
                 if output is None:
                     yield None
                 elif (choice := making.get(output.request)) is not None:
-                    if opening := choice.opening(output):
-                        yield opening
-                    if not output.tokens and output.finish is None:
-                        continue
-                    piece = choice.take(output)
-                    if piece.finish is not None:
-                        del making[output.request]
-                        self._link.abort(output.request)  # where a stop text ended it, the engine does not know yet
-                    yield piece
+                    choice.hear(output)
+                    # Other choices of its prompt may have waited for what is told of that.
+                    for id, one in [*making.items()] if output.prompt else [(output.request, choice)]:
+                        for piece in one.pieces():
+                            if piece.finish is not None:
+                                del making[id]
+                                self._link.abort(id)  # where a stop text ended it, the engine does not know yet
+                            yield piece
         finally:
             for id in making:
                 self._link.abort(id)
@@ -333,24 +369,28 @@ class App:
         self.metrics.whole_request.observe(time.monotonic() - began)
 
     @contextmanager
-    def _admitted(self) -> Iterator[None]:
-        """Count a generation request while it lasts. RequestError where it may not begin."""
+    def _admitted(self, tenant: str) -> Iterator[Callable[[int], None]]:
+        """Count a generation request while it lasts, as one choice. RequestError where it may not begin.
+
+        What this gives is called with the number of further choices, which may be too many too.
+        """
         if self.draining:
             raise unavailable("The service is shutting down.")
-        if self.open >= self._max_open:
-            raise RequestError(
-                "The service is full.",
-                f"{self.open} requests are open, the most it takes.",
-                "Try again a little later.",
-                status=429,
-                code="overloaded",
-            )
+        held = 0
+
+        def hold(choices: int) -> None:
+            nonlocal held
+            self.places.take(tenant, choices, held)
+            held += choices
+
+        hold(1)
         self.open += 1
         self._on_request()
         try:
-            yield
+            yield hold
         finally:
             self.open -= 1
+            self.places.give_back(tenant, held)
 
     def _tenant(self, scope: Scope) -> str:
         """Whose request it is: the number of its API key. RequestError 401 without one where one is needed."""
@@ -417,11 +457,15 @@ class App:
 
 
 class Work(NamedTuple):
-    """One submission to the engine: one choice of a call, whose text begins with ``echo``."""
+    """One submission to the engine: one choice of a call, whose text begins with ``echo``.
+
+    ``first`` is the request of its prompt's first choice, which tells the prompt's logprobs for all of them.
+    """
 
     choice: int
     request: EngineRequest
     echo: str
+    first: str
 
 
 def _works(
@@ -438,10 +482,14 @@ def _works(
     more = call.priority, tenant, timeout, call.cache_salt
     logprobs = max(call.params.logprobs, 0 if call.kept < call.choices else -1)  # the best are told by them
     for prompt, length, echo in zip(prompts, lengths, echoes, strict=True):
+        first = f"{id}-{len(works)}"
         for choice in range(call.choices):
             seed = None if call.params.seed is None else (call.params.seed + choice) % 2**64
-            params = msgspec.structs.replace(call.params, max_tokens=length, seed=seed, logprobs=logprobs)
-            works.append(Work(len(works), EngineRequest(f"{id}-{len(works)}", prompt, params, *more), echo))
+            of_prompt = -1 if choice else call.params.prompt_logprobs
+            params = msgspec.structs.replace(
+                call.params, max_tokens=length, seed=seed, logprobs=logprobs, prompt_logprobs=of_prompt
+            )
+            works.append(Work(len(works), EngineRequest(f"{id}-{len(works)}", prompt, params, *more), echo, first))
     return works
 
 
@@ -478,6 +526,8 @@ async def _next(inbox: Inbox, constraint: Constraint | None, deadline: Deadline)
         what, status = f"The constraint in {constraint.field} failed.", CONSTRAINT_STATUS[item.code]
         param = constraint.field.partition(".")[0]
         raise RequestError(what, f"{item.error}.".capitalize(), status=status, param=param, code=item.code)
+    if item.finish == "error" and item.code == "constraint":
+        raise RequestError("The answer cannot go on.", f"{item.error}.".capitalize(), code=item.code)
     if item.finish in ("error", "abort"):
         why = item.error or "The engine dropped it."
         raise RequestError("The request failed in the engine.", why, status=500, code="engine_error")
@@ -492,39 +542,80 @@ def _as_told(error: Exception) -> RequestError:
     return RequestError("The server failed on this request.", status=500, code="internal_error")
 
 
+class _Prompt:
+    """What is told of a prompt's tokens, where their logprobs are wanted: to the first choice, and for all of them."""
+
+    def __init__(self, first: EngineRequest) -> None:
+        scored = first.params.prompt_logprobs >= 0
+        self.tokens = [Token(first.prompt[0])] if scored else []
+        self._awaited = len(first.prompt) if scored else 0
+
+    @property
+    def known(self) -> bool:
+        return len(self.tokens) >= self._awaited
+
+
 class _Choice:
     """One choice in the making: its text, and the tokens that the text does not show yet."""
 
-    def __init__(self, work: Work, stream: Stream) -> None:
-        prompt, scored = work.request.prompt, work.request.params.prompt_logprobs >= 0
+    def __init__(self, work: Work, stream: Stream, prompt: _Prompt, *, include_stop: bool) -> None:
         self._index = work.choice
         self._stream = stream
+        self._include_stop = include_stop
+        self._stop_tokens = work.request.params.stop_token_ids
         self._hidden: list[Token] = []
+        self._heard: list[Output] = []
         self._echo = work.echo
-        self._prompt = [Token(prompt[0])] if scored else []
-        self._awaited = len(prompt) if scored else 0
+        self._prompt = prompt
         self._opened = False
 
-    def opening(self, output: Output) -> Piece | None:
-        """What goes before the answer, once all of it is known: the prompt's text and, where wanted, its tokens."""
-        self._prompt += output.prompt
-        if self._opened or len(self._prompt) < self._awaited:
-            return None
+    def hear(self, output: Output) -> None:
+        self._prompt.tokens += output.prompt
+        self._heard.append(output)
+
+    def pieces(self) -> Iterator[Piece]:
+        """What can be told now: the prompt's text and, where wanted, its tokens go before the answer."""
+        if not self._prompt.known:
+            return
+        if not self._opened and (self._echo or self._prompt.tokens):
+            yield Piece(self._index, self._echo, (), (), None, tuple(self._prompt.tokens))
         self._opened = True
-        if not self._echo and not self._prompt:
-            return None
-        return Piece(self._index, self._echo, (), (), None, tuple(self._prompt))
+        heard, self._heard = self._heard, []
+        for output in heard:
+            if output.tokens or output.finish is not None:
+                piece = self.take(output)
+                yield piece
+                if piece.finish is not None:
+                    return
 
     def take(self, output: Output) -> Piece:
         """The output with its text; a stop text within it ends the choice."""
         stream, before = self._stream, self._stream.shown
-        text = stream.feed([token.id for token in output.tokens])
+        tokens, ending = output.tokens, output.ending
+        if self._include_stop and ending is not None:
+            tokens, ending = (*tokens, ending), None
+        text = stream.feed([token.id for token in tokens])
         if output.finish is not None:
             text += stream.flush()
-        self._hidden += output.tokens
+        self._hidden += tokens
         count = stream.shown - before
         shown, self._hidden = tuple(self._hidden[:count]), self._hidden[count:]
-        return Piece(self._index, text, output.tokens, shown, "stop" if stream.finished else output.finish)
+        return Piece(
+            self._index,
+            text,
+            tokens,
+            shown,
+            "stop" if stream.finished else output.finish,
+            ending=ending,
+            stop_reason=self._stop_reason(output),
+            cached=output.cached,
+        )
+
+    def _stop_reason(self, output: Output) -> str | int | None:
+        """As vLLM has it: the stop text, or the stop token that was asked for; None of an eos, or of another end."""
+        if self._stream.finished or output.ending is None:
+            return self._stream.matched
+        return output.ending.id if output.ending.id in self._stop_tokens else None
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> None:

@@ -75,7 +75,7 @@ class Service:
             self._link,
             _identity(options, snapshot),
             default_max_tokens=options.default_max_tokens,
-            max_open=options.engine.most_live,
+            max_open=options.engine.most_live(),
             keys=keys,
             startup=self.report,
             on_request=self._note_request,
@@ -182,6 +182,7 @@ class Service:
             self._worker_phases.append(phase)
 
     def _note_ready(self, ready: wire.Ready) -> None:
+        self._app.places.resize(self._options.engine.most_live(ready.token_budget))
         if self._started:
             _tell("the engine is ready again.")
             return

@@ -13,38 +13,45 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Unpack
 
 from fgsnap.errors import FgsnapError, RequestError, UsageError
 from fgsnap.runtime.engine import Engine
 from fgsnap.runtime.request import Constraint, EngineStats, FinishReason, Output, Request, SamplingParams, Token
-from fgsnap.runtime.text import TextStream
+from fgsnap.runtime.text import TextStream, Told
 
 PATIENCE_MS = 50
 """While all that is wanted is being compiled, whoever waits lets others ask so often."""
 
 
 class Ask(NamedTuple):
-    """One answer that is wanted. ``place`` says which prompt it is, where there are several."""
+    """One answer that is wanted; ``place`` says which prompt it is, where there are several."""
 
     prompt: Sequence[int]
     params: SamplingParams
     place: str = ""
+    priority: int = 0
+    timeout: float | None = None
+    cache_salt: str = ""
 
 
 class Delta(NamedTuple):
-    """What one step added to answer number ``answer``. Its last one carries ``finish``."""
+    """What one step added to answer number ``answer``. Its last one carries ``finish``.
+
+    ``prompt`` are the next of the prompt's tokens with their logprobs, where these are wanted; the first has none.
+    """
 
     answer: int
     text: str
     tokens: tuple[Token, ...]
     finish: FinishReason | None
+    prompt: tuple[Token, ...] = ()
 
 
 class Streams(Protocol):
     """What is needed of a Text."""
 
-    def stream(self, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> TextStream: ...
+    def stream(self, stop: Sequence[str] = (), prompt: Sequence[int] = (), **how: Unpack[Told]) -> TextStream: ...
 
 
 class SharedEngine:
@@ -78,7 +85,8 @@ class SharedEngine:
         making: dict[str, tuple[int, TextStream, Constraint | None]] = {}
         try:
             for index, ask in enumerate(asks):
-                making[next(self._ids)] = index, self._text.stream(stop, ask.prompt), ask.params.constraint
+                stream = self._text.stream(stop, ask.prompt, min_tokens=ask.params.min_tokens)
+                making[next(self._ids)] = index, stream, ask.params.constraint
             self._submit(asks, making, inbox)
             while making:
                 deltas, ended = [], []
@@ -108,7 +116,7 @@ class SharedEngine:
         with self._alone() as engine:
             for id, ask in zip(ids, asks, strict=True):
                 with placed(ask.place):
-                    engine.submit(Request(id, tuple(ask.prompt), ask.params))
+                    engine.submit(_request(id, ask))
                 self._inboxes[id] = inbox
 
     def _outputs(self, inbox: deque[Output]) -> list[Output]:
@@ -179,17 +187,33 @@ def _await(engine: Engine) -> None:
         readiness.poll(PATIENCE_MS)
 
 
+def _request(id: str, ask: Ask) -> Request:
+    return Request(
+        id,
+        tuple(ask.prompt),
+        ask.params,
+        priority=ask.priority,
+        timeout=ask.timeout,
+        cache_salt=ask.cache_salt,
+    )
+
+
 def _delta(output: Output, answer: int, stream: TextStream, constraint: Constraint | None) -> Delta:
     """What an output adds to an answer; a stop text within it ends the answer."""
     if output.finish == "error":
+        if output.code == "deadline_exceeded":
+            why = f"{output.error}.".capitalize()
+            raise RequestError("The request ran out of time.", why, param="timeout", status=504, code=output.code)
         if constraint is not None and output.code != "not_finite":
             what = f"The constraint in {constraint.field} failed."
             raise RequestError(what, f"{output.error}.".capitalize(), param=constraint.field, code=output.code)
-        raise FgsnapError("The model failed on this prompt.", output.error, "Try another --backend.")
+        if output.code == "constraint":
+            raise RequestError("The answer cannot go on.", f"{output.error}.".capitalize(), code=output.code)
+        raise FgsnapError("The model failed on this prompt.", output.error, "Try another backend.")
     text = stream.feed([token.id for token in output.tokens])
     if output.finish is not None:
         text += stream.flush()
-    return Delta(answer, text, output.tokens, "stop" if stream.finished else output.finish)
+    return Delta(answer, text, output.tokens, "stop" if stream.finished else output.finish, output.prompt)
 
 
 @contextmanager

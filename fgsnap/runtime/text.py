@@ -7,12 +7,13 @@ a stop string. A template is data of strangers: it runs in minijinja, which has 
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict, Unpack
 
 from minijinja import Environment, TemplateError
 
@@ -25,6 +26,9 @@ TEMPLATE_FUEL = 10_000_000
 
 MAX_JSON_INDENT = 16
 REPLACEMENT = "\ufffd"
+LONGEST_CHARACTER = 4
+"""Bytes in UTF-8, and so at most as many tokens."""
+MARK = "THE FINAL MESSAGE ENDS HERE "
 
 Message = Mapping[str, Any]
 
@@ -41,9 +45,23 @@ class TextSource(Protocol):
 
 
 class Decodes(Protocol):
-    """Tokens to text, special tokens skipped: a Text, a Tokenizer, or a test's double."""
+    """Tokens to text: a Text, a Tokenizer, or a test's double."""
 
-    def decode(self, ids: list[int]) -> str: ...
+    def decode(self, ids: list[int], skip_special: bool = True) -> str: ...
+
+
+class Told(TypedDict, total=False):
+    """How an answer is told.
+
+    Attributes:
+        min_tokens: a stop text that is complete within so many tokens does not end it.
+        include_stop: the stop text is a part of it.
+        skip_special: special tokens have no text.
+    """
+
+    min_tokens: int
+    include_stop: bool
+    skip_special: bool
 
 
 class Text:
@@ -63,26 +81,35 @@ class Text:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
-    def encode(self, text: str) -> list[int]:
-        """The tokens of a plain prompt, after a BOS token if the model wants one."""
-        return self._bos + self._ids(text)
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The tokens of a plain prompt, after a BOS token if the model wants one, unless it is to go without."""
+        return (self._bos if add_special_tokens else []) + self._ids(text)
 
     def least_tokens(self, text: str) -> int:
         """How many tokens a text has at least, by its length; 0 where that says nothing."""
         return self.tokenizer.least_tokens(text)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens, special tokens skipped."""
-        return self.tokenizer.decode(ids)
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of tokens, special ones skipped unless they are asked for."""
+        return self.tokenizer.decode(ids, skip_special)
 
     def render_chat(
         self,
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **variables: Any,
     ) -> str:
-        """The conversation as the model was trained to read it. RequestError if the template refuses it."""
+        """The conversation as the model was trained to read it. RequestError if the template refuses it.
+
+        Args:
+            messages: the conversation.
+            tools: that the template may tell the model of.
+            add_generation_prompt: end with what the assistant's words begin with.
+            continue_final_message: end within the last message instead, so that it is gone on with.
+            variables: for the template.
+        """
         if self._template is None:
             raise RequestError(
                 "This model has no chat template.",
@@ -90,27 +117,25 @@ class Text:
                 "Send a plain prompt (over HTTP, to /v1/completions).",
                 param="messages",
             )
-        return self._template.render(
-            messages=[_plain_message(message) for message in messages],
-            tools=list(tools) if tools else None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **variables,
-        )
+        plain = [_plain_message(message) for message in messages]
+        variables = {"tools": list(tools) if tools else None, "documents": None, **variables}
+        if continue_final_message:
+            variables["add_generation_prompt"] = False
+            return _within_last(plain, functools.partial(self._template.render, **variables))
+        return self._template.render(**variables, messages=plain, add_generation_prompt=add_generation_prompt)
 
     def encode_chat(
         self,
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        add_special_tokens: bool = False,
         **variables: Any,
     ) -> list[int]:
-        """The tokens of a conversation. The template writes its own BOS token, so none is added."""
-        return self.encode_rendered(self.render_chat(messages, tools, add_generation_prompt, **variables))
-
-    def encode_rendered(self, text: str) -> list[int]:
-        """The tokens of a conversation that has been rendered."""
-        return self._ids(text)
+        """The tokens of a conversation. The template writes its own BOS token, so none is added unless asked for."""
+        text = self.render_chat(messages, tools, add_generation_prompt, continue_final_message, **variables)
+        return self.encode(text, add_special_tokens)
 
     def token_bytes(self, token: int) -> bytes:
         """The exact bytes that a token stands for; half a character for some. Empty for an id without a token."""
@@ -124,9 +149,9 @@ class Text:
             return bytes([int(match[1], 16)])
         return (piece if byte_level else piece.replace("▁", " ")).encode()
 
-    def stream(self, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> TextStream:
+    def stream(self, stop: Sequence[str] = (), prompt: Sequence[int] = (), **how: Unpack[Told]) -> TextStream:
         """A TextStream for one answer; ``prompt`` decides whether its first word begins with a space."""
-        return TextStream(self, tuple(stop), prompt)
+        return TextStream(self, tuple(stop), prompt, **how)
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(_unicode(text))
@@ -229,6 +254,25 @@ def _template_error(reason: str) -> RequestError:
     )
 
 
+def _within_last(messages: Sequence[dict[str, Any]], render: Callable[..., str]) -> str:
+    """The conversation up to the last word of its last message; as transformers does it, by a mark behind that."""
+    *before, last = messages
+    content = last.get("content")
+    if not isinstance(content, str):
+        raise RequestError("The final message has no text to go on with.", param="messages")
+    text = render(messages=[*before, {**last, "content": content + MARK}])
+    at = text.rfind(MARK.rstrip())
+    if at < 0 or content.strip() not in text:
+        raise RequestError(
+            "The final message cannot be continued.",
+            "The model's chat template does not show it as it is.",
+            "Leave continue_final_message out.",
+            param="continue_final_message",
+        )
+    kept = text[:at]
+    return kept if text.startswith(MARK, at) else kept.rstrip()  # else the template trims, and would that message too
+
+
 def _plain_message(message: Message) -> dict[str, Any]:
     """A message as templates expect it: text parts joined, and the arguments of tool calls as objects."""
     plain = dict(message)
@@ -303,17 +347,29 @@ class TextStream:
         tokenizer: decodes tokens.
         stop: texts that end the answer. The one that is complete first counts; of two, the longer.
         prompt: the tokens before the answer, whose last few decide how its first word is spaced.
+        min_tokens, include_stop, skip_special: see Told.
 
-    What ``feed`` and ``flush`` return, joined, is the whole answer up to the stop text, and nothing after it.
+    What ``feed`` and ``flush`` return, joined, is the whole answer up to the stop text, or its end, and nothing more.
 
     Attributes:
         shown: how many of the tokens have a part in that text. At the end these are all but those of the stop text,
             and, where bytes before it were wrong, the token that showed them to be so.
     """
 
-    def __init__(self, tokenizer: Decodes, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> None:
-        self._characters = Characters(tokenizer.decode, prompt)
-        self._stops = StopTexts(stop)
+    def __init__(
+        self,
+        tokenizer: Decodes,
+        stop: Sequence[str] = (),
+        prompt: Sequence[int] = (),
+        *,
+        min_tokens: int = 0,
+        include_stop: bool = False,
+        skip_special: bool = True,
+    ) -> None:
+        decode = tokenizer.decode if skip_special else functools.partial(tokenizer.decode, skip_special=False)
+        self._characters = Characters(decode, prompt)
+        self._stops = StopTexts(stop, include=include_stop)
+        self._unheeded = min_tokens  # tokens to come that no stop text ends
         self._starts: deque[int] = deque()  # of each token not yet shown: the characters before its own
         self._whole = 0  # characters of all tokens
         self._out = 0  # characters let out
@@ -339,7 +395,9 @@ class TextStream:
         self._starts.append(self._whole)
         whole = self._characters.feed([id])
         self._whole += len(whole)
-        return self._show(self._stops.feed(whole))
+        text = self._stops.feed(whole, heeded=self._unheeded <= 0)
+        self._unheeded -= 1
+        return self._show(text)
 
     def _show(self, text: str) -> str:
         self._out += len(text)
@@ -352,7 +410,8 @@ class TextStream:
         """The text still held back, at the end of the answer."""
         if self.finished:
             return ""
-        text = self._show(self._stops.feed(self._characters.flush()) + self._stops.flush())
+        rest = self._stops.feed(self._characters.flush(), heeded=self._unheeded < 0)
+        text = self._show(rest + self._stops.flush())
         if not self.finished:  # tokens at the end that have no text, such as special ones, are part of the answer
             self.shown += len(self._starts)
             self._starts.clear()
@@ -380,8 +439,9 @@ class Characters:
     def __init__(self, decode: Callable[[list[int]], str], prompt: Sequence[int] = ()) -> None:
         self._decode = decode
         self._window = self._tail(prompt)
-        self._settled = len(self._window)  # tokens at the front of the window whose text is shown to the last character
-        self._shown = len(decode(self._window)) if self._window else 0
+        self._shown = decode(self._window) if self._window else ""  # of the text of the window
+        # Tokens at the front of the window whose characters are whole, and shown.
+        self._settled = 0 if REPLACEMENT in self._shown else len(self._window)
         self._stalled = 0
 
     def feed(self, ids: Sequence[int]) -> str:
@@ -391,60 +451,102 @@ class Characters:
 
     def _feed(self, id: int) -> str:
         self._window.append(id)
-        text = self._decode(self._window)
-        whole = len(text.rstrip(REPLACEMENT))
-        self._stalled = 0 if whole > self._shown or whole == len(text) else self._stalled + 1
-        if self._stalled >= self.patience:
-            whole = len(text) - 1
-        shown, self._shown = self._shown, max(self._shown, whole)
-        self._slide(held=max(len(text) - self._shown, 0))
-        return text[shown : max(shown, whole)]
+        text = self._text()
+        shown, whole = len(self._shown), len(text.rstrip(REPLACEMENT))
+        if whole == len(text):
+            self._stalled = 0
+            self._settle(text)
+        else:
+            self._stalled = 0 if whole > shown else self._stalled + 1
+            whole = max(whole if self._stalled < self.patience else len(text) - 1, shown)
+            self._shown = text[:whole]
+        if len(self._window) > self.longest_window:
+            self._shorten(held=len(text) - whole)
+        return text[shown:whole]
 
     def flush(self) -> str:
         """Everything held back, as it is."""
-        rest = self._decode(self._window)[self._shown :]
-        self._shown += len(rest)
+        text = self._text()
+        rest = text[len(self._shown) :]
+        self._shown = text
         return rest
 
     def _tail(self, prompt: Sequence[int]) -> list[int]:
-        """The last few tokens of the prompt, cut between two characters."""
-        tails = [list(prompt[-length:]) for length in range(self.context, self.context - 4, -1)]
-        return next((tail for tail in tails if REPLACEMENT not in self._decode(tail)), tails[0])
+        """The last few tokens of the prompt that have text: whole characters, or else what belongs to the last one."""
+        ends = range(len(prompt), 0, -1)
+        end = next((end for end in ends if self._decode([prompt[end - 1]])), len(prompt))
+        begin = max(end - self.context, 0)
+        for cut in range(end, max(end - LONGEST_CHARACTER, begin), -1):
+            start = next((start for start in range(begin, cut) if self._is_whole(prompt[start:cut])), None)
+            if start is not None:
+                return list(prompt[start if cut == end else cut : end])
+        return list(prompt[max(end - LONGEST_CHARACTER + 1, 0) : end])
 
-    def _slide(self, held: int) -> None:
+    def _is_whole(self, ids: Sequence[int]) -> bool:
+        text = self._decode(list(ids))
+        return bool(text) and REPLACEMENT not in text
+
+    def _text(self) -> str:
+        """The text of the window, which begins with what was shown."""
+        text = self._decode(self._window)
+        if not text.startswith(self._shown):  # half a character at the end of the prompt has become a whole one
+            self._shown = self._shown.rstrip(REPLACEMENT)
+        if not text.startswith(self._shown):  # some decoders take back whole characters when a part of one follows
+            self._window, self._settled, self._shown = self._window[self._settled :], 0, ""
+            text = self._decode(self._window)
+        return text
+
+    def _settle(self, text: str) -> None:
         """Forget tokens that no longer influence what follows, so that a step costs the same however long the text."""
-        if held == 0:
-            fresh = self._window[self._settled :]
-            if self._decode(fresh):  # a skipped special token would leave the next word without its neighbour
-                self._window = fresh
-            self._settled = len(self._window)
-        if len(self._window) > self.longest_window:
-            self._window = self._window[-self.context :]
-            self._settled = 0 if held else len(self._window)
-        self._shown = max(len(self._decode(self._window)) - held, 0)
+        fresh = self._window[self._settled :]
+        if alone := self._decode(fresh):
+            self._window, self._shown = fresh, alone
+        elif self._shown:  # special tokens, or one space: what is before them tells that no word here is the first
+            del self._window[self._settled :]
+        else:
+            self._shown = text
+        self._settled = len(self._window)
+
+    def _shorten(self, held: int) -> None:
+        """Leave out the middle of a window in which no character ends with a token, or none is right."""
+        del self._window[self.context : -self.context]
+        self._settled = min(self._settled, self.context)
+        text = self._decode(self._window)
+        self._shown = text[: max(len(text) - held, 0)]
 
 
 class StopTexts:
-    """Lets text through up to the first stop text, holding back what may be the beginning of one."""
+    """Lets text through up to the first stop text, holding back what may be the beginning of one.
 
-    def __init__(self, stop: Sequence[str]) -> None:
+    Args:
+        stop: the texts.
+        include: let the stop text through as well.
+    """
+
+    def __init__(self, stop: Sequence[str], *, include: bool = False) -> None:
         self._stop = tuple(text for text in stop if text)
         self._first = frozenset(text[0] for text in self._stop)
         self._longest = max(map(len, self._stop), default=0)
+        self._include = include
         self._held = ""
+        self._unheeded = 0  # characters at the front of what is held, in which no stop text ends
         self.matched: str | None = None
 
-    def feed(self, text: str) -> str:
-        """The part of all text so far that is now safe to show."""
+    def feed(self, text: str, *, heeded: bool = True) -> str:
+        """The part of all text so far that is now safe to show. A stop text that ends in it counts where ``heeded``."""
         if not self._stop:
             return text
         self._held += text
-        found = [(start + len(stop), start, stop) for stop in self._stop if (start := self._held.find(stop)) >= 0]
+        if not heeded:
+            self._unheeded = len(self._held)
+        found = [(start + len(stop), start, stop) for stop in self._stop if (start := self._find(stop)) >= 0]
         if found:
-            _, end, self.matched = min(found)
+            after, end, self.matched = min(found)
+            end = after if self._include else end
         else:
             end = self._safe_end()
         shown, self._held = self._held[:end], self._held[end:]
+        self._unheeded -= end
         return shown
 
     def flush(self) -> str:
@@ -452,6 +554,9 @@ class StopTexts:
         rest = "" if self.matched is not None else self._held
         self._held = ""
         return rest
+
+    def _find(self, stop: str) -> int:
+        return self._held.find(stop, max(self._unheeded - len(stop) + 1, 0))
 
     def _safe_end(self) -> int:
         """Where the earliest possible beginning of a stop text is in the held text."""

@@ -49,7 +49,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     """The canary matched (or was switched off, as ``canary`` says); requests are served from now on.
 
     ``setting`` is what the backend computes with, and ``reason`` why it was chosen; ``budget_source`` is where
-    ``token_budget`` comes from. ``most_live`` choices may run and wait at once.
+    ``token_budget`` comes from.
     """
 
     backend: str
@@ -62,7 +62,6 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     block_size: int
     token_budget: int
     budget_source: BudgetSource = "default"
-    most_live: int = 1 << 40
 
 
 class Outputs(msgspec.Struct, frozen=True, tag=True):

@@ -200,7 +200,7 @@ def begin_engine(told: Callable[[], wire.Begin], mark: Callable[[str], None]) ->
     canary = check_canary(decoder, snapshot)
     mark("canary")
     asked = options.engine
-    budget = settled_budget(asked.max_batch_tokens, snapshot.id, decoder)
+    budget = settled_budget(asked, snapshot.id, decoder)
     grammars = functools.partial(begin_grammars, options.snapshot)
     engine = engine_as_chosen(decoder, snapshot, asked, budget.tokens, grammars)
     return engine, wire.Ready(
@@ -214,7 +214,6 @@ def begin_engine(told: Callable[[], wire.Begin], mark: Callable[[str], None]) ->
         block_size=decoder.block_size,
         token_budget=budget.tokens,
         budget_source=budget.source,
-        most_live=engine.most_live,
     )
 
 
@@ -235,7 +234,7 @@ def engine_as_chosen(
         decoder,
         eos_token_ids=snapshot.manifest.text.eos_token_ids,
         token_budget=budget,
-        max_sequences=options.max_num_seqs,
+        max_sequences=options.most_running,
         max_waiting=options.max_waiting,
         admission=options.admission,
         prefix_caching=options.prefix_caching,

@@ -11,13 +11,16 @@ import pytest
 
 from fgsnap.bench import budget as bench
 from fgsnap.errors import HostError
-from fgsnap.runtime.budget import DEFAULT_BUDGET, Budget, budget_file, cache_folder, host_of, settled_budget
+from fgsnap.runtime.budget import CPU_BUDGET, GPU_BUDGET, Budget, budget_file, cache_folder, host_of, settled_budget
+from fgsnap.runtime.options import EngineOptions
 from tests.doubles import StubModel
 from tests.serving import real_service, run_serve, servable_snapshot
 
 SMALL = ("--kv-memory", "16MiB", "--threads", "1", "--backend", "reference")
 SNAPSHOT = "f" * 64
 DECODER = SimpleNamespace(ops=SimpleNamespace(name="stub", device="cpu"), setting="float32, 2 threads")
+LEFT_OUT = EngineOptions()
+DEFAULT = Budget(CPU_BUDGET, "default")
 
 
 @pytest.fixture(autouse=True)
@@ -70,17 +73,35 @@ def test_what_was_kept_is_found_for_the_same_snapshot_and_host(cache):
     path = bench.keep(kept())
     assert path.is_relative_to(cache / "fgsnap" / SNAPSHOT) and json.loads(path.read_text())["benchmark"] == "budget"
     assert [file.name for file in path.parent.iterdir()] == ["budget.json"]
-    assert settled_budget(None, SNAPSHOT, DECODER) == Budget(96, "measured")
-    assert settled_budget(32, SNAPSHOT, DECODER) == Budget(32, "asked for")
-    assert settled_budget(None, "0" * 64, DECODER) == Budget(DEFAULT_BUDGET, "default")
+    assert settled_budget(LEFT_OUT, SNAPSHOT, DECODER) == Budget(96, "measured")
+    assert settled_budget(EngineOptions(max_batch_tokens=32), SNAPSHOT, DECODER) == Budget(32, "asked for")
+    assert settled_budget(LEFT_OUT, "0" * 64, DECODER) == DEFAULT
     other = SimpleNamespace(ops=DECODER.ops, setting="float32, 4 threads")
-    assert settled_budget(None, SNAPSHOT, other) == Budget(DEFAULT_BUDGET, "default")
+    assert settled_budget(LEFT_OUT, SNAPSHOT, other) == DEFAULT
+
+
+def test_the_default_depends_on_where_it_computes():
+    on_gpu = SimpleNamespace(ops=SimpleNamespace(name="reference", device="cuda"), setting="bfloat16")
+    assert settled_budget(LEFT_OUT, SNAPSHOT, DECODER).tokens == CPU_BUDGET == 128
+    assert settled_budget(LEFT_OUT, SNAPSHOT, on_gpu).tokens == GPU_BUDGET == 512
+
+
+def test_who_asks_for_sequences_gets_room_for_them_and_for_prompts():
+    def budget(**asked) -> Budget:
+        return settled_budget(EngineOptions(**asked), SNAPSHOT, DECODER)
+
+    assert budget(max_num_seqs=64) == DEFAULT
+    assert budget(max_num_seqs=200) == Budget(400, "asked for")
+    assert budget(max_num_seqs=200, max_batch_tokens=100) == Budget(100, "asked for")
+    bench.keep(kept())
+    assert budget(max_num_seqs=48) == Budget(96, "measured")
+    assert budget(max_num_seqs=200) == Budget(400, "asked for")
 
 
 def test_a_newer_measurement_replaces_the_older():
     bench.keep(kept())
     bench.keep(kept(max_batch_tokens=128))
-    assert settled_budget(None, SNAPSHOT, DECODER).tokens == 128
+    assert settled_budget(LEFT_OUT, SNAPSHOT, DECODER).tokens == 128
 
 
 def test_a_cache_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatch):
@@ -88,7 +109,7 @@ def test_a_cache_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatch
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(HostError, match="Cannot write"):
         bench.keep(kept())
-    assert settled_budget(None, SNAPSHOT, DECODER) == Budget(DEFAULT_BUDGET, "default")
+    assert settled_budget(LEFT_OUT, SNAPSHOT, DECODER) == DEFAULT
 
 
 @pytest.mark.parametrize(
@@ -109,14 +130,14 @@ def test_a_cache_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatch
 def test_a_damaged_or_foreign_file_is_ignored_with_one_line(content, capfd):
     path = bench.keep(kept())
     path.write_bytes(content)
-    assert settled_budget(None, SNAPSHOT, DECODER) == Budget(DEFAULT_BUDGET, "default")
+    assert settled_budget(LEFT_OUT, SNAPSHOT, DECODER) == DEFAULT
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(f"fgsnap: the token budget in {path} is ignored: ") and line.endswith(".")
 
 
 def test_a_directory_in_its_place_is_ignored_too(capfd):
     budget_file(cache_folder(SNAPSHOT), host_of(DECODER)).mkdir(parents=True)
-    assert settled_budget(None, SNAPSHOT, DECODER).source == "default"
+    assert settled_budget(LEFT_OUT, SNAPSHOT, DECODER).source == "default"
     assert len(capfd.readouterr().err.splitlines()) == 1
 
 

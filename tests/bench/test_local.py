@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from fgsnap.bench import local
 from fgsnap.bench.local import Run, Step, decode_rate, prefill_rate, run
 from fgsnap.errors import FgsnapError
 from fgsnap.runtime.engine import Engine
+from fgsnap.runtime.options import EngineOptions
 from tests.doubles import StubModel
+from tests.serving import servable_snapshot
 
 
 def engine(model=None, *, budget=16, sequences=4) -> Engine:
@@ -23,6 +26,13 @@ def test_a_run_counts_every_token_once():
     assert all(step.seconds >= 0 for step in done.steps)
     assert max(done.first_tokens) <= sum(step.seconds for step in done.steps)
     assert max(step.written for step in done.steps) == 2
+
+
+def test_a_large_batch_has_room_in_a_budget_that_was_left_out(tmp_path):
+    snapshot = servable_snapshot(tmp_path / "snap")
+    options = EngineOptions(device="cpu", kv_memory=16 << 20, threads=1)
+    found = local.latency(snapshot, options, local.Shape(1, 2), batch=200, rounds=1, tell=lambda line: None)
+    assert found["max_batch_tokens"] == 400
 
 
 def test_an_engine_runs_again_and_counts_anew():

@@ -17,6 +17,7 @@ import pydantic
 import pytest
 
 import fgsnap
+from fgsnap.cli import run_cli
 from fgsnap.errors import RequestError
 from fgsnap.runtime import protocol
 from fgsnap.runtime.constraining import LONGEST
@@ -252,6 +253,14 @@ def test_a_python_program(tmp_path):
     assert answer(snapshot, "Hi", regex="(a|b){5}c", max_new_tokens=20).generated_text[-1] == "c"
 
 
+def test_the_command_line(tmp_path, capsys):
+    snapshot = str(servable_snapshot(tmp_path / "snap", max_length=1024))
+    assert run_cli(["run", snapshot, "Hi", "--max-tokens", "20", "--choice", "quite so", "--choice", "not so"]) == 0
+    assert capsys.readouterr().out.strip() in ("quite so", "not so")
+    assert run_cli(["run", snapshot, "Hi", "--regex", "a", "--choice", "b"]) == 1
+    assert "constrains the answer already" in capsys.readouterr().err
+
+
 def test_python_threads_go_on_while_others_compile(tmp_path):
     """And whoever waits for nothing but a compiler takes no time."""
     hostile = {"properties": {f"k{index}": {"type": "string"} for index in range(3900)}}
@@ -294,3 +303,11 @@ def test_the_grammar_processes_end_with_the_service(tmp_path):
 
 def children(pid: int) -> list[int]:
     return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_options_that_leave_a_constraint_no_token_are_the_request_s_own_doing(service):
+    digits = [*b"0123456789"]
+    body = {"prompt": "x", "max_tokens": 4, "guided_regex": "[0-9]", "stop_token_ids": digits, "min_tokens": 2}
+    reply = ask(service.url, "POST", "/v1/completions", body)
+    assert (reply.status, reply.error()["code"], reply.error()["param"]) == (400, "constraint", "guided_regex")
+    assert "no token" in reply.error()["message"]

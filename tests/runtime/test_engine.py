@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import ClassVar
 
 import msgspec
@@ -17,9 +19,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from fgsnap.errors import RequestError
 from fgsnap.kernels.ops import Batch, Edits, Sampled, Samples, Sampling
 from fgsnap.runtime.engine import Engine
-from fgsnap.runtime.request import Constraint, Output, Request, SamplingParams, Token
-from fgsnap.runtime.roster import NO_TOKEN
-from fgsnap.runtime.scheduler import MOST_SCORED
+from fgsnap.runtime.request import Constraint, Output, Request, SamplingParams, Step, Token
+from fgsnap.runtime.roster import NO_CHOICE, NO_TOKEN
+from fgsnap.runtime.scheduler import MOST_SCORED, Work
 from fgsnap.runtime.sequence import Sequence
 from tests.doubles import StubGrammars, StubModel, pick, said_next
 
@@ -66,7 +68,7 @@ def request(name: str, prompt=(1, 2, 3), max_tokens: int = 8, **params) -> Reque
 
 params = st.builds(
     SamplingParams,
-    max_tokens=st.integers(1, 9),
+    max_tokens=st.sampled_from([*range(10)]),
     temperature=st.sampled_from([0.0, 0.5, 1.0, 3.0]),
     top_k=st.sampled_from([0, 1, 5]),
     top_p=st.sampled_from([0.3, 0.9, 1.0]),
@@ -75,18 +77,25 @@ params = st.builds(
     stop_token_ids=st.sampled_from([(), (5,), (5, 6)]),
     ignore_eos=st.sampled_from([True, True, False]),
     logprobs=st.sampled_from([-1, -1, 0, 2]),
+    prompt_logprobs=st.sampled_from([-1, -1, 0, 2]),
 )
-edited = st.builds(
-    msgspec.structs.replace,
-    params,
-    repetition_penalty=st.sampled_from([1.0, 1.5]),
-    presence_penalty=st.sampled_from([0.0, 1.0]),
-    frequency_penalty=st.sampled_from([0.0, 0.5]),
-    logit_bias=st.sampled_from([(), ((1, 3.0), (2, -100.0)), ((5, 6.0),)]),
-    min_tokens=st.sampled_from([0, 0, 1]),
-    constraint=st.sampled_from([None, None, None, "1", "4", "6", "20", "0 unfit", "3 breaks"]).map(
-        lambda text: text and Constraint("lark", text)
-    ),
+edited = (
+    st.builds(
+        msgspec.structs.replace,
+        params,
+        repetition_penalty=st.sampled_from([1.0, 1.5]),
+        presence_penalty=st.sampled_from([0.0, 1.0]),
+        frequency_penalty=st.sampled_from([0.0, 0.5]),
+        logit_bias=st.sampled_from([(), ((1, 3.0), (2, -100.0)), ((5, 6.0),)]),
+        min_tokens=st.sampled_from([0, 0, 1]),
+        constraint=st.sampled_from([None, None, None, "1", "4", "6", "20", "0 unfit", "3 breaks"]).map(
+            lambda text: text and Constraint("lark", text)
+        ),
+        allowed=st.sampled_from([b"", b"", b"\x7e\x00\x00\x00"]),
+        bad_words=st.sampled_from([(), ((1,), (2, 3)), ((4, 5), (4, 4, 6), (5, 1))]),
+    )
+    .map(lambda made: msgspec.structs.replace(made, allowed=b"") if made.constraint else made)
+    .filter(lambda made: made.min_tokens <= made.max_tokens)
 )
 # Many begin alike, and some are equal.
 prompts = st.one_of(
@@ -110,6 +119,8 @@ def said(request: Request, sick: int | None = None) -> tuple[list[Token], str]:
             grammars.hear()
         if follower.error:
             return [], "error"
+    if params.prompt_logprobs >= 0 and sick in tokens[:-1]:
+        return [], "error"
     enders = {*params.stop_token_ids, *(() if params.ignore_eos and follower is None else EOS)}
     while len(given) < params.max_tokens:
         edits = Edits(
@@ -117,11 +128,14 @@ def said(request: Request, sick: int | None = None) -> tuple[list[Token], str]:
             presence=params.presence_penalty,
             frequency=params.frequency_penalty,
             bias=dict(params.logit_bias),
-            banned=sorted(enders) if len(given) < params.min_tokens else (),
+            banned=[*(enders if len(given) < params.min_tokens else ()), *unsayable(params.bad_words, given)],
+            allowed=memoryview(params.allowed) if params.allowed else None,
             prompt=sorted({*request.prompt}),
         )
         edits.counts = Counter(tokens[len(request.prompt) :])
         if follower is not None:
+            while follower.pending:
+                grammars.hear()
             edits.allowed = follower.mask()
             edits.banned = () if follower.complete else edits.banned
         how = Sampling(
@@ -135,6 +149,28 @@ def said(request: Request, sick: int | None = None) -> tuple[list[Token], str]:
         tokens.append(picked.token)
         given.append(Token(picked.token, *((picked.logprob, picked.top) if params.logprobs >= 0 else ())))
     return given, "length"
+
+
+def unsayable(words: tuple[tuple[int, ...], ...], given: list[Token]) -> list[int]:
+    said = [token.id for token in given]
+    return [last for *before, last in words if said[len(said) - len(before) :] == before]
+
+
+def lateness(how: str | None, draw: random.Random) -> Callable[[], int]:
+    """How late masks come, in looks; there are one or two a step."""
+    if how is None:
+        return lambda: 0
+    return lambda: draw.randint(0, 7) if how == "often" or draw.random() < 0.2 else 0
+
+
+def scored(request: Request) -> list[Token]:
+    """The logprobs of a prompt's tokens, from the same rules."""
+    prompt, count = request.prompt, request.params.prompt_logprobs
+    if count < 0:
+        return []
+    how = [Sampling(logprobs=count, target=token) for token in prompt]
+    sure = [pick(said_next(prompt[:at], VOCAB), how[at], at) for at in range(1, len(prompt))]
+    return [Token(one.token, one.logprob, one.top) for one in sure]
 
 
 class Clock:
@@ -160,25 +196,36 @@ class Witness:
         self.share = room - room // 2
         self.latest: dict[str, int] = {}
         self.waiting: dict[str, Sequence] = {}
+        self.leader = ""  # the tenant whose first kept its blocks when somebody last gave up its own
+        self.ended: set[str] = set()  # tenants of which one that ran or had run has ended since then
         self.add, self.start, self.preempt = scheduler.add, scheduler._start, scheduler._preempt
-        self.remove = scheduler.remove
+        self.remove, self.commit = scheduler.remove, engine._commit
+        engine._commit = self.on_commit
+        self.lost = 0  # steps in which somebody was held
         scheduler.add, scheduler._start, scheduler._preempt = self.on_add, self.on_start, self.on_preempt
         scheduler.remove = self.on_remove
 
     @property
     def step(self) -> int:
-        return self.scheduler.roster.step
+        return self.scheduler.roster.step - self.lost
 
     def prefill(self, sequence: Sequence) -> int:
-        return -(-sequence.remaining // self.share)
+        scoring = sequence.scored < sequence.to_score
+        return -(-sequence.remaining // (min(self.share, self.scheduler._most_scored) if scoring else self.share))
 
     def cost(self, sequence: Sequence) -> int:
         """The steps that it takes if each brings it as little as it may."""
         left = sequence.params.max_tokens - sequence.generated
-        return left if sequence.row >= 0 else self.prefill(sequence) + left - 1
+        return left if sequence.row >= 0 else self.prefill(sequence) + max(left, 1) - 1
 
     def running(self) -> list[Sequence]:
-        return [*self.scheduler._prompts, *self.scheduler.roster.sequences]
+        return [*self.scheduler._prompts, *self.scheduler.roster.sequences, *self.scheduler.held]
+
+    def on_commit(self, work: Work, *others) -> Step:
+        late = [one for one in [*self.scheduler.roster.sequences, *work.through] if one.matcher and one.matcher.pending]
+        self.lost += bool(late or self.scheduler.held)
+        EngineLife.seen["held"] += len(late)
+        return self.commit(work, *others)
 
     def on_add(self, sequence: Sequence) -> None:
         """It is submitted, or its constraint has been compiled."""
@@ -191,12 +238,17 @@ class Witness:
 
     def on_start(self, sequence: Sequence) -> bool:
         older = [*self.scheduler._prompts]
+        turns = {tenant: line.turn for tenant, line in self.scheduler._turns._lines.items()}
         if not self.start(sequence):
             return False
         self.waiting.pop(sequence.id)
         parked = {id(one) for group in self.scheduler._parked.values() for one in group}
+        mine = sequence.request.tenant
         for other in self.waiting.values():
-            assert sequence.order < other.order or id(other) in parked, "it overtook one that was ready"
+            if id(other) not in parked:
+                assert turns[mine] <= turns[other.request.tenant], "it was another tenant's turn"
+                same = other.request.tenant == mine
+                assert not same or sequence.order < other.order, "it overtook one that was ready"
             self.latest[other.id] += self.cost(sequence)
         from_here = self.step + sum(map(self.prefill, older)) + self.cost(sequence)
         assert from_here <= self.latest[sequence.id] + self.cost(sequence)
@@ -204,13 +256,21 @@ class Witness:
         return True
 
     def on_preempt(self, sequence: Sequence) -> None:
-        live = [*self.waiting.values(), *self.running()]
-        assert sequence is not min(live, key=lambda one: one.order), "the first of all gave up its blocks"
+        begun = [one for one in (*self.waiting.values(), *self.running()) if one.charged]
+        leader = next(one.request.tenant for one in begun if self.scheduler._turns.leads(one))
+        assert leader == self.leader or self.leader in {"", *self.ended}, "another tenant's turn ended before its time"
+        self.leader, self.ended = leader, set()
+        first = min((one for one in begun if one.request.tenant == leader), key=lambda one: one.order)
+        assert sequence is not first, "the first of all gave up its blocks"
+        EngineLife.seen["held and preempted"] += sequence in self.scheduler.held
         self.preempt(sequence)
         self.on_wait(sequence)
 
     def on_remove(self, sequence: Sequence, *, spoiled: bool = False) -> None:
         self.waiting.pop(sequence.id, None)
+        EngineLife.seen["held and ended"] += sequence in self.scheduler.held
+        if sequence.charged:
+            self.ended.add(sequence.request.tenant)
         self.remove(sequence, spoiled=spoiled)
         assert self.step <= self.latest.pop(sequence.id), "it took longer than is proven"
 
@@ -229,17 +289,23 @@ class EngineLife(RuleBasedStateMachine):
         caching=st.sampled_from([True, True, False]),
         sick=st.sampled_from([None, None, SICK]),
         queue=st.sampled_from([1, 100]),
+        most_scored=st.sampled_from([1, 3, MOST_SCORED]),
+        pushing=st.sampled_from([False, False, True]),
+        late=st.sampled_from([None, None, "now and then", "often"]),
+        seed=st.integers(0, 99),
     )
-    def begin(self, budget, most, block_size, spare, admission, caching, sick, queue):
+    def begin(self, budget, most, block_size, spare, admission, caching, sick, queue, most_scored, pushing, late, seed):
         self.sick, self.queue, self.budget, self.most, self.clock = sick, queue, budget, most, Clock()
         blocks = -(-LONGEST // block_size) + spare
         self.model = stub(blocks=blocks, block_size=block_size, nan_after=sick)
-        self.grammars = StubGrammars(VOCAB, EOS)
+        self.grammars = StubGrammars(VOCAB, EOS, lateness(late, random.Random(seed)))
         self.engine = Engine(
             self.model, eos_token_ids=EOS, token_budget=budget, max_sequences=most, admission=admission,
             max_waiting=queue, prefix_caching=caching, clock=self.clock, grammars=lambda: self.grammars,
         )  # fmt: skip
+        self.engine._scheduler._most_scored = most_scored
         self.witness = Witness(self.engine, budget, most)
+        self.pushing, self.urgent = pushing, set()
         self.requests: dict[str, Request] = {}
         self.outputs: dict[str, list[Output]] = {}
         self.live: set[str] = set()
@@ -286,7 +352,18 @@ class EngineLife(RuleBasedStateMachine):
     def wait(self):
         self.clock.now += 2
 
+    def push(self):
+        """Keep up one tenant's stream of requests that are more urgent than all others."""
+        while self.pushing and len(self.live & self.urgent) < 3 and len(self.live) < self.engine._max_live:
+            params = SamplingParams(2, 0.0, ignore_eos=True)
+            request = Request(f"r{len(self.requests)}", (1,), params, priority=-5, tenant="c")
+            self.requests[request.id] = request
+            self.live.add(request.id)
+            self.urgent.add(request.id)
+            self.engine.submit(request)
+
     def one_step(self):
+        self.push()
         before, compiling = len(self.model.batches), len(self.engine._compiling)
         step = self.engine.step()
         for output in step.outputs():
@@ -307,8 +384,10 @@ class EngineLife(RuleBasedStateMachine):
         stats, scheduler = self.engine.stats(), self.engine._scheduler
         assert stats.running + stats.waiting == len(self.live) == len(self.engine._live)
         compiling = len(self.engine._compiling)
-        assert self.engine.has_work() == (len(self.live) > compiling)
-        assert (self.engine.awaited() is None) == (not compiling)
+        held = len(scheduler.held)
+        assert self.engine.has_work() == (len(self.live) > compiling) or held, "who has work must not sleep"
+        assert (self.engine.awaited() is None) == (not compiling and not held)
+        assert self.engine.has_work() or not (scheduler._prompts or scheduler.roster.sequences)
         assert len(self.grammars.matchers) == sum(self.requests[n].params.constraint is not None for n in self.live)
         assert stats.running <= min(self.most, self.budget)
         assert 0 <= stats.kv_blocks_free <= stats.kv_blocks
@@ -320,19 +399,24 @@ class EngineLife(RuleBasedStateMachine):
     def teardown(self):
         if not hasattr(self, "engine"):
             return
-        for _ in range(sum(len(r.prompt) + r.params.max_tokens for r in self.requests.values()) ** 2 + 3):
+        tokens = sum(len(r.prompt) + r.params.max_tokens for r in self.requests.values())
+        for _ in range((tokens + self.pushing * 3 * LONGEST) ** 2 * 8 + 3):
+            self.pushing = self.pushing and not self.live <= self.urgent
             if not self.live:
                 break
             self.one_step()
         assert not self.engine.has_work(), "the engine makes no progress"
         nothing_is_left(self.engine)
         for name, outputs in self.outputs.items():
-            self.compare(outputs, said(self.requests[name], self.sick))
+            self.compare(outputs, said(self.requests[name], self.sick), scored(self.requests[name]))
         self.count()
 
-    def compare(self, outputs, expected):
+    def compare(self, outputs, expected, told):
         tokens, finish = [token for output in outputs for token in output.tokens], outputs[-1].finish
         assert all(output.finish is None for output in outputs[:-1])
+        prompt = of_prompt(outputs)
+        assert prompt == told[: len(prompt)] and (prompt == told or (finish == "error" and not tokens))
+        EngineLife.seen["prompt_scored"] += bool(prompt)
         if outputs[-1].code == "deadline_exceeded":
             assert tokens == expected[0][: len(tokens)] and finish == "error"
         else:
@@ -343,7 +427,10 @@ class EngineLife(RuleBasedStateMachine):
         stats, whole = self.engine.stats(), self.outputs.keys() == self.requests.keys()
         prompts = sum(len(request.prompt) for request in self.requests.values())
         ends = [outputs[-1] for outputs in self.outputs.values()]
-        if whole and all(end.code != "deadline_exceeded" and end.error != "unfit" for end in ends):
+        unread = any(
+            end.code == "not_finite" and self.requests[end.request].params.prompt_logprobs >= 0 for end in ends
+        )
+        if whole and not unread and all(end.code != "deadline_exceeded" and end.error != "unfit" for end in ends):
             assert stats.prompt_tokens == prompts, "a prompt's token was counted twice, or another's as one"
             assert stats.generated_tokens == sum(len(o.tokens) for given in self.outputs.values() for o in given)
         assert stats.prompt_tokens <= prompts
@@ -353,6 +440,7 @@ class EngineLife(RuleBasedStateMachine):
             prefix_hit=stats.cached_tokens > 0,
             parked=self.parked,
             compiled=self.compiled,
+            urgent=len(self.urgent) > 3,
             requests=len(self.requests),
         )
 
@@ -365,11 +453,13 @@ def nothing_is_left(engine: Engine) -> None:
     assert not pool._promised and not any(pool._users)
     assert {*pool._found.values()} == {*pool._idle} and len(pool._found) == len(pool._idle)
     assert all(pool._found[digest] == block for block, digest in enumerate(pool._digests) if digest is not None)
-    assert not scheduler._computing and not scheduler._parked and not scheduler._prompts
-    assert all(sequence.state == "gone" for _, sequence in scheduler._queue)
+    assert not scheduler._computing and not scheduler._parked and not scheduler._prompts and not scheduler.held
+    turns = scheduler._turns
+    assert not (turns or turns.waiting or turns._leading)
+    assert not any(line.queue or line.waiting or line.live or line.begun for line in turns._lines.values())
     columns = (roster.sequences, roster.ids, roster.texts, roster.tables, roster.how, roster.last, roster.cached)
     assert not any(columns) and not any(roster._growing) and not roster._due and not roster._edited
-    assert roster._enders == {NO_TOKEN: 1}
+    assert roster._enders == {NO_TOKEN: 1, NO_CHOICE: 1}
 
 
 @pytest.mark.timeout(1200)  # a failure is made smaller, which takes long
@@ -395,6 +485,9 @@ class Life(EngineLife.TestCase):
                 "prefix_hit",
                 "parked",
                 "compiled",
+                "held",
+                "urgent",
+                "prompt_scored",
                 "a full queue",
                 "ended by error",
                 "ended by stop",
@@ -515,6 +608,17 @@ def test_no_step_has_more_rows_of_prompts_than_memory_is_meant_for():
     assert max(rows) <= MOST_SCORED + len(prompts) and sum(rows) == sum(map(len, prompts.values()))
 
 
+@pytest.mark.parametrize(("logprobs", "steps"), [(-1, 4), (0, 32)])
+def test_a_prompt_that_is_scored_takes_the_steps_that_its_rows_need(logprobs, steps):
+    """Its bound is 2000 over 64, not over the half of the 257 tokens that generating leaves at least."""
+    model = Scripted({})
+    model.max_length, model.blocks = 2048, 512
+    engine = Engine(model, token_budget=512, max_sequences=256)
+    engine.submit(request("r", [1] * 2000, 0, prompt_logprobs=logprobs))
+    finish(engine)
+    assert engine.stats().steps == steps
+
+
 def test_a_prompt_that_is_scored_is_not_found_cached_but_others_find_it():
     engine = Engine(stub(), token_budget=64)
     prompt = [*range(20)]
@@ -571,6 +675,40 @@ def test_not_a_number_ends_only_the_request_it_belongs_to():
     assert "finite" in outputs["bad"][-1].error
     assert summary(outputs["good"]) == alone(good)
     assert engine.stats().kv_blocks_free == model.blocks
+
+
+def test_an_end_tells_the_token_that_made_it_and_its_logprob():
+    (likeliest,) = pick(said_next([1, 2, 3], VOCAB), Sampling(logprobs=1), 3).top
+    ends = []
+    for params in ({"logprobs": 0}, {}, {"min_tokens": 1, "max_tokens": 1}):
+        engine = Engine(stub())
+        engine.submit(request("r", (1, 2, 3), stop_token_ids=(likeliest[0],), **params))
+        ends.append(finish(engine)["r"][-1].ending)
+    assert ends == [Token(*likeliest), Token(likeliest[0]), None]
+
+
+def test_a_prompt_tells_once_how_much_of_it_was_cached():
+    engine = Engine(stub(), eos_token_ids=EOS)
+    found = {}
+    for name, prompt in {"first": range(8), "same": range(8), "longer": range(10)}.items():
+        engine.submit(request(name, prompt, max_tokens=3, ignore_eos=True))
+        found[name] = [output.cached for output in finish(engine)[name]]
+    assert found == {"first": [0, 0, 0], "same": [4, 0, 0], "longer": [8, 0, 0]}
+
+
+@pytest.mark.parametrize("constraint", [None, Constraint("lark", "4")])
+def test_options_that_leave_no_token_are_no_failure_of_the_model(constraint):
+    """The prompt's blocks are sound; where the logits are not, it is the model's failure whatever the options say."""
+    nothing = {"stop_token_ids": tuple(range(VOCAB)), "min_tokens": 1, "constraint": constraint}
+    codes, cached = [], []
+    for sick in (None, 22):
+        engine = Engine(stub(nan_after=sick), eos_token_ids=EOS, grammars=lambda: StubGrammars(VOCAB, EOS))
+        engine.submit(request("bad", (*range(1, 9), 22), **nothing))
+        codes.append(finish(engine)["bad"][-1].code)
+        engine.submit(request("again", (*range(1, 9), 21), 1))
+        finish(engine)
+        cached.append(engine.stats().cached_tokens)
+    assert codes == ["constraint", "not_finite"] and cached == [8, 0]
 
 
 def test_abort_frees_blocks_before_the_next_step():
@@ -735,3 +873,55 @@ def test_constraints_that_are_compiled_count_as_waiting_and_end_by_their_deadlin
     assert {output.code for output in engine.step().outputs()} == {"deadline_exceeded"}
     assert not grammars.matchers
     nothing_is_left(engine)
+
+
+def test_who_is_held_gives_up_its_blocks_as_anybody_does():
+    """And goes on as if nothing had happened; its mask may come before it is computed again, or after."""
+    preempted = Counter[bool]()
+    for seed in range(20):
+        draw = random.Random(seed)
+        grammars = StubGrammars(VOCAB, EOS, lateness("often", draw))
+        engine = Engine(
+            stub(blocks=9, block_size=3), eos_token_ids=EOS, admission="optimistic", grammars=lambda made=grammars: made
+        )
+        preempt = engine._scheduler._preempt
+
+        def counted(victim: Sequence, engine: Engine = engine, preempt: Callable = preempt) -> None:
+            preempted[victim in engine._scheduler.held] += 1
+            preempt(victim)
+
+        engine._scheduler._preempt = counted
+        asked = [
+            request(f"r{index}", range(index, index + 4), 12, constraint=Constraint("lark", "20"), ignore_eos=True)
+            if index % 2
+            else request(f"r{index}", range(index, index + 4), 12, ignore_eos=True)
+            for index in range(6)
+        ]
+        for one in asked:
+            engine.submit(one)
+        outputs = finish(engine)
+        for one in asked:
+            assert summary(outputs[one.id]) == ([token.id for token in said(one)[0]], said(one)[1])
+        nothing_is_left(engine)
+    assert preempted[True] > 5 and preempted[False] > 5
+
+
+def test_an_answer_whose_mask_is_late_runs_on_without_forwards_until_it_has_come():
+    model, grammars = stub(), StubGrammars(VOCAB, EOS, lambda: 4)
+    engine = Engine(model, eos_token_ids=EOS, grammars=lambda: grammars)
+    asked = request("late", max_tokens=3, constraint=Constraint("lark", "20"), ignore_eos=True)
+    engine.submit(asked)
+    outputs = []
+    while not outputs:
+        outputs += engine.step().outputs()
+    assert engine.has_work() and engine.awaited() is None
+    assert not [*engine.step().outputs()] and len(model.batches) == 2, "its mask did not come in time"
+    for _ in range(4):
+        assert not engine.has_work() and engine.awaited() is not None and engine.stats().running == 1
+        outputs += engine.step().outputs()
+    assert len(model.batches) == 3 and len(outputs) == 2
+    engine.submit(request("other", max_tokens=4, ignore_eos=True))
+    others = [output.request for _ in range(3) for output in engine.step().outputs()]
+    assert others == ["other"] * 3
+    outputs += finish(engine)["late"]
+    assert summary(outputs) == alone(asked)

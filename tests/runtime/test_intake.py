@@ -28,18 +28,16 @@ class Counting(ByteText):
         self.given = 0
         self.threads: set[str] = set()
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         self.given += len(text)
         self.threads.add(threading.current_thread().name.partition("_")[0])
-        return super().encode(text)
-
-    encode_rendered = encode
+        return super().encode(text, add_special_tokens)
 
 
 class Dense(Counting):
     """A token for every sixteen characters, and one for what is left."""
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         super().encode(text)
         return [1] * -(-len(text) // 16)
 
@@ -88,6 +86,13 @@ def test_where_the_length_says_enough_nothing_is_tokenized():
     assert text.given == 0
 
 
+def test_a_text_that_is_to_be_cut_is_not_too_long():
+    fields = {"truncate_prompt_tokens": 5, "max_tokens": 1}
+    assert len(prompts(Counting(), call(prompt="a" * 100_000, **fields), 10_000)[0]) == 100_000
+    ids = protocol.parse_completion(json.dumps({"prompt": [1] * 100_000, **fields}).encode(), VOCAB, 10_000).prompts
+    assert len(ids[0]) == 100_000
+
+
 def test_a_long_text_of_few_tokens_is_taken():
     text = Dense()
     assert prompts(text, call(prompt="a" * 160_000), 10_000) == [(1,) * 10_000]
@@ -111,20 +116,20 @@ def test_little_is_tokenized_at_once_and_much_aside():
 
 def test_a_template_that_makes_much_of_little_is_tokenized_aside():
     text = Counting()
-    text.render_chat = lambda messages: "x" * (intake.INLINE + 1)
+    text.render_chat = lambda messages, **how: "x" * (intake.INLINE + 1)
     prompts(text, call(messages=[{"role": "user", "content": "a"}]), 10**6, size=50)
     assert text.threads == {"tokenize"}
 
 
 def test_token_ids_need_no_thread():
-    assert prompts(SimpleNamespace(encode=None), call(prompt=[1, 2, 3]), 100) == [(1, 2, 3)]
+    assert prompts(SimpleNamespace(encode=len), call(prompt=[1, 2, 3]), 100) == [(1, 2, 3)]
 
 
 def test_what_nobody_waits_for_is_dropped_between_pieces():
     errand = Errand()
 
     class Leaving(Dense):
-        def encode(self, text: str) -> list[int]:
+        def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
             errand.over = self.given > 20_000
             return super().encode(text)
 
@@ -137,7 +142,7 @@ def test_what_nobody_waits_for_is_dropped_between_pieces():
 def test_no_more_than_a_few_long_texts_are_tokenized_at_once_and_clients_that_left_have_no_turn(monkeypatch):
     may_go_on, begun = threading.Event(), []
 
-    def slow(self, text: str) -> list[int]:
+    def slow(self, text: str, add_special_tokens: bool = True) -> list[int]:
         begun.append(text)
         may_go_on.wait(10)
         return [*text.encode()]

@@ -9,17 +9,21 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 import fgsnap
-from fgsnap.errors import FgsnapError, NotFound, RequestError, UsageError
+from fgsnap.bench.budget import keep
+from fgsnap.errors import FgsnapError, HostError, NotFound, RequestError, UsageError
 from fgsnap.kernels import native
+from fgsnap.runtime.budget import host_of
 from fgsnap.runtime.engine import Engine
 from fgsnap.runtime.request import SamplingParams
 from fgsnap.runtime.shared import Ask, SharedEngine, uninterrupted
+from fgsnap.snapshot import open_snapshot
 from tests.doubles import ByteText, StubModel
 from tests.serving import alive, servable_snapshot, until
 
@@ -153,6 +157,9 @@ class TestOptions:
         biased = {**GREEDY, "logit_bias": {257: 100.0}}
         assert pipe("a", **biased)[0].generated_length == 0
         assert pipe("a", **biased, min_new_tokens=3)[0].generated_length == 3
+        forced = {"logit_bias": {65: 100}, "stop": "bb", "max_new_tokens": 6, "do_sample": False}
+        texts = [pipe("a", **forced, min_new_tokens=least)[0].generated_text for least in (0, 2, 3)]
+        assert texts == ["", "b", "bb"]
         assert pipe("a", **biased, ignore_eos=True)[0].generated_length == 12
         assert ids(pipe("a", **GREEDY, logit_bias={65: 100.0})) == [[65] * 12]
         first = ids(pipe("a", **GREEDY))[0][0]
@@ -183,6 +190,48 @@ class TestOptions:
         for token in response.tokens:
             assert token.top[0] == (token.id, token.logprob) and len(token.top) == 2 and token.logprob < 0
         assert pipe("a", **GREEDY)[0].tokens[0].top == ()
+
+    def test_logprobs_of_the_prompt(self, pipe):
+        [said] = pipe("abc", **GREEDY, ignore_eos=True, logprobs=0)
+        text = [*encoded(pipe, "abc"), *(token.id for token in said.tokens)]
+        asked = {"max_new_tokens": 2, "do_sample": False, "ignore_eos": True, "prompt_logprobs": 2}
+        whole = pipe([text, [65]], **asked)
+        assert [[token.id for token in response.prompt_tokens] for response in whole] == [text, [65]]
+        assert all(response.prompt_tokens[0].top == () for response in whole)
+        for token, other in zip(whole[0].prompt_tokens[3:], said.tokens, strict=True):
+            assert token.logprob == pytest.approx(other.logprob, abs=1e-4) and token.top[0] == (token.id, token.logprob)
+        pieces = list(pipe.stream([text, [65]], **asked))
+        assert sum((piece.prompt_tokens for piece in pieces if piece.index == 0), ()) == whole[0].prompt_tokens
+        assert pipe("abc", **GREEDY)[0].prompt_tokens == ()
+
+    def test_the_best_of_several(self, pipe):
+        asked = {"max_new_tokens": 12, "seed": 4, "temperature": 2.0, "ignore_eos": True}
+        every = [pipe(prompt, **asked, n=4, logprobs=0) for prompt in PROMPTS[:2]]
+        best = pipe(PROMPTS[:2], **asked, n=2, best_of=4)
+        assert [response.index for response in best] == [0, 1, 2, 3]
+        for made, kept in zip(every, (best[:2], best[2:]), strict=True):
+            ranked = sorted(made, key=lambda response: -sum(token.logprob for token in response.tokens))
+            assert ids(kept) == ids(ranked[:2])
+        assert ids(pipe("a", **asked, n=2, best_of=2)) == ids(pipe("a", **asked, n=2))
+        for stream in (lambda: pipe.stream("a", best_of=2), lambda: pipe("a", best_of=2, streaming_fn=print)):
+            with pytest.raises(RequestError, match="cannot be streamed") as error:
+                stream()
+            assert error.value.param == "best_of"
+
+    def test_a_timeout_ends_the_call(self, pipe):
+        with pytest.raises(RequestError, match="timeout of 1e-09 s is over") as error:
+            pipe(PROMPTS, **GREEDY, timeout=1e-9)
+        assert (error.value.param, error.value.code) == ("timeout", "deadline_exceeded")
+        assert pipe("a", **GREEDY, timeout=600) == pipe("a", **GREEDY)
+
+    def test_a_salt_keeps_beginnings_apart(self, pipe):
+        def cached(**options):
+            before = pipe.stats().cached_tokens
+            pipe("salted " * 8, **GREEDY, **options)
+            return pipe.stats().cached_tokens - before
+
+        assert (cached(cache_salt="one"), cached(cache_salt="two")) == (0, 0)
+        assert cached(cache_salt="one") == 48
 
     @pytest.mark.parametrize("prompt", ["Hi", [{"role": "user", "content": "Hi"}], "ids"])
     def test_full_text(self, pipe, prompt):
@@ -215,6 +264,19 @@ class TestOptions:
         ({"logprobs": 1000}, "logprobs"),
         ({"n": 0}, "n"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"stop": ["a"] * 10**6}, "stop"),
+        ({"stop": ["a", "\ud800"]}, "stop"),
+        ({"stop_token_ids": [1] * 10**6}, "stop_token_ids"),
+        ({"logit_bias": dict.fromkeys(range(10**5), 1.0)}, "logit_bias"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"n": 3, "best_of": 2}, "best_of"),
+        ({"timeout": 0}, "timeout"),
+        ({"timeout": float("nan")}, "timeout"),
+        ({"priority": 2**40}, "priority"),
+        ({"cache_salt": ""}, "cache_salt"),
+        ({"cache_salt": "\ud800"}, "cache_salt"),
+        ({"json_schema": {"const": float("nan")}}, "json_schema"),
+        ({"json_schema": {"enum": {1, 2}}}, "json_schema"),
         ({"max_tokens": 3}, "max_tokens"),
         ({"stream": True}, "stream"),
     ],
@@ -240,6 +302,9 @@ def test_a_wrong_option_is_named_and_nothing_runs(pipe, options, param):
         (["fine", [72, 999]], "prompts[1]"),
         (["fine", [72, -1]], "prompts[1]"),
         (["fine", ["nested"]], "prompts[1]"),
+        (["fine", []], "prompts[1]"),
+        (["fine", b"ids"], "prompts[1]"),
+        ([72, "a"], "prompt"),
         (["fine", [{"role": "user"}]], "prompts[1][0].content"),
         (["fine", [{"content": "x"}]], "prompts[1][0].role"),
         ("", "prompt"),
@@ -257,6 +322,43 @@ def test_a_wrong_prompt_is_named_and_nothing_runs(pipe, prompts, param):
     assert error.value.param == param
     assert param.split("]")[0] in str(error.value) or param in ("prompt", "prompts")
     assert pipe.stats().steps == before
+
+
+class Ids(Sequence):
+    """Token ids that are far too many, and know how many of them were looked at."""
+
+    looked_at = 0
+
+    def __len__(self):
+        return 10**9
+
+    def __getitem__(self, index):
+        self.looked_at += 1
+        return 72
+
+
+def test_ids_that_cannot_fit_are_not_looked_at(pipe):
+    for wrap in (lambda prompt: prompt, lambda prompt: ["fine", prompt]):
+        prompt = Ids()
+        with pytest.raises(RequestError, match="It has 1000000000 tokens and the context"):
+            pipe(wrap(prompt), max_new_tokens=1)
+        assert prompt.looked_at < 10
+
+
+@pytest.mark.parametrize("wrap", [lambda text: text, lambda text: [{"role": "user", "content": text}]])
+def test_a_text_that_cannot_fit_is_not_tokenized_to_its_end(pipe, monkeypatch, wrap):
+    sizes = []
+    encode = pipe._text.tokenizer.encode
+    monkeypatch.setattr(pipe._text.tokenizer, "encode", lambda text: sizes.append(len(text)) or encode(text))
+    with pytest.raises(RequestError, match="It has more than 2048 tokens and the context 256") as error:
+        pipe(wrap("word " * 10**5), max_new_tokens=1)
+    assert error.value.code == "context_length_exceeded" and sizes == [2048]
+
+
+def test_a_text_of_few_tokens_may_be_long(pipe, monkeypatch):
+    """One whose beginning does not tell is tokenized to its end."""
+    monkeypatch.setattr(pipe._text, "encode", lambda text: [72] * (len(text) // 40))
+    assert pipe("word " * 900, max_new_tokens=1)[0].prompt_length == 4500 // 40
 
 
 def test_what_a_callback_raises_ends_the_call(pipe):
@@ -376,6 +478,13 @@ def test_a_refused_prompt_takes_back_those_before_it():
     assert not engine.has_work() and engine.stats().steps == 0
 
 
+def test_a_lower_priority_goes_first():
+    shared = SharedEngine(Engine(StubModel(), max_sequences=1), TEXT)
+    wanted = [ask._replace(priority=priority) for ask, priority in zip(asks(3), (1, 2, 0), strict=True)]
+    ended = [delta.answer for deltas in shared.generate(wanted) for delta in deltas if delta.finish]
+    assert ended == [2, 0, 1]
+
+
 def test_no_thread_keeps_the_others_out():
     """One that always has a next step to run lets in another that begins meanwhile."""
     shared = SharedEngine(Engine(StubModel(blocks=256)), TEXT)
@@ -435,12 +544,17 @@ def test_closing_gives_the_memory_back(snapshot):
         ({"threads": "two"}, "threads: Expected `int"),
         ({"kv_memory": "2GiB"}, "kv_memory: Expected `int"),
         ({"admission": "never"}, "admission: Invalid enum value 'never'"),
-        ({"max_model_len": 10**6}, "context"),
+        ({"max_model_len": 10**6}, r"Use max_model_len 256 or less\."),
     ],
 )
 def test_what_load_refuses(snapshot, options, match):
     with pytest.raises(UsageError, match=match):
         fgsnap.load(snapshot, **options)
+
+
+def test_an_error_names_the_arguments_of_load(snapshot):
+    with pytest.raises(HostError, match=r"Give more with kv_memory, or ask for less with max_model_len\."):
+        fgsnap.load(snapshot, device="cpu", kv_memory=4096)
 
 
 def test_a_snapshot_that_is_not_there(tmp_path):
@@ -458,6 +572,30 @@ def test_the_engine_is_as_chosen(snapshot):
         next(stream)
         assert (pipe.stats().running, pipe.stats().waiting) == (2, 1)
         stream.close()
+
+
+def test_the_token_budget_is_as_measured(snapshot, tmp_path, monkeypatch):
+    """Where none is asked for, as fgsnap serve has it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def loaded(**options):
+        return fgsnap.load(snapshot, backend=BACKENDS[-1], device="cpu", kv_memory=KV_MEMORY, threads=1, **options)
+
+    def steps_of_a_prompt(pipe):
+        pipe("x" * 200, max_new_tokens=1)
+        return pipe.stats().steps
+
+    with loaded() as pipe:
+        assert steps_of_a_prompt(pipe) == 2, "of 128 tokens, the default on a CPU"
+        decoder = pipe._engine._engine._model
+        host = host_of(decoder)
+    opened = open_snapshot(snapshot)
+    opened.close()
+    keep({"snapshot": opened.id, "host": host, "max_batch_tokens": 50})
+    with loaded() as pipe:
+        assert steps_of_a_prompt(pipe) == 4
+    with loaded(max_batch_tokens=100) as pipe:
+        assert steps_of_a_prompt(pipe) == 2
 
 
 @pytest.mark.skipif("native" not in BACKENDS, reason="the library is not built")

@@ -145,3 +145,114 @@ def test_bounds_of_the_command_line(snapshot):
         assert len(answer.choices) == 2
         now = samples(service.url)
         assert now["fgsnap_prompt_tokens_cached_total"] == 0
+
+
+B, C, EOS = 65, 66, 257  # of the byte tokenizer here
+BIASED = {str(B): 9, str(C): 9}
+
+
+def test_a_stop_text_or_token_may_be_a_part_of_the_answer(api):
+    free = {"prompt": "stops", "max_tokens": 40, "seed": 3, "model": MODEL, "logit_bias": BIASED, "logprobs": 0}
+    shown = {"ignore_eos": True, "include_stop_str_in_output": True}
+    (plain,) = api.completions.create(stop="ccc", extra_body={"ignore_eos": True}, **free).choices
+    (whole,) = api.completions.create(stop="ccc", extra_body=shown, **free).choices
+    assert whole.text == plain.text + "ccc" and len(whole.logprobs.tokens) == len(whole.text)
+    assert (plain.finish_reason, plain.stop_reason, whole.stop_reason) == ("stop", "ccc", "ccc")
+    without = api.completions.create(extra_body={"ignore_eos": True, "stop_token_ids": [C]}, **free)
+    answer = api.completions.create(extra_body={**shown, "stop_token_ids": [C]}, **free)
+    assert answer.choices[0].text == without.choices[0].text + "c" and answer.choices[0].logprobs.tokens[-1] == "c"
+    assert answer.choices[0].stop_reason == without.choices[0].stop_reason == C
+    assert answer.usage.completion_tokens == without.usage.completion_tokens + 1
+    chunks = list(api.completions.create(extra_body={**shown, "stop_token_ids": [C]}, stream=True, **free))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == answer.choices[0].text
+    assert chunks[-1].choices[0].stop_reason == C
+    ended = api.completions.create(prompt="x", logit_bias={str(EOS): 100}, **GREEDY).choices[0]
+    assert (ended.finish_reason, ended.stop_reason) == ("stop", None)
+
+
+def test_special_tokens_are_shown_where_they_are_asked_for(api):
+    forced = {"prompt": "x", "max_tokens": 2, "logit_bias": {str(EOS): 100}, **GREEDY}
+    for shown, text in ((True, ""), (False, "<eos><eos>")):
+        answer = api.completions.create(extra_body={"ignore_eos": True, "skip_special_tokens": shown}, **forced)
+        assert answer.choices[0].text == text and answer.usage.completion_tokens == 2
+    kept = {"include_stop_str_in_output": True, "skip_special_tokens": False}
+    assert api.completions.create(extra_body=kept, **forced).choices[0].text == "<eos>"
+
+
+def test_only_allowed_tokens_are_picked(api):
+    asked = {"prompt": "x", "max_tokens": 20, "temperature": 2, "seed": 5, "model": MODEL}
+    answer = api.completions.create(extra_body={"allowed_token_ids": [C, B, C]}, **asked).choices[0]
+    assert set(answer.text) == {"b", "c"} and answer.finish_reason == "length"
+
+
+def test_allowed_tokens_that_may_not_be_picked_yet_leave_none(service):
+    nothing = {"allowed_token_ids": [B], "stop_token_ids": [B], "min_tokens": 1}
+    reply = ask(service.url, "POST", "/v1/completions", {"prompt": "x", **nothing})
+    assert (reply.status, reply.error()["code"]) == (400, "constraint") and "no token" in reply.error()["message"]
+
+
+def test_bad_words_are_not_said(api):
+    asked = {"prompt": "x", "max_tokens": 60, "temperature": 1, "seed": 5, "model": MODEL, "logit_bias": BIASED}
+    free = api.completions.create(extra_body={"ignore_eos": True}, **asked).choices[0].text
+    bad = ["ccc", "bcb", "a"]
+    held = api.completions.create(extra_body={"ignore_eos": True, "bad_words": bad}, **asked).choices[0].text
+    assert "ccc" in free and "bcb" in free
+    assert not any(word in held for word in bad) and "cc" in held and "bc" in held
+
+
+def test_a_prompt_is_cut_to_its_last_tokens(api):
+    for prompt, end in (("long before the very end", "the very end"), ([*range(50), 7, 8, 9], [7, 8, 9])):
+        whole = api.completions.create(prompt=end, max_tokens=5, **GREEDY)
+        cut = api.completions.create(
+            prompt=prompt, max_tokens=5, extra_body={"truncate_prompt_tokens": len(end)}, **GREEDY
+        )
+        assert cut.choices[0].text == whole.choices[0].text and cut.usage.prompt_tokens == len(end)
+    echoed = api.completions.create(
+        prompt="much too long", max_tokens=1, echo=True, logprobs=0, extra_body={"truncate_prompt_tokens": 4}, **GREEDY
+    )
+    assert echoed.choices[0].text.startswith("long") and len(echoed.choices[0].logprobs.tokens) == 5
+    fits = api.completions.create(
+        prompt="x" * 3000, max_tokens=24, extra_body={"truncate_prompt_tokens": -1, "ignore_eos": True}, **GREEDY
+    )
+    assert (fits.usage.prompt_tokens, fits.usage.completion_tokens) == (1000, 24)
+
+
+def test_a_stop_text_does_not_end_an_answer_that_is_too_short(api):
+    asked = {"prompt": "x", "max_tokens": 9, "logit_bias": {str(B): 100}, **GREEDY}
+    for least, text in ((0, ""), (2, "b"), (3, "bb"), (8, "b" * 7), (9, "b" * 9)):
+        answer = api.completions.create(stop="bb", extra_body={"min_tokens": least}, **asked).choices[0]
+        assert answer.text == text and answer.finish_reason == ("stop" if least < 9 else "length")
+
+
+def test_the_best_answer_is_not_an_empty_one_that_ended_against_the_odds(api):
+    asked = {"prompt": "best", "max_tokens": 6, "seed": 5, "model": MODEL, "logprobs": 0}
+    ends = {"stop_token_ids": [*range(40)], "ignore_eos": True}
+    shown = api.completions.create(n=32, extra_body={**ends, "include_stop_str_in_output": True}, **asked).choices
+    made = api.completions.create(n=32, extra_body=ends, **asked).choices
+    means = [sum(one.logprobs.token_logprobs) / len(one.logprobs.token_logprobs) for one in shown]
+    best = api.completions.create(best_of=32, extra_body=ends, **asked).choices[0]
+    assert any(one.text == "" for one in made)
+    assert best.text == made[means.index(max(means))].text
+
+
+def test_usage_tells_what_was_cached(api):
+    asked = {"prompt": "a prompt of two blocks and a little more", "max_tokens": 2, **GREEDY}
+    found = [api.completions.create(**asked).usage.prompt_tokens_details.cached_tokens for _ in range(2)]
+    assert found == [0, 32]
+    chunks = list(api.completions.create(stream=True, stream_options={"include_usage": True}, **asked))
+    assert chunks[-1].usage.prompt_tokens_details.cached_tokens == 32
+
+
+def test_what_would_change_the_answer_and_is_not_offered_is_refused_by_name(service):
+    refused = {
+        "tool_choice": "required", "function_call": {"name": "f"}, "typical_p": 0.5, "mirostat": 2, "min_length": 5,
+        "grammar": 'root ::= "a"', "json_schema": {"type": "object"}, "dry_multiplier": 0.8, "reasoning_effort": "high",
+    }  # fmt: skip
+    for field, value in refused.items():
+        reply = ask(service.url, "POST", "/v1/completions", {"prompt": "x", "max_tokens": 1, field: value})
+        assert (reply.status, reply.error()["param"], reply.error()["code"]) == (400, field, "unsupported_parameter")
+
+
+def test_a_bad_word_of_spaces_is_refused(service):
+    reply = ask(service.url, "POST", "/v1/completions", {"prompt": "x", "bad_words": ["fine", "  "]})
+    assert (reply.status, reply.error()["param"]) == (400, "bad_words")

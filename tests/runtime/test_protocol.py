@@ -92,6 +92,41 @@ def test_every_field_arrives():
     assert call.stream and call.include_usage
 
 
+def test_fields_of_vllm_arrive():
+    call = completion(
+        include_stop_str_in_output=True, skip_special_tokens=False, allowed_token_ids=[0, 33, 99], bad_words=["x"],
+        truncate_prompt_tokens=7, add_special_tokens=False, spaces_between_special_tokens=True,
+    )  # fmt: skip
+    assert (call.include_stop, call.skip_special, call.bad_words) == (True, False, ("x",))
+    assert (call.truncate_prompt_tokens, call.add_special_tokens) == (7, False)
+    assert int.from_bytes(call.params.allowed, "little") == 1 | 1 << 33 | 1 << 99 and len(call.params.allowed) == 16
+    plain = completion(allowed_token_ids=None, skip_special_tokens=None, spaces_between_special_tokens=False)
+    assert (plain.params.allowed, plain.skip_special, plain.include_stop, plain.add_special_tokens) == (
+        b"", True, False, True,
+    )  # fmt: skip
+
+
+def test_how_a_chat_ends_for_the_model():
+    def ending(**fields):
+        call = chat(**fields)
+        return call.add_generation_prompt, call.continue_final_message, call.add_special_tokens
+
+    assert ending() == ending(add_generation_prompt=True) == (True, False, False)
+    assert ending(add_generation_prompt=False, add_special_tokens=True) == (False, False, True)
+    assert ending(continue_final_message=True) == (False, True, False)
+    with pytest.raises(RequestError) as caught:
+        chat(continue_final_message=True, add_generation_prompt=True)
+    assert caught.value.param == "continue_final_message"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "head", "kept"), [(3, 0, "789"), (3, 1, "089"), (1, 2, "0"), (99, 1, "0123456789"), (-1, 0, "6789")]
+)
+def test_a_prompt_is_cut_to_its_last_tokens_after_what_it_begins_with(wanted, head, kept):
+    call = completion(truncate_prompt_tokens=wanted, max_tokens=96)
+    assert protocol.truncated(call, tuple(range(10)), head, 100) == tuple(map(int, kept))
+
+
 def test_a_chat_takes_both_names_for_its_length_and_both_fields_for_logprobs():
     assert chat(max_tokens=3).max_tokens == 3
     assert chat(max_tokens=3, max_completion_tokens=4).max_tokens == 4
@@ -127,6 +162,9 @@ def test_vllm_s_switched_off_top_k_is_off():
         ("timeout", -1), ("timeout", 1e7), ("timeout", "soon"), ("cache_salt", ""), ("cache_salt", "x" * 257),
         ("cache_salt", 5), ("echo", "yes"), ("echo", 1), ("prompt_logprobs", -1), ("prompt_logprobs", 21),
         ("prompt_logprobs", True), ("stop_token_ids", [100]), ("stop_token_ids", 5), ("max_tokens", -1),
+        ("allowed_token_ids", []), ("allowed_token_ids", [100]), ("allowed_token_ids", [-1]), ("bad_words", [""]),
+        ("bad_words", ["x"] * 129), ("truncate_prompt_tokens", 0), ("truncate_prompt_tokens", -2),
+        ("skip_special_tokens", "no"), ("include_stop_str_in_output", 1), ("add_special_tokens", []),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_refused_by_the_name_of_its_field(field, value):
@@ -146,6 +184,8 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_field(field, value):
         ({"prompt_logprobs": 0, "stream": True}, "prompt_logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"prompt": ["x"] * 65, "best_of": 2}, "prompt"),
+        ({"allowed_token_ids": [1], "guided_regex": "a"}, "allowed_token_ids"),
+        ({"skip_special_tokens": False, "spaces_between_special_tokens": False}, "spaces_between_special_tokens"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused_by_name(fields, param):
@@ -490,7 +530,39 @@ def test_usage_counts_tokens_whether_or_not_they_show():
     assert closing.endswith(answers.DONE)
     last = json.loads(closing.split(b"\n\n")[0].removeprefix(b"data: "))
     assert last["choices"] == []
-    assert last["usage"] == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+    counts = {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+    assert last["usage"] == {**counts, "prompt_tokens_details": {"cached_tokens": 0}}
+
+
+def test_cached_tokens_are_those_that_the_first_choice_of_each_prompt_found():
+    made = answer(chat=False, choices=4, each=2)
+    for choice, cached in ((0, 4), (1, 8), (3, 8), (2, 16), (2, 0)):
+        made.add(Piece(choice, "", (), (), None, cached=cached))
+    assert made.usage()["prompt_tokens_details"] == {"cached_tokens": 20}
+
+
+def test_the_token_that_ended_an_answer_counts_for_its_likelihood():
+    """An empty answer was once the likeliest of all, whatever the odds that it ended at once."""
+    made = answer(chat=False, choices=6, each=6, best=6)
+    one = Token(1, -0.5)
+    made.add(Piece(0, "unlikely end", (one,), (one,), "stop", ending=Token(9, -4.0)))
+    made.add(Piece(1, "long", (one, one), (one, one), "length"))
+    made.add(Piece(2, "ended", (one,), (one,), None))
+    made.add(Piece(2, "", (), (), "stop", ending=Token(9, -0.1)))
+    made.add(Piece(3, "unknown", (), (), "stop"))
+    made.add(Piece(4, "empty", (), (), "stop", ending=Token(9, -3.0)))
+    made.add(Piece(5, "likely empty", (), (), "stop", ending=Token(9, -0.2)))
+    texts = [choice["text"] for choice in json.loads(made.whole())["choices"]]
+    assert texts == ["likely empty", "ended", "long", "unlikely end", "empty", "unknown"]
+
+
+def test_what_ended_an_answer_is_told_with_its_end():
+    made = answer(chat=False, spell=None)
+    chunks = [
+        made.chunk(Piece(0, "a", (Token(1),), (), end, stop_reason=why)) for end, why in ((None, None), ("stop", 7))
+    ]
+    first, last = (json.loads(chunk.removeprefix(b"data: "))["choices"][0] for chunk in chunks)
+    assert "stop_reason" not in first and last["stop_reason"] == 7
 
 
 def test_an_error_reads_as_openai_s():

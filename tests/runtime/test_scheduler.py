@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from itertools import combinations
 
 import pytest
 from hypothesis import given, settings
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 from fgsnap.runtime.blocks import BlockPool
 from fgsnap.runtime.request import Request, SamplingParams
 from fgsnap.runtime.roster import Roster
-from fgsnap.runtime.scheduler import MANY_TENANTS, MOST_PROMPTS, Scheduler
+from fgsnap.runtime.scheduler import MOST_PROMPTS, Scheduler
 from fgsnap.runtime.sequence import Sequence
+from fgsnap.runtime.turns import MANY_GONE, MANY_TENANTS
 from tests.doubles import check_batch
 
 ENDING = 1000  # a token that no test gives
@@ -253,7 +255,124 @@ def test_tenants_without_a_claim_are_forgotten():
     for index in range(3 * MANY_TENANTS):
         bench.add(str(index), prompt=1, max_tokens=1, tenant=str(index))
         bench.step()
-    assert len(bench.scheduler._turns) <= MANY_TENANTS + 1
+    assert len(bench.scheduler._turns._lines) <= MANY_TENANTS + 1
+
+
+def test_endless_urgent_requests_keep_back_others_of_their_own_tenant_only():
+    bench = Bench(max_sequences=1)
+    bench.add("mine", 3, 1, tenant="a")
+    bench.add("theirs", 3, 1, tenant="b")
+    order = []
+    for index in range(10):
+        bench.add(f"urgent{index}", 3, 1, priority=-5, tenant="a")
+        order += bench.step()
+    assert order[:3] == ["theirs", "urgent0", "urgent1"] and "mine" not in order
+
+
+def test_what_was_queued_and_cancelled_costs_no_turns():
+    bench = Bench(max_sequences=1)
+    for index in range(50):
+        bench.add(f"a{index}", 8, 8, tenant="a")
+        bench.add(f"b{index}", 8, 8, tenant="b")
+    for index in range(50):
+        bench.remove(f"a{index}")
+    bench.add("a", 8, 8, tenant="a")
+    order = [*dict.fromkeys(name for made in bench.run() for name in made)]
+    assert order.index("a") == 1
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_what_was_promised_and_not_used_is_given_back(cancelled):
+    """One of a's may have 100 tokens and has 5; then a is not behind b, which gets 5 at a time."""
+    bench = Bench(blocks=60, max_sequences=1)
+    long = bench.add("a0", 4, 96, tenant="a")
+    for index in range(1, 4):
+        bench.add(f"a{index}", 4, 1, tenant="a")
+        bench.add(f"b{index}", 4, 1, tenant="b")
+    order = [*bench.step()]
+    if not cancelled:
+        long.tokens[-1] = ENDING
+    bench.remove("a0")
+    order += [name for made in bench.run() for name in made]
+    assert order == ["a0", "b1", "a1", "b2", "a2", "b3", "a3"]
+
+
+def test_what_is_given_back_saves_no_turns_up_either():
+    """The long one was started when nobody else was there: what it leaves over is no claim on those that came since."""
+    bench = Bench(blocks=100, max_sequences=2)
+    bench.add("a", 4, 296, tenant="a")
+    bench.step()
+    for index in range(60):
+        bench.add(f"b{index}", 4, 1, tenant="b")
+    for _ in range(40):
+        bench.step()
+    for index in range(60):
+        bench.add(f"a{index}", 4, 1, tenant="a")
+    bench.remove("a")
+    bench.step()
+    order = [name[0] for _ in range(10) for name in bench.step()]
+    assert order.count("b") >= 8, "it takes turns with a"
+
+
+class Account:
+    """What tenants have used, and the widest that two of them were apart while both had somebody ready to start."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.known: list[Sequence] = []
+        self.past: Counter = Counter()  # what those used that are gone
+        self.longest = self.promised = self.widest = 0
+        self.spans: dict[tuple[str, str], tuple[int, int]] = {}
+
+    def look(self) -> None:
+        used, promised, ready = self.past.copy(), Counter(), set()
+        for one in self.known:
+            tenant = one.request.tenant
+            used[tenant] += one.used
+            self.longest = max(self.longest, one.longest)
+            if one.state == "running":
+                promised[tenant] += one.longest - one.used
+            elif one.state == "waiting":
+                ready.add(tenant)
+            else:
+                self.past[tenant] += one.used
+        self.known = [one for one in self.known if one.state != "gone"]
+        self.promised = max([self.promised, *promised.values()])
+        for pair in combinations("abc", 2):
+            if not ready.issuperset(pair):
+                self.spans.pop(pair, None)
+                continue
+            apart = used[pair[0]] - used[pair[1]]
+            low, high = self.spans.get(pair, (apart, apart))
+            self.spans[pair] = min(low, apart), max(high, apart)
+            self.widest = max(self.widest, max(high, apart) - min(low, apart))
+
+
+@pytest.mark.parametrize("admission", ["reserve", "optimistic"])
+@pytest.mark.parametrize("seed", range(4))
+def test_tenants_that_wait_are_never_far_apart_whatever_they_do(seed, admission):
+    """One sends urgent requests only, one cancels most of what it sends, one sends long ones that end early."""
+    draw = random.Random(seed)
+    bench = Bench(blocks=12, max_sequences=6, admission=admission)
+    account = Account(bench)
+    for step in range(600):
+        for tenant in "abc":
+            mine = sum(live.request.tenant == tenant for live in bench.live.values())
+            if draw.random() < draw.choice([0.5, 0.9]) and mine < 12:
+                prompt, most, priority = {"a": (20, 2, -5), "b": (9, 9, 0), "c": (3, 30, 1)}[tenant]
+                name = f"{tenant}{step}"
+                made = bench.add(name, draw.randint(1, prompt), draw.randint(1, most), priority, tenant)
+                account.known.append(made)
+        for name, live in [*bench.live.items()]:
+            odds = {"a": 0.0, "b": 0.2, "c": 0.1 if live.generated else 0.0}[live.request.tenant]
+            if draw.random() < odds:
+                bench.remove(name)
+        account.look()
+        bench.step()
+        account.look()
+    bound = 2 * account.longest + 4 * account.promised
+    assert account.widest <= bound, (account.widest, bound)
+    assert bench.scheduler.preemptions or admission == "reserve"
 
 
 # ---- leaving --------------------------------------------------------------------------------------------------------
@@ -274,7 +393,7 @@ def test_removal_works_in_every_state():
         bench.remove(name)
     assert (bench.scheduler.running, bench.scheduler.waiting, bench.pool.available) == (0, 0, 6)
     assert not bench.scheduler._parked and not bench.scheduler._computing
-    assert bench.step() == {} and not bench.scheduler._queue
+    assert bench.step() == {} and not bench.scheduler._turns
 
 
 def test_those_that_left_do_not_pile_up_in_the_queue():
@@ -287,7 +406,7 @@ def test_those_that_left_do_not_pile_up_in_the_queue():
     for index in range(2000):
         bench.add(str(index), 1, 1)
         bench.remove(str(index))
-    assert len(bench.scheduler._queue) <= 2 * 51 + MOST_PROMPTS
+    assert len(bench.scheduler._turns._lines[""].queue) <= 2 * 51 + MANY_GONE + 1
     order = [name for made in bench.run() for name in made if name.startswith("kept")]
     assert order == [f"kept{index}" for index in range(50)]
 
@@ -477,6 +596,34 @@ def test_lower_priorities_give_up_their_blocks_first():
     assert bench.states() == {"first": "running", "background": "waiting", "small": "running"}
 
 
+def test_another_tenant_s_priority_takes_nobody_s_blocks():
+    bench = Bench(blocks=8, admission="optimistic", budget=30)
+    bench.add("first", 3, 20, tenant="c")
+    bench.add("large", 11, 8, priority=1, tenant="b")
+    bench.add("small", 3, 20, priority=-5, tenant="a")
+    while not bench.scheduler.preemptions:
+        bench.step()
+    assert bench.states() == {"first": "running", "large": "running", "small": "waiting"}
+
+
+def test_tenants_take_turns_at_keeping_their_blocks():
+    bench = Bench(blocks=40, admission="optimistic", budget=30)
+    tenants = {"a": ("long", "short", "late"), "b": ("other",)}
+    made = {name: bench.add(name, 3, 20, tenant=tenant) for tenant, names in tenants.items() for name in names}
+    bench.step()
+
+    def leading() -> list[str]:
+        return [name for name in made if bench.scheduler._turns.leads(made[name])]
+
+    assert leading() == ["long", "short", "late"]
+    bench.remove("short")
+    assert leading() == ["other"]
+    bench.remove("late")
+    assert leading() == ["other"]
+    bench.remove("other")
+    assert leading() == ["long", "short", "late"]
+
+
 def test_of_two_that_cost_the_same_the_later_one_gives_up_its_blocks():
     bench = Bench(blocks=8, admission="optimistic", budget=30)
     for name in "abc":
@@ -586,7 +733,7 @@ def test_the_roster_knows_who_grows_and_who_is_due_without_looking(moves, block_
         assert len(roster) == len(live)
     for one in live:
         roster.leave(one)
-    assert not any(roster._growing) and not roster._due and roster._enders == {-1: 1}
+    assert not any(roster._growing) and not roster._due and roster._enders == {-1: 1, -2: 1}
 
 
 # ---- blocks ---------------------------------------------------------------------------------------------------------
@@ -606,7 +753,7 @@ def filled(pool: BlockPool, tokens: list[int], salt: str = "") -> tuple[list[int
 
 def test_outgrowing_a_promise_is_our_own_fault():
     pool = BlockPool(4, 4)
-    assert pool.take([], 1) == []
+    assert not pool.take([], 1)
     pool.draw()
     with pytest.raises(AssertionError, match="outgrew"):
         pool.draw()

@@ -6,15 +6,20 @@ import json
 import socket
 import threading
 import time
+from collections import Counter
 
 import openai
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from fgsnap.errors import RequestError
 from fgsnap.kernels.ops import Batch, Sampled, Sampling
 from fgsnap.runtime import intake, server
 from fgsnap.runtime import service as service_module
 from fgsnap.runtime.link import Link
 from fgsnap.runtime.options import EngineOptions, ServeOptions
+from fgsnap.runtime.places import Places
 from fgsnap.runtime.request import EngineStats
 from fgsnap.snapshot import open_snapshot
 from tests.doubles import ByteText, StubModel
@@ -98,6 +103,31 @@ def test_a_chat(api):
     assert answer.usage.prompt_tokens == len("user: hi\nassistant:")
 
 
+def test_a_chat_may_go_on_with_its_last_message(api):
+    said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "The answer"}]
+    for how, text in (
+        ({"continue_final_message": True}, "user: hi\nassistant: The answer"),
+        ({"add_generation_prompt": False}, "user: hi\nassistant: The answer\n"),
+        ({}, "user: hi\nassistant: The answer\nassistant:"),
+    ):
+        answer = api.chat.completions.create(
+            messages=said, max_tokens=4, extra_body={"ignore_eos": True, **how}, **GREEDY
+        )
+        assert answer.choices[0].message.content == ByteText().decode(continuation(text, 4))
+        assert answer.usage.prompt_tokens == len(text)
+
+
+def test_a_prompt_may_go_without_the_bos_and_keeps_it_when_it_is_cut(service, api, monkeypatch):
+    for holder in (service.app, service.app._intake):
+        monkeypatch.setattr(holder, "_text", ByteText(add_bos=True))
+    found = []
+    for sent in ("hello", [*b"hello"]):
+        for how in ({}, {"add_special_tokens": False}, {"truncate_prompt_tokens": 3}):
+            answer = api.completions.create(prompt=sent, max_tokens=1, echo=True, extra_body=how, **GREEDY)
+            found.append((answer.usage.prompt_tokens, answer.choices[0].text[:2]))
+    assert found == [(6, "he"), (5, "he"), (3, "lo"), (5, "he"), (5, "he"), (3, "ll")]
+
+
 def test_a_streamed_chat_begins_with_the_role(api):
     arguments = {**GREEDY, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8}
     plain = api.chat.completions.create(**arguments)
@@ -105,7 +135,7 @@ def test_a_streamed_chat_begins_with_the_role(api):
     assert chunks[0].choices[0].delta.role == "assistant" and chunks[0].choices[0].delta.content == ""
     said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert said == plain.choices[0].message.content
-    assert chunks[-1].usage == plain.usage and chunks[0].object == "chat.completion.chunk"
+    assert chunks[-1].usage.total_tokens == plain.usage.total_tokens and chunks[0].object == "chat.completion.chunk"
 
 
 def test_without_a_length_a_chat_may_fill_the_context(api):
@@ -274,6 +304,34 @@ def pieced(stream):
     return found
 
 
+@pytest.mark.parametrize("caching", [True, False])
+def test_a_prompt_is_scored_once_for_all_its_choices(caching):
+    """Without a cache the others have their answers before the first one's prompt is scored, and are told it first."""
+    workers = StubWorkers()
+    workers.engine = {"prefix_caching": caching, "token_budget": 512}
+    texts, count = ["score " * 20, "z" * 70], 3
+    asked = {"prompt": texts, "n": count, "max_tokens": 2, "seed": 1, "model": MODEL}
+    more = {"ignore_eos": True}
+    with stub_service(workers) as service, client(service.url) as api:
+        arguments = {**asked, "echo": True, "logprobs": 1}
+        whole = api.completions.create(**arguments, extra_body=more)
+        rows = sum(len(batch.rows) for batch in workers.model.model.batches)
+        assert rows == sum(map(len, texts)) - len(texts) + 2 * count * len(texts)
+        streamed = pieced(api.completions.create(**arguments, extra_body=more, stream=True))
+        vllm_s = api.completions.create(**asked, extra_body={**more, "prompt_logprobs": 1})
+        for choice, other in zip(whole.choices, vllm_s.choices, strict=True):
+            text = texts[choice.index // count]
+            assert choice.text.startswith(text) and streamed[choice.index] == (choice.text, choice.logprobs)
+            expected = pytest.approx([one.logprob for one in scores(text.encode(), 1)], abs=1e-9)
+            assert choice.logprobs.token_logprobs[1 : len(text)] == expected
+            told = [
+                entry[str(ord(byte))]["logprob"]
+                for byte, entry in zip(text, other.prompt_logprobs, strict=True)
+                if entry
+            ]
+            assert told == expected
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_echo_without_logprobs_is_the_prompt_and_the_answer(api, stream):
     arguments = {**GREEDY, "prompt": "say it", "n": 2, "extra_body": {"ignore_eos": True}}
@@ -440,18 +498,18 @@ def test_the_time_that_is_spent_waiting_is_not_the_engine_s(monkeypatch):
     workers.may_begin.clear()
     with stub_service(workers) as service:
         submit = service.link.submit
-        monkeypatch.setattr(service.link, "submit", lambda all, inbox: (submitted.extend(all), submit(all, inbox)))
+        monkeypatch.setattr(service.link, "submit", lambda one, inbox: (submitted.append(one), submit(one, inbox)))
         with send_only(service.url, "/v1/completions", {"prompt": "x", "timeout": 60, "n": 2}):
             until(lambda: service.app.open == 1)
             time.sleep(0.3)
             workers.may_begin.set()
-            until(lambda: submitted)
-    assert len(submitted) == 2 and all(50 < request.timeout < 59.75 for request in submitted)
+            until(lambda: len(submitted) == 2)
+    assert all(50 < request.timeout < 59.75 for request in submitted)
 
 
 def test_the_time_that_tokenizing_takes_counts(service, monkeypatch):
     may_go_on = threading.Event()
-    monkeypatch.setattr(ByteText, "encode", lambda self, text: may_go_on.wait(10) and [1, 2, 3])
+    monkeypatch.setattr(ByteText, "encode", lambda self, text, **how: may_go_on.wait(10) and [1, 2, 3])
     monkeypatch.setattr(intake, "INLINE", 0)
     late(service)
     may_go_on.set()
@@ -479,7 +537,7 @@ def test_a_stream_that_has_begun_ends_in_time_though_the_worker_stands_still():
         service.workers.model.may_step.set()
 
 
-def test_who_comes_first_is_decided_by_priority_and_keys_take_turns():
+def test_keys_take_turns_and_priorities_count_within_them():
     workers = StubWorkers()
     workers.engine = {"max_sequences": 1}
     with stub_service(workers, keys=(b"one", b"two")) as service:
@@ -499,12 +557,12 @@ def test_who_comes_first_is_decided_by_priority_and_keys_take_turns():
             threads.append(threading.Thread(target=one, args=(name, key), kwargs=fields))
             threads[-1].start()
             until(lambda count=count: len(service.link._open) == count)
+        workers.model.delay = 0.02  # so that they are told one after the other
         workers.model.may_step.set()
         for thread in threads:
             thread.join()
-        # The first runs when the others come. Then the other key's turn comes before the second one of the first key.
-        assert order.index("high") == 1 and order.index("low") == 5
-        assert order.index("c") < order.index("b")
+        # The first runs when the others come.
+        assert order == ["now", "c", "high", "a", "low", "b"]
 
 
 def test_choices_share_their_prompt_and_other_salts_do_not(service, api):
@@ -571,9 +629,9 @@ def test_long_texts_are_tokenized_aside(service, monkeypatch):
     names = []
     encode = ByteText.encode
 
-    def noted(self, text):
+    def noted(self, text, **how):
         names.append(threading.current_thread().name)
-        return encode(self, text)
+        return encode(self, text, **how)
 
     monkeypatch.setattr(ByteText, "encode", noted)
     monkeypatch.setattr(intake, "INLINE", 40)
@@ -738,7 +796,7 @@ def test_a_body_that_does_not_come_is_given_up(service, monkeypatch):
 
 
 def test_a_server_error_tells_nothing_of_the_inside(service, monkeypatch, capfd):
-    monkeypatch.setattr(ByteText, "encode", lambda self, text: 1 / 0)
+    monkeypatch.setattr(ByteText, "encode", lambda self, text, **how: 1 / 0)
     reply = ask(service.url, "POST", "/v1/completions", {"prompt": "x"})
     assert reply.status == 500 and "division" not in reply.body.decode()
     assert "ZeroDivisionError" in capfd.readouterr().err
@@ -1106,7 +1164,7 @@ def test_more_choices_than_may_run_and_wait_are_told_when_to_come_again():
             until(lambda: service.link.stats and service.link.stats.generated_tokens > 4)
             stats = service.link.stats
             assert (stats.running, stats.waiting, stats.waiting_tokens) == (2, 3, 3 * 100)
-            with pytest.raises(openai.RateLimitError, match="5 choices run or wait, of at most 5") as caught:
+            with pytest.raises(openai.RateLimitError, match="2 choices run and 3 wait") as caught:
                 api.completions.create(prompt="x", model=MODEL, stream=True)
             # Three of 100 tokens wait, and some twenty a second come, after the prompts at least.
             assert 3 <= int(caught.value.response.headers["retry-after"]) <= 60
@@ -1116,42 +1174,98 @@ def test_more_choices_than_may_run_and_wait_are_told_when_to_come_again():
         assert len(api.completions.create(prompt="x", model=MODEL, n=5).choices) == 5
 
 
-@pytest.mark.parametrize(
-    ("fields", "param", "arithmetic"),
-    [
-        ({"n": 9}, "n", "9, of at most 8"),
-        ({"best_of": 16}, "best_of", "16, of at most 8"),
-        ({"prompt": ["x"] * 9}, "prompt", "9 prompts x n 1 = 9, of at most 8"),
-        ({"prompt": ["x"] * 5, "n": 2}, "n", "5 prompts x n 2 = 10, of at most 8"),
-        ({"prompt": ["x"] * 5, "best_of": 2}, "best_of", "5 prompts x best_of 2 = 10, of at most 8"),
-    ],
-    ids=str,
+@pytest.mark.parametrize(("count", "keys", "own"), [(8, 0, 0), (8, 1, 0), (8, 2, 2), (8, 8, 1), (5, 3, 1), (2, 3, 0)])
+def test_no_key_can_take_the_places_that_others_are_entitled_to(count, keys, own):
+    places = Places(count, keys)
+    most = count - own * max(0, keys - 1)
+    for _ in range(most):
+        places.take("0", 1)
+    with pytest.raises(RequestError) as refused:
+        places.take("0", 1)
+    assert refused.value.status == 429 and ("API key" in refused.value.what) == (own > 0)
+    for key in map(str, range(1, keys)):
+        for _ in range(own):
+            places.take(key, 1)
+        with pytest.raises(RequestError) as refused:
+            places.take(key, 1)
+        assert refused.value.status == 429
+    places.give_back("0", most)
+    places.take("0", most)
+
+
+@given(
+    moves=st.lists(st.tuples(st.integers(0, 3), st.integers(-9, 9)), max_size=60),
+    count=st.integers(1, 40),
+    keys=st.integers(2, 4),
 )
-def test_what_never_has_a_place_is_not_told_to_come_again(fields, param, arithmetic):
+def test_whatever_others_do_a_key_gets_its_part_of_the_places(moves, count, keys):
+    places, taken = Places(count, keys), Counter()
+    for number, change in moves:
+        key = str(number % keys)
+        if change < 0:
+            back = min(-change, taken[key])
+            places.give_back(key, back)
+            taken[key] -= back
+        elif change:
+            try:
+                places.take(key, change)
+            except RequestError as error:
+                own = max(1, count // (2 * keys)) if keys <= count else 0
+                assert taken[key] + change > own, "its own place was refused"
+                assert (error.status == 400) == (change > count - own * (keys - 1))
+            else:
+                taken[key] += change
+        assert taken.total() <= count
+
+
+def test_no_more_places_are_given_than_an_engine_with_a_small_budget_has():
+    options = EngineOptions(max_num_seqs=256, max_waiting=6)
+    places = Places(options.most_live(), 2)
+    assert (options.most_live(), options.most_live(32)) == (262, 38)
+    places.resize(options.most_live(32))
+    places.take("0", 38 - 38 // 4)
+    with pytest.raises(RequestError, match="of the 9 free places others keep 9"):
+        places.take("0", 1)
+
+
+def test_a_key_that_fills_the_queue_leaves_places_to_the_others():
     workers = StubWorkers()
     workers.engine = {"max_sequences": 2, "max_waiting": 6}
-    with stub_service(workers) as service:
-        until(lambda: service.link.state == "ready")
-        reply = ask(service.url, "POST", "/v1/completions", {"prompt": "x", **fields})
-        assert (reply.status, reply.error()["param"]) == (400, param) and arithmetic in reply.error()["message"]
-        assert "retry-after" not in reply.headers
-
-
-def test_the_choices_of_a_request_are_taken_all_or_none():
-    workers = StubWorkers()
-    workers.engine = {"max_sequences": 2, "max_waiting": 3}
-    with stub_service(workers) as service:
+    with stub_service(workers, keys=(b"one", b"two"), max_open=8) as service:
         until(lambda: service.link.state == "ready")
         workers.model.may_step.clear()
-        with send_only(service.url, "/v1/completions", {"prompt": "x", "n": 3}):
-            until(lambda: len(service.link._open) == 3)
-            reply = ask(service.url, "POST", "/v1/completions", {"prompt": "x", "n": 3})
-            assert reply.status == 429 and len(service.link._open) == 3
-            assert "3 choices run or wait, of at most 5, and this request has 3" in reply.error()["message"]
-            with send_only(service.url, "/v1/completions", {"prompt": "x", "n": 2}):
-                until(lambda: len(service.link._open) == 5)
-                workers.model.may_step.set()
-        until(lambda: all_blocks_free(service.url))
+        body = {"prompt": "x", "max_tokens": 2}
+        threads, replies = [], {"one": [], "two": []}
+
+        def send(key: str, count: int, **fields) -> None:
+            def one() -> None:
+                reply = ask(service.url, "POST", "/v1/completions", {**body, **fields}, authorization=f"Bearer {key}")
+                replies[key].append(reply)
+
+            new = [threading.Thread(target=one) for _ in range(count)]
+            for thread in new:
+                thread.start()
+            threads.extend(new)
+
+        many = ask(service.url, "POST", "/v1/completions", {**body, "n": 7}, authorization="Bearer one")
+        assert (many.status, many.error()["param"]) == (400, "n"), "which it can never have"
+        send("one", 8)
+        until(lambda: len(replies["one"]) == 2 and service.app.open == 6, what="two of the first key's are refused")
+        for reply in replies["one"]:
+            assert reply.status == 429 and int(reply.headers["retry-after"]) >= 1
+            why = "6 choices of this API key run or wait, and of the 2 free places others keep 2"
+            assert why in reply.error()["message"]
+        send("two", 1, n=2)
+        until(lambda: service.app.open == 7)
+        send("two", 1)
+        until(lambda: replies["two"])
+        assert replies["two"][0].status == 429 and "8 choices run or wait" in replies["two"][0].body.decode()
+        workers.model.may_step.set()
+        for thread in threads:
+            thread.join()
+        assert sorted(reply.status for reply in replies["one"]) == [200] * 6 + [429] * 2
+        assert sorted(reply.status for reply in replies["two"]) == [200, 429]
+        until(lambda: service.app.places._taken.total() == 0)
 
 
 def test_when_to_come_again_is_bounded_and_by_what_is_known():

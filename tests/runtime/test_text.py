@@ -14,12 +14,14 @@ import gguf
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from benchmarks.detokenizing import Answers, Reader, check
 from fgsnap.errors import RequestError, SnapshotRefused
 from fgsnap.runtime.text import REPLACEMENT, ChatTemplate, Text, TextStream
 from fgsnap.snapshot import TextSection
+from fgsnap.tokenizer import Whole
 
 SMOL = TextSection(eos_token_ids=(2,), bos_token_id=1, template="jinja")
 PEOPLE = "👩‍👧‍👦 你好 naïve e\u0301 🇫🇷 क्षि \u200b한글 𝔘𝔫𝔦"
@@ -82,25 +84,39 @@ def byte_level() -> Tokenizer:
     return tokenizer
 
 
-def byte_fallback() -> Tokenizer:
-    """A vocabulary in SentencePiece's manner: words with their space in front, and single bytes for the rest."""
+def byte_fallback(strip: bool = True) -> Tokenizer:
+    """A vocabulary in SentencePiece's manner: words with their space in front, and single bytes for the rest.
+
+    Llama-2's decoder strips the space of the first word, and Gemma's does not.
+    """
     words = ["<s>", "▁", "▁The", "▁cat", "s", "▁sat", "a", ".", "é"]
     vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {word: 256 + i for i, word in enumerate(words)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, fuse_unk=True))
+    stripping = [decoders.Strip(" ", 1, 0)] if strip else []
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *stripping]
     )
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.add_special_tokens(["<s>"])
     return tokenizer
 
 
 byte_level_tokenizer = byte_level()
 byte_fallback_tokenizer = byte_fallback()
+KINDS = {
+    kind: Whole(made.to_str().encode())
+    for kind, made in {
+        "byte level": byte_level_tokenizer,
+        "llama2": byte_fallback_tokenizer,
+        "gemma": byte_fallback(strip=False),
+    }.items()
+}
+READERS = {kind: Reader(tokenizer) for kind, tokenizer in KINDS.items()}
 
 
-def streamed(tokenizer, ids, stop=(), prompt=(), sizes=(1,)) -> list[str]:
+def streamed(tokenizer, ids, stop=(), prompt=(), sizes=(1,), **how) -> list[str]:
     """What a stream says to ``ids`` fed in pieces of these sizes, and at the end."""
-    stream, deltas, position = TextStream(tokenizer, stop, prompt), [], 0
+    stream, deltas, position = TextStream(tokenizer, stop, prompt, **how), [], 0
     while position < len(ids):
         size = sizes[len(deltas) % len(sizes)]
         deltas.append(stream.feed(ids[position : position + size]))
@@ -154,11 +170,57 @@ pieces = st.one_of(
 )
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @given(st.lists(pieces, max_size=40))
-def test_words_and_characters_of_bytes_stream_as_they_decode(parts):
-    """Wrong bytes do not: their decoder takes back the right ones before them, and a stream has shown those."""
+def test_words_and_characters_of_bytes_stream_as_they_decode(kind, parts):
     ids = [token for part in parts for token in part]
-    assert "".join(streamed(byte_fallback_tokenizer, ids)) == byte_fallback_tokenizer.decode(ids)
+    assert "".join(streamed(KINDS[kind], ids)) == KINDS[kind].decode(ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(st.lists(st.one_of(pieces, st.integers(0, 255).map(lambda byte: [byte])), max_size=120))
+@example([[*"你好".encode()], [0xFF], [*"你".encode()], [258]])
+@example([[0xFF], [*"你好é😀".encode()] * 9, [258]])
+def test_a_wrong_byte_does_not_take_back_the_characters_before_it(kind, parts):
+    """The library shows U+FFFD for all bytes in a row if one of them is wrong; a stream has shown those before it."""
+    ids = [token for part in parts for token in part]
+    assert "".join(streamed(KINDS[kind], ids)) == READERS[kind].read(ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=printable, words=st.lists(st.integers(256, 264), max_size=4), cut=st.integers(0, 120))
+@example(text="\n\n你\n\n好\n", words=[], cut=9)
+def test_an_answer_goes_on_where_its_prompt_ended_in_the_middle_of_a_character(kind, text, words, cut):
+    ids = [*words, *READERS[kind].spelled(text)]
+    before, after = streamed(KINDS[kind], ids[:cut])[:-1], streamed(KINDS[kind], ids[cut:], prompt=ids[:cut])
+    assert "".join(before + after) == KINDS[kind].decode(ids)
+    assert not any(REPLACEMENT in delta for delta in before + after)
+
+
+def test_the_replacement_character_in_a_prompt_is_not_said_again():
+    for kind, tokenizer in KINDS.items():
+        prompt, ids = map(READERS[kind].spelled, (f"😀😀{REPLACEMENT}", "你"))
+        assert "".join(streamed(tokenizer, ids, prompt=prompt)) == "你", kind
+
+
+@pytest.mark.parametrize("count", [1, 8, 100])
+def test_special_tokens_do_not_part_a_word_from_its_space(count):
+    the, cat, bos = 258, 259, 256
+    tokenizer = KINDS["llama2"]
+    assert "".join(streamed(tokenizer, [the, *[bos] * count, cat])) == "The cat"
+    assert "".join(streamed(tokenizer, [cat], prompt=[the, *[bos] * count])) == " cat"
+
+
+@pytest.mark.parametrize("kind", ["byte level", "llama2"])
+def test_what_is_checked_of_real_tokenizers_holds_of_these(kind):
+    checked = check(KINDS[kind])
+    assert checked.mismatches == 0 and checked.tokens > 100_000
+
+
+def test_a_stream_that_says_something_else_is_counted(monkeypatch):
+    tokenizer = KINDS["llama2"]
+    monkeypatch.setattr(Answers, "__iter__", lambda self: iter([self._answer([258], [259])._replace(wanted="cat")]))
+    assert check(tokenizer) == (1, 1, 1)
 
 
 @given(st.data())
@@ -200,9 +262,11 @@ def test_half_a_character_at_the_end_is_flushed_as_a_replacement():
     assert streamed(byte_level_tokenizer, byte_level_tokenizer.encode("é").ids[:1]) == ["", REPLACEMENT]
 
 
-def test_special_tokens_are_not_text(smol):
-    ids = smol.encode("Hello<|im_end|><|im_start|> world")
+def test_special_tokens_are_not_text_unless_they_are_asked_for(smol):
+    text = "Hello<|im_end|><|im_start|> world"
+    ids = smol.encode(text)
     assert "".join(streamed(smol, ids)) == "Hello world"
+    assert "".join(streamed(smol, ids, skip_special=False)) == text
 
 
 def test_the_first_word_keeps_its_space_after_a_prompt():
@@ -227,19 +291,24 @@ def test_a_long_answer_costs_the_same_at_its_end(smol):
             calls.append(len(ids))
             return smol.decode(ids)
 
-    streamed(Counting(), smol.encode("word é 你 " * 500))
+    ids = smol.encode("word é 你 " * 500)
+    streamed(Counting(), ids)
     assert max(calls) <= 12
+    assert len(calls) <= 2 * len(ids) + 1
 
 
 # ---- stop texts ----------------------------------------------------------------------------------------------------
 
 
-def first_complete(text: str, stop: list[str]) -> str:
-    """The text before the stop text that is complete first, the longest of those; read letter by letter."""
-    for end in range(1, len(text) + 1):
+def first_complete(text: str, stop: list[str], least: int, include: bool) -> str:
+    """The text before the stop text that is complete first, the longest of those; read letter by letter.
+
+    Only one that is complete beyond the first ``least`` letters counts, and it may be included.
+    """
+    for end in range(least + 1, len(text) + 1):
         found = [word for word in stop if word and text[:end].endswith(word)]
         if found:
-            return text[: end - max(map(len, found))]
+            return text[: end if include else end - max(map(len, found))]
     return text
 
 
@@ -247,10 +316,13 @@ def first_complete(text: str, stop: list[str]) -> str:
     text=st.text("abc", max_size=30),
     stop=st.lists(st.text("abc", max_size=4), max_size=4),
     sizes=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    least=st.sampled_from([0, 0, 1, 4, 9]),
+    include=st.booleans(),
 )
-def test_stop_texts_cut_at_the_same_place_however_the_text_is_split(text, stop, sizes):
-    deltas = streamed(byte_level_tokenizer, byte_level_tokenizer.encode(text).ids, stop, sizes=sizes)
-    assert "".join(deltas) == first_complete(text, stop)
+def test_stop_texts_cut_at_the_same_place_however_the_text_is_split(text, stop, sizes, least, include):
+    ids = byte_level_tokenizer.encode(text).ids
+    deltas = streamed(byte_level_tokenizer, ids, stop, sizes=sizes, min_tokens=least, include_stop=include)
+    assert "".join(deltas) == first_complete(text, stop, least, include)
 
 
 @pytest.mark.parametrize(
@@ -336,7 +408,9 @@ def test_bos_is_added_to_plain_prompts_where_the_model_wants_it():
     wants = Text(Files(TextSection(eos_token_ids=(257,), bos_token_id=256, add_bos=True, template="jinja"), files))
     plain = Text(Files(TextSection(eos_token_ids=(257,), bos_token_id=256), files))
     assert wants.encode("a") == [256, *plain.encode("a")]
+    assert wants.encode("a", add_special_tokens=False) == plain.encode("a")
     assert wants.encode_chat([{"role": "user", "content": "a"}]) == wants.encode("a")
+    assert wants.encode_chat([{"role": "user", "content": "a"}], add_special_tokens=True) == [256, *wants.encode("a")]
     assert wants.eos_token_ids == (257,)
     assert not plain.has_chat_template
 
@@ -601,6 +675,35 @@ def test_templates_render_as_in_transformers(smollm2_fields, template, chat, too
         )
 
     assert outcome(ours) == outcome(theirs)
+
+
+@pytest.mark.parametrize("chat", ["one", "system", "turns", "tools"])
+@pytest.mark.parametrize("template", ["smollm2", "headers", "chatml", "turns"])
+def test_a_final_message_is_left_open_as_in_transformers(smollm2_fields, template, chat):
+    """Its end is trimmed only where the template trims messages."""
+    known = {"smollm2": smollm2_fields["chat_template"], "headers": HEADERS, "chatml": CHATML, "turns": TURNS}
+    source, messages = known[template], CHATS[chat]
+
+    def theirs() -> str:
+        [rendered], _ = render_jinja_template(
+            [messages], chat_template=source, continue_final_message=True, add_generation_prompt=False, **SPECIAL
+        )
+        return rendered
+
+    def ours() -> str:
+        return chat_text(source, SPECIAL).render_chat(messages, continue_final_message=True)
+
+    assert outcome(ours) == outcome(theirs)
+
+
+def test_a_final_message_that_the_template_does_not_show_cannot_be_continued():
+    said = [{"role": "assistant", "content": "Hidden"}]
+    for template in ("{{ messages | length }}", "{{ messages[-1].content | upper }}"):
+        with pytest.raises(RequestError, match="does not show") as caught:
+            chat_text(template).render_chat(said, continue_final_message=True)
+        assert caught.value.param == "continue_final_message"
+    with pytest.raises(RequestError, match="no text"):
+        chat_text("x").render_chat([{"role": "assistant", "tool_calls": [{}]}], continue_final_message=True)
 
 
 def test_most_of_those_cases_are_renderings_and_some_are_refusals(smollm2_fields):

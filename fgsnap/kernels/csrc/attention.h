@@ -76,7 +76,7 @@ INLINE Slot slot_of(const Step& step, const Cache& cache, int64_t t) {
     const int64_t position = step.positions[t], slot = position % cache.block_size;
     const bool followed = t + 1 < step.tokens && step.tables[t + 1] == step.tables[t] &&
                           step.positions[t + 1] == position + 1 && slot + 1 < cache.block_size;
-    return {step.blocks[step.tables[t] + position / cache.block_size], slot, !followed};
+    return {step.tables[t][position / cache.block_size], slot, !followed};
 }
 
 INLINE float temperature(const Append& op, int64_t position) {
@@ -286,7 +286,7 @@ void attend_queries(const Attend& op, const Step& step, const Query* queries, in
     using W = typename M::Number;
     const Cache& cache = op.cache;
     const Places<W> places{cache};
-    const int32_t* table = step.blocks + step.tables[queries[0].token];
+    const int32_t* table = step.tables[queries[0].token];
     const int64_t high = queries[count - 1].high;
     const Blocks blocks{table, queries[0].low / cache.block_size, (high + cache.block_size - 1) / cache.block_size,
                         places.groups * GROUP};

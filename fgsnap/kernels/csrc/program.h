@@ -12,8 +12,9 @@
 
 namespace fgsnap {
 
-constexpr int ABI = 6;
+constexpr int ABI = 7;
 constexpr int64_t PANEL = 32;  // rows of a matrix that are computed together; those of a packed one lie together
+constexpr int64_t TILE = 16;   // tokens of one sequence that attend together
 constexpr int64_t MASS = 64;   // logits whose weights are summed together
 constexpr int64_t FEW = 4;     // rows of x whose product with a matrix takes as long as the matrix takes to be read
 
@@ -51,13 +52,31 @@ struct Step {
     int64_t tile_count;
     const int32_t* ids;
     const int32_t* positions;
-    const int32_t* tables;    // token t's keys live in blocks[tables[t] + position / block size]
-    const int32_t* blocks;
-    const int32_t* tiles;     // pairs (first token, tokens) of neighbours in one sequence
-    const int32_t* selected;  // [rows] tokens whose logits are wanted
+    const int32_t* const* tables;  // the keys of token t's sequence live in blocks tables[t][position / block size]
+    const int32_t* tiles;          // pairs (first token, tokens) of neighbours in one sequence
+    const int32_t* selected;       // [rows] tokens whose logits are wanted
     char* const* registers;
 
     float* floats(Register r) const { return reinterpret_cast<float*>(registers[r]); }
+};
+
+// A batch as Python has it, in the order of its words, and what of a Step follows from it.
+struct Ragged {
+    int64_t sequences;
+    int64_t tokens;
+    int64_t rows;
+    int64_t block_size;
+    const int32_t* ids;
+    const int32_t* positions;
+    const int32_t* selected;
+    const int32_t* starts;         // [sequences + 1]
+    const int32_t* lengths;        // [sequences]
+    const int32_t* sizes;          // [sequences] blocks in each table
+    const int32_t* const* tables;  // [sequences]
+    const int32_t** table_of;      // [tokens] to be written
+    int32_t* tiles;                // room for sequences + tokens / TILE pairs
+    int64_t tile_count;
+    int64_t highest_block;
 };
 
 // One activation as an op sees it.
