@@ -120,7 +120,8 @@ def said(request: Request, sick: int | None = None) -> tuple[list[Token], str]:
             banned=sorted(enders) if len(given) < params.min_tokens else (),
             prompt=sorted({*request.prompt}),
         )
-        edits.counts = Counter(tokens[len(request.prompt) :])
+        for token in tokens[len(request.prompt) :]:
+            edits.count(token)
         if follower is not None:
             edits.allowed = follower.mask()
             edits.banned = () if follower.complete else edits.banned
