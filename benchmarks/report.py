@@ -19,7 +19,7 @@ from typing import Any
 from report_families import families
 from report_peers import peers
 from report_scheduling import scheduler, splitfuse, starvation
-from tables import spread, table
+from tables import medians, spread, table
 
 from fgsnap.convert.families import FAMILIES as MODEL_TYPES
 
@@ -137,9 +137,10 @@ SAMPLING = """\
 ## Sampling
 
 Microseconds to pick the tokens of one step, an option at a time, on {threads} threads: logits of a normal distribution,
-at a temperature of 0.8 but for greedy. Plain is torch code that sorts the vocabulary. The memory's time is what reading
-the logits once takes at the {bandwidth:.1f} GB/s of a sum over a large tensor in the same run; logits that were just
-computed may lie in a cache, which is faster.
+at a temperature of 0.8 but for greedy and *flat*, where all tokens are nearly as likely. Plain is torch code that sorts
+the vocabulary. The memory's time is what reading the logits once takes at the {bandwidth:.1f} GB/s of a sum over a
+large tensor in the same run; logits that were just computed may lie in a cache, which is faster. Numbers beside one
+another are those of {batches} rows.
 
 """
 
@@ -403,22 +404,34 @@ def gemma(result: dict[str, Any]) -> str:
 
 
 def sampling(result: dict[str, Any]) -> str:
-    words = SAMPLING.format(threads=result["threads"]["native"], bandwidth=result["bandwidth_gigabytes_per_second"])
-    rows = [
-        (
-            row["option"],
-            f"{row['vocabulary']:,}",
-            str(row["batch"]),
-            spread(row["microseconds"]["native"], 0),
-            spread(row["microseconds"]["reference"], 0),
-            spread(row["microseconds"]["plain"], 0) if "plain" in row["microseconds"] else "",
-            spread(row["plain_over_native"], 1) if "plain_over_native" in row else "",
-            spread(row["native_over_limit"], 1),
-        )
-        for row in result["rows"]
-    ]
-    heads = ("", "vocabulary", "batch", "`native`", "`reference`", "plain", "plain / native", "native / memory's time")
-    return words + table(heads, rows)
+    options: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        options.setdefault((row["vocabulary"], row["option"]), []).append(row)
+    batches = [str(row["batch"]) for row in next(iter(options.values()))]
+    words = SAMPLING.format(
+        threads=result["threads"]["native"],
+        bandwidth=result["bandwidth_gigabytes_per_second"],
+        batches=" / ".join(batches),
+    )
+    heads = (
+        *(f"`native`, {batch} rows" if batch != "1" else "`native`, 1 row" for batch in batches),
+        "`reference`, medians", "plain / native, medians", "native / memory's time, medians",
+    )  # fmt: skip
+    tables = []
+    for vocabulary in dict.fromkeys(size for size, _ in options):
+        lines = [
+            (
+                option,
+                *(spread(row["microseconds"]["native"], 0) for row in rows),
+                medians([row["microseconds"]["reference"] for row in rows], 0),
+                medians([row["plain_over_native"] for row in rows if "plain_over_native" in row], 1),
+                medians([row["native_over_limit"] for row in rows], 1),
+            )
+            for (size, option), rows in options.items()
+            if size == vocabulary
+        ]
+        tables.append(table((f"{vocabulary:,} tokens", *heads), lines))
+    return words + "\n".join(tables)
 
 
 def equal_tokens(row: dict[str, Any]) -> str:

@@ -24,9 +24,12 @@ from fgsnap.kernels.ops import Batch, Edits, Sampling, Tensor
 from fgsnap.kernels.reference import Reference
 
 TEMPERATURE, TOP_K, TOP_P, MIN_P = 0.8, 50, 0.9, 0.05
+HOT, NEARLY_ALL = 200.0, 0.999  # a temperature at which all tokens are nearly as likely, and a top-p that keeps most
 ANSWER, PROMPT, BIASED = 200, 500, 20  # tokens that penalties and biases are about
+LONG_ANSWER = 4000  # different ones
 ALLOWED = 0.01  # of the vocabulary by a mask
-PATIENCE = 2.0  # seconds for the rounds of one case beyond the first three
+FEWEST = 3  # rounds of a case that are measured
+PATIENCE = 1.0  # seconds for the rounds of a case beyond these
 BANDWIDTH_BYTES = 256 << 20
 
 
@@ -68,23 +71,28 @@ def main() -> None:
 
 
 def measured(case: Case, logits: torch.Tensor, backends: Mapping[str, Any], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each, in turn within every round; the first round warms up."""
+    """Seconds of each, in turn within every round. The first round warms up, and counts where it is a long one."""
     batch, vocabulary = logits.shape
     hows = [case.how(row, vocabulary) for row in range(batch)]
     runs = {name: timed(ops, logits, hows) for name, ops in backends.items()}
     if case.plain:
         runs["plain"] = lambda _: plainly(logits, hows[0])
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    found: list[dict[str, float]] = []
     began = time.perf_counter()
-    for number in range(-1, rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run(number)
-            if number >= 0:
-                times[name].append(time.perf_counter() - start)
-        if number >= 2 and time.perf_counter() - began > PATIENCE:
+    for number in range(rounds + 1):
+        found.append({name: seconds(run, number) for name, run in runs.items()})
+        impatient = time.perf_counter() - began > PATIENCE
+        if number == 0 and not impatient:
+            found.clear()
+        if len(found) >= FEWEST and impatient:
             break
-    return times
+    return {name: [times[name] for times in found] for name in runs}
+
+
+def seconds(run: Callable[[int], object], number: int) -> float:
+    start = time.perf_counter()
+    run(number)
+    return time.perf_counter() - start
 
 
 def timed(ops: Any, logits: torch.Tensor, hows: Sequence[Sampling]) -> Callable[[int], object]:
@@ -94,8 +102,8 @@ def timed(ops: Any, logits: torch.Tensor, hows: Sequence[Sampling]) -> Callable[
 
     def run(number: int) -> object:
         for edits in edited:
-            edits.version += 1
-        return ops.sample(held, list(hows), [number + 1] * len(hows))
+            edits.count(number)
+        return ops.sample(held, list(hows), [number] * len(hows))
 
     return run
 
@@ -142,13 +150,17 @@ def drawing(**settings: Any) -> Callable[[int, int], Sampling]:
     return lambda row, _: Sampling(TEMPERATURE, seed=row, **settings)
 
 
-def penalized(row: int, vocabulary: int, **settings: Any) -> Edits:
+def penalized(row: int, vocabulary: int, answer: int = ANSWER, **settings: Any) -> Edits:
     draw = random.Random(row)
     prompt = draw.sample(range(vocabulary), PROMPT)
     edits = Edits(repetition=1.1, presence=0.2, frequency=0.1, prompt=prompt, **settings)
-    for token in draw.choices(range(vocabulary), k=ANSWER):
+    for token in draw.sample(range(vocabulary), answer):
         edits.count(token)
     return edits
+
+
+def penalizing(answer: int) -> Callable[[int, int], Sampling]:
+    return lambda row, size: Sampling(TEMPERATURE, seed=row, edits=penalized(row, size, answer))
 
 
 def biases(row: int, vocabulary: int) -> dict[int, float]:
@@ -172,10 +184,13 @@ CASES = (
     Case("greedy", lambda row, _: Sampling(), True),
     Case("temperature", drawing(), True),
     Case("top-k 50", drawing(top_k=TOP_K), True),
+    Case("top-k of half", lambda row, size: Sampling(TEMPERATURE, size // 2, seed=row), True),
     Case("top-p 0.9", drawing(top_p=TOP_P), True),
+    Case("top-p 0.999, flat", lambda row, _: Sampling(HOT, top_p=NEARLY_ALL, seed=row), True),
     Case("min-p 0.05", drawing(min_p=MIN_P), True),
     Case("top-k, top-p", drawing(top_k=TOP_K, top_p=TOP_P), True),
-    Case("penalties", lambda row, size: Sampling(TEMPERATURE, seed=row, edits=penalized(row, size)), False),
+    Case("penalties", penalizing(ANSWER), False),
+    Case("penalties, 4,000 tokens", penalizing(LONG_ANSWER), False),
     Case("bias", lambda row, size: Sampling(TEMPERATURE, seed=row, edits=Edits(bias=biases(row, size))), False),
     Case("mask", lambda row, size: Sampling(TEMPERATURE, seed=row, edits=Edits(allowed=mask(row, size))), False),
     Case("logprobs 5", lambda row, _: Sampling(logprobs=5), False),

@@ -130,15 +130,16 @@ def pick(row: Sequence[float], how: Sampling, position: int) -> Sampled:
 def edit(row: Sequence[float], edits: Edits | None) -> list[float]:
     """One row's logits exactly as ops.Edits words it."""
     found = list(row)
+    counts, bias = (edits.counts, edits.bias) if edits is not None else ({}, {})
     for token in range(len(row)) if edits is not None else ():
         words = None if edits.allowed is None else edits.allowed.cast("B")
         if (words is not None and not words[token // 8] >> token % 8 & 1) or token in edits.banned:
             found[token] = -math.inf
-        found[token] += edits.bias.get(token, 0.0)
-        if token in edits.counts or token in edits.prompt:
+        found[token] += bias.get(token, 0.0)
+        if token in counts or token in edits.prompt:
             found[token] = found[token] / edits.repetition if found[token] > 0 else found[token] * edits.repetition
-        if token in edits.counts:
-            found[token] -= edits.presence + edits.counts[token] * edits.frequency
+        if token in counts:
+            found[token] -= edits.presence + counts[token] * edits.frequency
     return found
 
 

@@ -12,7 +12,6 @@ from fgsnap.kernels.ops import Edits, Sampling
 from fgsnap.kernels.tape import address_of, misuse
 
 _SEEDS = (1 << 64) - 1
-_NO_COUNTS = (array("i"), array("i"))
 _COUNTED, _BIASED, _BANNED, _ALLOWED = 3, 6, 9, 13  # words of sample.h's Edits
 
 
@@ -85,37 +84,33 @@ class Way:
 
 
 class PackedEdits:
-    """sample.h's Edits of one request, which follow it as its answer grows."""
+    """sample.h's Edits of one request, which follow it as its answer grows. Its arrays are read where they are."""
 
-    __slots__ = ("_allowed", "_banned", "_counts", "_edits", "_fixed", "_version", "_words", "at")
+    __slots__ = ("_allowed", "_banned", "_edits", "_forbidden", "_version", "_words", "at")
 
     def __init__(self, edits: Edits) -> None:
-        prompt = edits.prompt if edits.repetition != 1.0 else ()
-        bias, biases = array("i", [*edits.bias]), array("d", [*edits.bias.values()])
-        ids = array("i", prompt)
         penalties = array("d", (edits.repetition, edits.presence, edits.frequency)).tobytes()
         self._edits = edits
-        self._fixed = (bias, biases, ids)
+        self._forbidden: Sequence[int] = ()
         self._banned = array("i")
-        self._counts = _NO_COUNTS
         self._version = -1
         self._allowed: memoryview | None = None
         self._words = array("q", penalties + bytes(8 * 11))
-        self._put(_BIASED, address_of(bias), address_of(biases), len(bias))
-        self._put(_BANNED + 2, address_of(ids), len(ids))
+        self._put(_BIASED, address_of(edits.biased), address_of(edits.biases), len(edits.biased))
+        if edits.repetition != 1.0:
+            self._put(_BANNED + 2, address_of(edits.prompt), len(edits.prompt))
         self.at = address_of(self._words)
 
     def refresh(self, vocabulary: int) -> None:
-        """Take over what has changed."""
+        """Take over what has changed: an array that has grown may lie elsewhere."""
         edits = self._edits
         if self._version != edits.version:
             self._version = edits.version
-            self._banned = array("i", edits.banned)
-            self._put(_BANNED, address_of(self._banned), len(self._banned))
             if edits.penalizes:
-                counts = edits.counts
-                self._counts = (array("i", [*counts]), array("i", [*counts.values()]))
-                self._put(_COUNTED, *map(address_of, self._counts), len(counts))
+                self._put(_COUNTED, address_of(edits.counted), address_of(edits.numbers), len(edits.counted))
+            if self._forbidden is not edits.banned:
+                self._forbidden, self._banned = edits.banned, array("i", edits.banned)
+                self._put(_BANNED, address_of(self._banned), len(self._banned))
         if self._allowed is not edits.allowed:
             self._put(_ALLOWED, _mask(edits.allowed, vocabulary))
             self._allowed = edits.allowed

@@ -192,6 +192,8 @@ class ExpertsArgs(NamedTuple):
 class Edits:
     """What is done to one row's logits before a token is picked, in this order; it changes as its answer grows.
 
+    Tokens and numbers lie in arrays, which backends read where they are.
+
     1. Tokens whose bit in ``allowed`` is 0 become -inf (bit t % 32 of the little-endian 32-bit word t // 32), and so
        do those of ``banned``.
     2. ``bias[t]`` is added to the logit of t.
@@ -199,13 +201,17 @@ class Edits:
     4. A token that ``counts`` has n of, n > 0: ``presence`` + n * ``frequency`` is subtracted from its logit.
 
     Attributes:
-        counts: tokens of the answer so far, and how many of each.
+        counted, numbers: the different tokens of the answer so far, as they came, and how many of each.
+        biased, biases: the tokens of ``bias``, and what is added to each.
         prompt: the different tokens of the prompt, where ``repetition`` is not 1.
         version: goes up with every change of ``counts`` and ``banned``, so that a backend may keep what it made of
             them. ``allowed`` may change at any time.
     """
 
-    __slots__ = ("allowed", "banned", "bias", "counts", "frequency", "presence", "prompt", "repetition", "version")
+    __slots__ = (
+        "_places", "allowed", "banned", "biased", "biases", "counted", "frequency", "numbers", "presence", "prompt",
+        "repetition", "version",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -221,12 +227,25 @@ class Edits:
         self.repetition = repetition
         self.presence = presence
         self.frequency = frequency
-        self.bias = dict(bias or {})
+        self.biased = array("i", bias or ())
+        self.biases = array("d", bias.values() if bias else ())
         self.banned = tuple(banned)
-        self.prompt = tuple(prompt)
+        self.prompt = array("i", prompt)
         self.allowed = allowed
-        self.counts: dict[int, int] = {}
+        self.counted = array("i")
+        self.numbers = array("i")
+        self._places: dict[int, int] = {}
         self.version = 0
+
+    @property
+    def bias(self) -> dict[int, float]:
+        """What is added to a token's logit."""
+        return dict(zip(self.biased, self.biases, strict=True))
+
+    @property
+    def counts(self) -> dict[int, int]:
+        """How many of each token the answer has so far."""
+        return dict(zip(self.counted, self.numbers, strict=True))
 
     @property
     def penalizes(self) -> bool:
@@ -235,7 +254,11 @@ class Edits:
 
     def count(self, token: int) -> None:
         """Take note of one more token of the answer."""
-        self.counts[token] = self.counts.get(token, 0) + 1
+        place = self._places.setdefault(token, len(self.counted))
+        if place == len(self.counted):
+            self.counted.append(token)
+            self.numbers.append(0)
+        self.numbers[place] += 1
         self.version += 1
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
 from fgsnap.kernels.ops import Edits, Sampled, Samples, Sampling
 from fgsnap.kernels.philox import uniform
 
-# The first guess at how many tokens make up top_p; it grows until they do.
-FIRST_NUCLEUS = 64
-# Float64 logits that are drawn from at once.
-PIECE_BYTES = 64 << 20
+# Into how many the range of logits is divided to find where top_k and top_p end.
+BINS = 1024
+# Float64 logits that are drawn from at once; what lies in a processor's caches is much quicker to pass over again.
+PIECE_BYTES, CACHED_BYTES = 64 << 20, 4 << 20
 
-MINUS = -torch.inf
+MINUS, ALL, TINY = -torch.inf, torch.inf, torch.finfo(torch.float64).tiny
+NUMBERS = {"i": torch.int32, "d": torch.float64}
 
 
 def picked(logits: torch.Tensor, how: Sequence[Sampling], positions: Sequence[int]) -> Samples:
@@ -24,24 +27,31 @@ def picked(logits: torch.Tensor, how: Sequence[Sampling], positions: Sequence[in
     tokens = [token if one.target < 0 else one.target for token, one in zip(tokens, how, strict=True)]
     free = [r for r, one in enumerate(how) if healthy[r] and one.target < 0]
     more = [r for r in free if how[r].temperature > 0 or how[r].edits is not None]
-    step = max(1, PIECE_BYTES // (8 * logits.shape[-1]))
-    for start in range(0, len(more), step):
-        rows = more[start : start + step]
+    for rows in pieces(more, logits):
         values = edited(logits[rows].double(), [how[r].edits for r in rows])
         found = drawn(values, [how[r] for r in rows], [positions[r] for r in rows])
         for row, token in zip(rows, found, strict=True):
             tokens[row] = token
     tokens = [token if well else -1 for token, well in zip(tokens, healthy, strict=True)]
     asking = [r for r, one in enumerate(how) if one.logprobs >= 0 and tokens[r] >= 0]
-    return Samples(tokens, {r: with_logprobs(logits[r], tokens[r], how[r].logprobs) for r in asking})
+    told = with_logprobs(logits, asking, [tokens[r] for r in asking], [how[r].logprobs for r in asking])
+    return Samples(tokens, dict(zip(asking, told, strict=True)))
 
 
 def scored(logits: torch.Tensor, targets: Sequence[int], top: int) -> list[Sampled]:
     """The targets with their logprobs, and each row's ``top`` most likely tokens; token -1 for a broken row."""
-    return [
-        with_logprobs(row, target, top) if healthy else Sampled(-1)
-        for row, target, healthy in zip(logits, targets, sound(logits), strict=True)
-    ]
+    found = [Sampled(-1)] * len(targets)
+    healthy = [row for row, well in enumerate(sound(logits)) if well]
+    told = with_logprobs(logits, healthy, [targets[row] for row in healthy], [top] * len(healthy))
+    for row, one in zip(healthy, told, strict=True):
+        found[row] = one
+    return found
+
+
+def pieces(rows: Sequence[int], logits: torch.Tensor) -> list[Sequence[int]]:
+    """So many rows at a time as are best passed over together."""
+    step = max(1, (PIECE_BYTES if logits.is_cuda else CACHED_BYTES) // (8 * logits.shape[-1]))
+    return [rows[start : start + step] for start in range(0, len(rows), step)]
 
 
 def sound(logits: torch.Tensor) -> list[bool]:
@@ -57,33 +67,42 @@ def sound(logits: torch.Tensor) -> list[bool]:
 
 
 def edited(values: torch.Tensor, edits: Sequence[Edits | None]) -> torch.Tensor:
-    """``values`` with the edits of their rows: those of all rows together, one kind after the other."""
-    rows = [(row, one) for row, one in enumerate(edits) if one is not None]
-    for row, one in rows:
-        if one.allowed is not None:
-            values[row].masked_fill_(~bits(one.allowed, values.shape[-1]).to(values.device), MINUS)
-    at, _ = entries(values, ((row, token, 0.0) for row, one in rows for token in one.banned))
-    values[at] = MINUS
-    at, bias = entries(values, ((row, token, bias) for row, one in rows for token, bias in one.bias.items()))
-    values[at] += bias
-    repeating = [(row, one) for row, one in rows if one.repetition != 1.0]
-    at, by = entries(values, ((row, t, one.repetition) for row, one in repeating for t in {*one.counts, *one.prompt}))
-    values[at] = torch.where(values[at] > 0, values[at] / by, values[at] * by)
-    at, less = entries(
-        values, ((row, t, one.presence + n * one.frequency) for row, one in rows for t, n in one.counts.items())
-    )
-    values[at] -= less
+    """``values`` with the edits of their rows."""
+    for row, one in zip(values, edits, strict=True):
+        if one is not None:
+            edit(row, one)
     return values
 
 
-def entries(
-    values: torch.Tensor, found: Iterable[tuple[int, int, float]]
-) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Rows and tokens as indices into ``values``, and a number for each; tokens of no vocabulary are passed over."""
-    kept = [entry for entry in found if 0 <= entry[1] < values.shape[-1]]
-    rows, tokens, numbers = zip(*kept, strict=True) if kept else ((), (), ())
-    at = torch.tensor([rows, tokens], dtype=torch.long, device=values.device)
-    return (at[0], at[1]), torch.tensor(numbers, dtype=values.dtype, device=values.device)
+def edit(row: torch.Tensor, edits: Edits) -> None:
+    """One row's edits, in place. Tokens that are not of the vocabulary are passed over."""
+
+    def of(tokens: array[int], numbers: array[Any] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where they are in the row, and their numbers."""
+        at = tensor(tokens, row.device).long()
+        known = (at >= 0) & (at < len(row))
+        return at[known], at if numbers is None else tensor(numbers, row.device)[known]
+
+    if edits.allowed is not None:
+        row.masked_fill_(~bits(edits.allowed, len(row)).to(row.device), MINUS)
+    row[of(array("i", edits.banned))[0]] = MINUS
+    at, bias = of(edits.biased, edits.biases)
+    row[at] += bias
+    if edits.repetition != 1.0:
+        at = torch.cat((of(edits.counted)[0], of(edits.prompt)[0]))  # a token of both is written twice, the same
+        some = row[at]
+        row[at] = torch.where(some > 0, some / edits.repetition, some * edits.repetition)
+    if edits.presence != 0.0 or edits.frequency != 0.0:
+        at, counts = of(edits.counted, edits.numbers)
+        row[at] -= edits.presence + counts * edits.frequency
+
+
+def tensor(numbers: array[Any], device: torch.device) -> torch.Tensor:
+    """A copy, for an array cannot grow while a tensor looks at it."""
+    kind = NUMBERS[numbers.typecode]
+    if not numbers:
+        return torch.empty(0, dtype=kind, device=device)
+    return torch.frombuffer(numbers, dtype=kind).to(device, copy=True)
 
 
 def bits(mask: memoryview, count: int) -> torch.Tensor:
@@ -96,13 +115,16 @@ def bits(mask: memoryview, count: int) -> torch.Tensor:
 
 
 def drawn(values: torch.Tensor, how: Sequence[Sampling], positions: Sequence[int]) -> list[int]:
-    """A token of each row of edited logits [R, V], of which it keeps what the rules do; -1 where there is none."""
+    """A token of each row of edited logits [R, V]; -1 where there is none."""
     most, tokens = values.max(-1, keepdim=True)
-    temperatures = column(values, (one.temperature or 1.0 for one in how))
-    keep_largest(values, {r: one.top_k for r, one in enumerate(how) if 0 < one.top_k < values.shape[-1]})
-    keep_largest(values, nuclei(values, most, temperatures, {r: one.top_p for r, one in enumerate(how)}))
-    shares = weights(values, most, temperatures)
-    shares[shares < column(values, (one.min_p for one in how))] = 0.0
+    shares = weights(values, most, column(values, (one.temperature or 1.0 for one in how)))
+    if any(0 < one.top_k < values.shape[-1] for one in how):
+        shares *= prefix(values, (shares > 0).to(values.dtype), column(values, (one.top_k or ALL for one in how)))
+    if any(one.top_p < 1.0 for one in how):
+        parts = column(values, (one.top_p if one.top_p < 1.0 else ALL for one in how))
+        shares *= prefix(values, shares, parts * shares.cumsum(-1)[:, -1:])
+    if any(one.min_p > 0 for one in how):
+        shares *= shares >= column(values, (one.min_p for one in how))
     running = shares.cumsum(-1)
     numbers = (uniform(one.seed, position) for one, position in zip(how, positions, strict=True))
     reached = torch.searchsorted(running, column(values, numbers) * running[:, -1:], right=True)
@@ -122,47 +144,67 @@ def weights(values: torch.Tensor, most: torch.Tensor, temperatures: torch.Tensor
     return ((values - most) / temperatures).nan_to_num_(nan=0.0, neginf=MINUS).exp_()
 
 
-def keep_largest(values: torch.Tensor, counts: Mapping[int, int]) -> None:
-    """Of each row in ``counts`` keep that many of the largest, of equal ones the first; the others become -inf."""
-    if not counts:
-        return
-    rows, limits = list(counts), list(counts.values())
-    some, count = values[rows], torch.tensor(limits, device=values.device)[:, None]
-    threshold = some.topk(max(limits)).values.gather(-1, count - 1)
-    above, equal = some > threshold, some == threshold
-    equal &= equal.cumsum(-1) <= count - above.sum(-1, keepdim=True)
-    values[rows] = some.masked_fill(~(above | equal), MINUS)
-
-
-def nuclei(
-    values: torch.Tensor, most: torch.Tensor, temperatures: torch.Tensor, top_p: Mapping[int, float]
-) -> dict[int, int]:
-    """How many of a row's largest logits reach its top_p, where that is below 1. Looks at few when few suffice."""
-    rows = [row for row, share in top_p.items() if share < 1.0]
-    if not rows:
-        return {}
-    some, most, temperatures = values[rows], most[rows], temperatures[rows]
-    goal = column(values, (top_p[row] for row in rows)) * weights(some, most, temperatures).sum(-1, keepdim=True)
-    count = min(FIRST_NUCLEUS, values.shape[-1])
+def prefix(values: torch.Tensor, shares: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
+    """Which shares belong to the shortest prefix of their row that reaches its goal, by descending value, of equal ones
+    the first before the others. Nothing is sorted: bins of values tell in which one the prefix ends, and what lies in
+    that is divided again until all of it is equal.
+    """
+    goal = goal.clamp(min=TINY)  # the largest is of it in any case
+    reached = torch.zeros_like(goal)
+    some, open_shares = values, shares
     while True:
-        running = weights(some.topk(count).values, most, temperatures).cumsum(-1)
-        if count == values.shape[-1] or bool((running[:, -1:] >= goal).all()):
-            sizes = (running < goal).sum(-1).add_(1).clamp_(max=count)
-            return dict(zip(rows, sizes.tolist(), strict=True))
-        count = min(8 * count, values.shape[-1])
+        is_open = open_shares > 0
+        high = some.masked_fill(~is_open, MINUS).amax(-1, keepdim=True)
+        low = some.masked_fill(~is_open, torch.inf).amin(-1, keepdim=True)
+        apart = low < high
+        if not bool(apart.any()):
+            break
+        span = (high - low).masked_fill_(~apart, 1.0)
+        bins = (high - some).div_(span).mul_(BINS).nan_to_num_(nan=0.0).clamp_(0, BINS - 1).long()
+        running = torch.zeros(len(some), BINS, dtype=some.dtype, device=some.device)
+        running = running.scatter_add_(-1, bins, open_shares).cumsum_(-1).add_(reached)
+        last = torch.searchsorted(running, goal.minimum(running[:, -1:]))
+        reached = torch.cat((reached, running), -1).gather(-1, last)
+        is_open &= bins == last
+        columns = is_open.any(0).nonzero()[:, 0]
+        some, open_shares = some[:, columns], open_shares[:, columns] * is_open[:, columns]
+    equal = values == high
+    before = (shares * equal).cumsum_(-1).sub_(shares)
+    return (values > high) | (equal & (before < goal - reached))
 
 
 # --- logprobs ---------------------------------------------------------------------------------------------------------
 
 
-def with_logprobs(row: torch.Tensor, token: int, count: int) -> Sampled:
-    """The token with its logprob, and the ``count`` most likely (ties: lowest id first) with theirs."""
-    values = row.double()
-    values = (values - values.max()).nan_to_num_(nan=0.0, neginf=MINUS)
-    logprobs = values - values.exp().sum().log()
-    count = min(count, len(row))
-    if count == 0:
-        return Sampled(token, float(logprobs[token]))
-    ids = (row >= row.topk(count).values[-1]).nonzero()[:, 0]
-    best = ids[row[ids].argsort(descending=True, stable=True)[:count]]
-    return Sampled(token, float(logprobs[token]), tuple(zip(best.tolist(), logprobs[best].tolist(), strict=True)))
+def with_logprobs(
+    logits: torch.Tensor, rows: Sequence[int], tokens: Sequence[int], counts: Sequence[int]
+) -> list[Sampled]:
+    """Of some rows the token with its logprob, and as many of the most likely as its count says with theirs."""
+    found: list[Sampled] = []
+    for piece in pieces(range(len(rows)), logits):
+        some = logits[[rows[i] for i in piece]]
+        logprobs = logprobs_of(some)
+        best = most_likely(some, [min(counts[i], logits.shape[-1]) for i in piece])
+        for row, i, ids in zip(logprobs, piece, best, strict=True):
+            top = tuple(zip(ids.tolist(), row[ids].tolist(), strict=True))
+            found.append(Sampled(tokens[i], float(row[tokens[i]]), top))
+    return found
+
+
+def logprobs_of(logits: torch.Tensor) -> torch.Tensor:
+    """In float64, of each row as if it were alone: a sum over several rows at once may be rounded otherwise."""
+    values = logits.double()
+    values = (values - values.amax(-1, keepdim=True)).nan_to_num_(nan=0.0, neginf=MINUS)
+    return values.sub_(torch.stack([row.sum() for row in values.exp()]).log_()[:, None])
+
+
+def most_likely(logits: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
+    """Of each row the ids of that many largest logits, descending (ties: lowest id first)."""
+    if not any(counts):
+        return [torch.empty(0, dtype=torch.long, device=logits.device)] * len(counts)
+    wanted = torch.tensor(counts, device=logits.device)[:, None]
+    bound = logits.topk(max(counts)).values.gather(-1, (wanted - 1).clamp_(min=0))
+    above, equal = logits > bound, logits == bound
+    equal &= equal.cumsum(-1) <= wanted - above.sum(-1, keepdim=True)
+    ids = (above | equal).nonzero()[:, 1].split(list(counts))
+    return [some[row[some].argsort(descending=True, stable=True)] for row, some in zip(logits, ids, strict=True)]

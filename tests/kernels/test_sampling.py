@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import random
+import sys
+import time
 from array import array
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from fgsnap.kernels.native_sampling import Packer
 from fgsnap.kernels.ops import Edits, HeadArgs, Sampled, Sampling
 from fgsnap.kernels.philox import uniform
 from fgsnap.kernels.reference import Reference
+from fgsnap.kernels.tape import address_of
 from tests.doubles import pick, picks
 from tests.kernels.backends import KINDS_OF_BACKEND, NATIVE_PRESENT, exact, exact_one, tensor, weight, whole
 
@@ -167,6 +171,112 @@ def test_sample_of_large_vocabularies(kind, draw, vocabulary, how):
 
 
 @pytest.mark.parametrize("kind", KINDS_OF_BACKEND)
+@pytest.mark.parametrize("bias", [None, {3: 0.25}])
+def test_a_large_top_k_ends_where_it_should(kind, bias):
+    """Beyond what is kept by a running bound: ties at the end, both zeros, infinities, numbers next to each other."""
+    draw, vocabulary = random.Random(1), 2500
+    tiny = torch.tensor([1, 2, -(1 << 31) + 1, 0x3F800000, 0x3F800001], dtype=torch.int32).view(torch.float32).tolist()
+    levels = (
+        [0.0, -0.0], [1.0, 0.5, -0.5, -INF], [INF, 1.0], tiny, [3e38, -3e38, 1e-30, 2e-30],
+        [draw.gauss(0, 1) for _ in range(vocabulary)],
+    )  # fmt: skip
+    rows = [[draw.choice(level) for _ in range(vocabulary)] for level in levels for _ in range(6)]
+    tops = itertools.cycle([1024, 1025, vocabulary // 2, 1999, vocabulary - 1, vocabulary])
+    hows = [
+        Sampling(2.0, top_k, draw.choice((1.0, 0.6)), seed=seed, edits=bias and Edits(bias=bias))
+        for seed, top_k in zip(range(len(rows)), tops, strict=False)
+    ]
+    assert_same(*sampled(exact_one(kind), rows, hows))
+
+
+@pytest.mark.skipif(not NATIVE_PRESENT, reason="the native backend is not built")
+def test_a_large_top_k_takes_the_time_of_a_few_passes():
+    """Beside drawing at a temperature alone, in processor time; sorting what is kept takes a hundred times as long."""
+    ops, vocabulary = Native(threads=1, dtype="float32"), 100_000
+    held = logits(ops, exact(1, vocabulary, scale=2.5))
+
+    def seconds(how):
+        taken = []
+        for position in range(5):
+            began = time.process_time()
+            ops.sample(held, [how], [position])
+            taken.append(time.process_time() - began)
+        return min(taken)
+
+    assert seconds(Sampling(0.8, vocabulary - 1)) < 35 * seconds(Sampling(0.8))
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.01, 2.5])
+@pytest.mark.parametrize(
+    "settings", [{"top_k": 1500}, {"top_p": 0.999}, {"top_k": 1999, "top_p": 0.7}, {"min_p": 0.1}, {"logprobs": 5}]
+)
+def test_the_reference_sorts_no_vocabulary(monkeypatch, settings, scale):
+    lengths = [0]
+
+    def noted(method):
+        def call(*args, **options):
+            found = method(*args, **options)
+            lengths.append((found if isinstance(found, torch.Tensor) else found[0]).shape[-1])
+            return found
+
+        return call
+
+    for name in ("sort", "argsort", "topk", "unique"):
+        monkeypatch.setattr(torch.Tensor, name, noted(getattr(torch.Tensor, name)))
+    ops, values = Reference("cpu", "float32"), exact(3, 2000, scale=scale)
+    ops.sample(logits(ops, values), [Sampling(0.8, seed=row, **settings) for row in range(3)], range(3))
+    assert max(lengths) == settings.get("logprobs", 0)
+
+
+def test_the_reference_calls_nothing_for_each_token():
+    """Penalties and biases: as many calls for thousands of tokens as for one."""
+    ops, values = Reference("cpu", "float32"), exact(1, 5000)
+
+    def calls(count):
+        some = edits(
+            range(count), repetition=1.1, presence=0.5, prompt=range(count), bias=dict.fromkeys(range(count), 1.0)
+        )
+        made = []
+        sys.setprofile(lambda frame, event, _: made.append(event) if event in {"call", "c_call"} else None)
+        try:
+            ops.sample(logits(ops, values), [Sampling(1.0, edits=some)], [0])
+        finally:
+            sys.setprofile(None)
+        return len(made)
+
+    calls(1)
+    assert calls(4000) <= calls(1) + 10
+
+
+def test_counts_are_read_where_they_lie():
+    """A token more of an answer has nothing of its others packed again, wherever its arrays move when they grow."""
+    how = Sampling(edits=Edits(presence=1.0))
+    packer = Packer()
+    for token in range(2000):
+        how.edits.count(token // 2)
+        [way] = packer.ways([how], 5000)._ways
+        where = [address_of(how.edits.counted), address_of(how.edits.numbers), len(how.edits.counted)]
+        assert [*way.edits._words[3:6]] == where
+
+
+def test_long_answers_are_counted_right(backend):
+    """As they grow, while others come and go, and after they were away themselves."""
+    ops, draw, row = backend.ops, random.Random(4), exact(1, 400, scale=0.3)[0].tolist()
+    hows = [Sampling(1.0, seed=seed, edits=Edits(frequency=0.5, repetition=1.2, prompt=(1, 2))) for seed in range(3)]
+    for position in range(300):
+        present = draw.sample(range(3), draw.randint(1, 3)) if position % 60 < 20 else [0, 1]
+        some = [hows[r] for r in present]
+        if position % 20:
+            found = ops.sample(logits(ops, [row] * len(some)), some, [position] * len(some))
+        else:
+            found, expected = sampled(ops, [row] * len(some), some, [position] * len(some))
+            assert_same(found, expected)
+        for how, token in zip(some, found.tokens, strict=True):
+            how.edits.count(token)
+    assert all(sum(how.edits.counts.values()) > 0 for how in hows) and len(hows[0].edits.counts) > 150
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_BACKEND)
 def test_tokens_depend_on_their_own_row_alone(kind):
     ops, draw = exact_one(kind), random.Random(3)
     values = exact(len(SAMPLINGS), 500, scale=2.0)
@@ -226,6 +336,15 @@ def test_a_row_that_allows_nothing_gives_no_token(backend, temperature, forbids)
     how = Sampling(temperature, top_k=3, logprobs=1, edits=Edits(**forbids))
     found = backend.ops.sample(logits(backend.ops, exact(2, 70)), [how, Sampling(logprobs=0)], [1, 2])
     assert found.tokens[0] == -1 and found.tokens[1] >= 0 and found.logprobs.keys() == {1}
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 2}, {"top_p": 0.5}, {"top_k": 40, "top_p": 0.5}])
+def test_a_bias_that_leaves_no_number_gives_no_token(backend, settings):
+    """Infinity less infinity, beside a row that has many to choose from."""
+    values = torch.cat((torch.tensor([[INF, 1.0] + [0.0] * 68]), exact(1, 70).float()))
+    hows = [Sampling(1.0, edits=Edits(bias={0: -INF}), **settings), Sampling(1.0, **settings)]
+    found, expected = sampled(backend.ops, values, hows)
+    assert found == expected and found.tokens[0] == -1
 
 
 def test_edits_follow_the_answer_and_the_grammar(backend):

@@ -132,7 +132,8 @@ def said(request: Request, sick: int | None = None) -> tuple[list[Token], str]:
             allowed=memoryview(params.allowed) if params.allowed else None,
             prompt=sorted({*request.prompt}),
         )
-        edits.counts = Counter(tokens[len(request.prompt) :])
+        for token in tokens[len(request.prompt) :]:
+            edits.count(token)
         if follower is not None:
             while follower.pending:
                 grammars.hear()

@@ -12,6 +12,8 @@ namespace {
 constexpr int64_t STRETCH = 256;  // logits that are looked at together for such as may be among the largest
 constexpr int64_t BINS = 1024;
 constexpr int64_t FEW_OPEN = 64;  // candidates that are sorted rather than divided into bins
+constexpr int64_t FEW_LARGEST = 1024;  // so many at most are chosen by a running bound and sorted by their tokens
+constexpr int DIGIT = 11;  // bits of a number that are looked at together
 constexpr double INFINITE = std::numeric_limits<double>::infinity();
 
 // Philox 4x32-10, word for word as in fgsnap/kernels/philox.py: a number in [0, 1).
@@ -47,13 +49,20 @@ class Desk {
    public:
     Desk(Scratch& scratch, int64_t columns) {
         const int64_t n = columns + MASS, room = 2 * n + 4 * STRETCH;
-        at_ = scratch.need(size_t(room * int64_t(sizeof(Candidate)) + n * (8 + 4 + 4 + 1) + n / MASS * 8));
+        at_ = scratch.need(size_t(room * int64_t(sizeof(Candidate)) + n * (8 + 8 + 4 + 4 + 1) + n / MASS * 8));
         candidates = part<Candidate>(room);
         values = part<double>(n);
+        spare_ = part<double>(n);
         sums = part<double>(n / MASS);
         tokens = part<int32_t>(n);
         open = part<int32_t>(n);
         seen = part<uint8_t>(n);
+    }
+
+    // Room for the logits of a row.
+    template <class T>
+    T* spare() {
+        return static_cast<T*>(spare_);
     }
 
     Candidate* candidates;
@@ -72,6 +81,7 @@ class Desk {
     }
 
     char* at_;
+    void* spare_;
 };
 
 template <class T>
@@ -130,6 +140,69 @@ Chosen largest(const Row<T>& row, int64_t count, Desk& desk) {
     if (end - begin <= count) return {begin, end};
     std::nth_element(begin, kept, end, more_likely);
     return {begin, kept};
+}
+
+// A whole number that compares as x does; both zeros have the same.
+uint32_t rank_of(float x) {
+    uint32_t bits;
+    x += 0.0f;
+    std::memcpy(&bits, &x, sizeof(bits));
+    return bits >> 31 ? ~bits : bits | uint32_t(1) << 31;
+}
+
+uint64_t rank_of(double x) {
+    uint64_t bits;
+    x += 0.0;
+    std::memcpy(&bits, &x, sizeof(bits));
+    return bits >> 63 ? ~bits : bits | uint64_t(1) << 63;
+}
+
+template <class T>
+struct Cut {
+    T value;
+    int64_t equal;  // how many of those that equal it are among the largest
+};
+
+// Where the `count` largest end. Ranks are told apart digit by digit, the highest first: those that have the digit in
+// which the count-th lies stay open, so that a pass over all is followed by ever shorter ones, two for each digit.
+template <class T>
+Cut<T> cut_of(const Row<T>& row, int64_t count, T* open) {
+    const T* x = row.x;
+    int64_t left = row.count;
+    for (int shift = 8 * int(sizeof(T)) - DIGIT;; shift = std::max(shift - DIGIT, 0)) {
+        const auto digit = [&](T value) { return rank_of(value) >> shift & ((1 << DIGIT) - 1); };
+        int64_t sizes[1 << DIGIT] = {};
+        for (int64_t i = 0; i < left; ++i) ++sizes[digit(x[i])];
+        uint32_t last = (1 << DIGIT) - 1;
+        for (; sizes[last] < count; --last) count -= sizes[last];
+        int64_t n = 0;
+        for (int64_t i = 0; i < left; ++i) {
+            const T value = x[i];
+            open[n] = value;
+            n += digit(value) == last;
+        }
+        if (shift == 0) return {open[0], count};
+        x = open;
+        left = n;
+    }
+}
+
+// The `count` largest, ascending by token; -infinity is not among them.
+template <class T>
+Chosen largest_in_order(const Row<T>& row, int64_t count, Desk& desk) {
+    if (count <= FEW_LARGEST) {
+        const Chosen few = largest(row, count, desk);
+        std::sort(few.begin, few.end, earlier);
+        return few;
+    }
+    const Cut<T> cut = cut_of(row, count, desk.spare<T>());
+    const Chosen all = at_least(row, double(cut.value), desk);
+    int64_t equal = 0;
+    const auto beyond = [&](const Candidate& one) { return one.value == double(cut.value) && equal++ >= cut.equal; };
+    Candidate* end = all.begin;
+    for (const Candidate* one = all.begin; one < all.end; ++one)
+        if (!beyond(*one)) *end++ = *one;
+    return {all.begin, end};
 }
 
 // The weights of candidates, and their sum; those that weigh nothing are dropped.
@@ -277,8 +350,7 @@ Chosen kept(const Row<T>& row, const Kernels& kernels, double most, const Sampli
     Chosen chosen;
     double total = 0;
     if (how.top_k > 0 && how.top_k < row.count) {
-        chosen = largest(row, how.top_k, desk);
-        std::sort(chosen.begin, chosen.end, earlier);
+        chosen = largest_in_order(row, how.top_k, desk);
         total = weigh(chosen, kernels.doubles, most, steepness);
     } else {
         if (how.top_p < 1) total = masses(row, most, steepness, desk.sums);
@@ -297,7 +369,7 @@ int64_t token_of(const Row<T>& row, const Kernels& kernels, int64_t first, const
     if (first < 0) return -1;
     if (how.temperature == 0) return row.token(first);
     const double most = row.x[first], share = uniform(how.seed, asked.position);
-    if (how.top_k == 0 && how.top_p >= 1 && how.min_p <= 0)
+    if ((how.top_k == 0 || how.top_k >= row.count) && how.top_p >= 1 && how.min_p <= 0)
         return draw_of_all(row, most, 1 / how.temperature, share, desk);
     return draw(kept(row, kernels, most, how, desk), share);
 }
