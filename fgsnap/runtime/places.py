@@ -31,15 +31,18 @@ class Places:
         fits = 1 < self._keys <= count
         self._own = max(1, count // (2 * self._keys)) if fits else 0
 
-    def take(self, key: str, wanted: int, held: int = 0) -> None:
-        """Give a key so many places, for a request that has ``held``. RequestError where it cannot have them."""
+    def take(self, key: str, wanted: int, held: int = 0, field: str = "n") -> None:
+        """Give a key so many places, for a request that has ``held`` and asks for more by ``field``.
+
+        RequestError where it cannot have them.
+        """
         most = self._count - self._own * max(0, self._keys - 1)
         if held + wanted > most:
             raise RequestError(
                 f"The request asks for {held + wanted} choices.",
                 f"At most {most} of one client may run and wait here.",
                 "Ask for fewer in one request: fewer prompts, or a lower n or best_of.",
-                param="n",
+                param=field,
             )
         taken = self._taken.total()
         free, kept = self._count - taken, self._kept_from(key)

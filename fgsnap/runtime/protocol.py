@@ -583,6 +583,13 @@ def _too_long(field: str, tokens: int, max_length: int, about: str = "") -> Requ
     )
 
 
+def choosing(call: Call) -> str:
+    """The field by which a call has more than one choice, if it has."""
+    if call.choices == 1:
+        return "prompt"
+    return "n" if call.choices == call.kept else "best_of"
+
+
 def _wrong(field: str, why: str) -> RequestError:
     return RequestError(f"{field}: {why}" if field else why, param=field, code="invalid_value" if field else "")
 

@@ -207,7 +207,7 @@ class App:
             call = await self._parsed(GENERATION[scope["path"]], body)
             if call.model is not None:
                 self.check_model(call.model)
-            hold(call.choices * max(len(call.prompts), 1) - 1)
+            hold(call.choices * max(len(call.prompts), 1) - 1, protocol.choosing(call))
             await unless_gone(receive, self._answer(call, len(body), scope["tenant"], began, send))
 
     async def _parsed(self, parse: Parse, body: bytes) -> protocol.Call:
@@ -369,21 +369,22 @@ class App:
         self.metrics.whole_request.observe(time.monotonic() - began)
 
     @contextmanager
-    def _admitted(self, tenant: str) -> Iterator[Callable[[int], None]]:
+    def _admitted(self, tenant: str) -> Iterator[Callable[[int, str], None]]:
         """Count a generation request while it lasts, as one choice. RequestError where it may not begin.
 
-        What this gives is called with the number of further choices, which may be too many too.
+        What this gives is called with the number of further choices, which may be too many too, and the field they
+        come by.
         """
         if self.draining:
             raise unavailable("The service is shutting down.")
         held = 0
 
-        def hold(choices: int) -> None:
+        def hold(choices: int, field: str) -> None:
             nonlocal held
-            self.places.take(tenant, choices, held)
+            self.places.take(tenant, choices, held, field)
             held += choices
 
-        hold(1)
+        hold(1, "n")
         self.open += 1
         self._on_request()
         try:

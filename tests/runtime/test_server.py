@@ -1268,6 +1268,23 @@ def test_a_key_that_fills_the_queue_leaves_places_to_the_others():
         until(lambda: service.app.places._taken.total() == 0)
 
 
+@pytest.mark.parametrize(
+    ("fields", "param", "choices"),
+    [
+        ({"n": 9}, "n", 9),
+        ({"best_of": 16}, "best_of", 16),
+        ({"prompt": ["x"] * 9}, "prompt", 9),
+        ({"prompt": ["x"] * 5, "n": 2}, "n", 10),
+    ],
+    ids=str,
+)
+def test_what_never_has_a_place_is_not_told_to_come_again(fields, param, choices):
+    with stub_service(max_open=8) as service:
+        reply = ask(service.url, "POST", "/v1/completions", {"prompt": "x", **fields})
+        assert (reply.status, reply.error()["param"]) == (400, param) and "retry-after" not in reply.headers
+        assert f"asks for {choices} choices. At most 8" in reply.error()["message"]
+
+
 def test_when_to_come_again_is_bounded_and_by_what_is_known():
     stats = EngineStats(1, 1, 8, 8, prompt_tokens=0, generated_tokens=0, steps=0, waiting_tokens=10**9)
     link = Link(None, tell=print)
