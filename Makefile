@@ -40,7 +40,7 @@ endef
 PIP_FLAGS := --quiet --disable-pip-version-check -c constraints.txt
 
 $(VENV)/.installed: $(BUILT_FROM)
-	$(call install,$(VENV),-e '.[convert$(COMMA)bench]' hypothesis jsonschema openai psutil pytest pytest-timeout transformers mypy ruff)
+	$(call install,$(VENV),-e '.[convert$(COMMA)bench]' hypothesis jsonschema openai psutil pytest pytest-timeout pytest-xdist transformers mypy ruff)
 
 # Figures are taken of the package as users install it: an editable install costs every start some milliseconds.
 $(BENCH)/.installed: $(BUILT_FROM) $(shell find fgsnap -name '*.py')
@@ -55,7 +55,7 @@ demo: setup $(MODEL)
 	@$(BIN)/python examples/demo.py $(MODEL) demo/snapshot "$(DEMO_PROMPT)"
 
 test: setup
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
 # Its last lines count the histories, and in how many of them what happened.
 soak: setup

@@ -38,7 +38,7 @@ def completed(service, asked):
 def idle(service) -> bool:
     now = samples(service.url)
     free, blocks = now.get("fgsnap_kv_blocks_free"), now.get("fgsnap_kv_blocks")  # an engine tells with its first step
-    return now["fgsnap_requests_running"] == 0 and free == blocks
+    return now.get("fgsnap_requests_running", 0) == 0 and free == blocks
 
 
 def test_three_answers_compute_their_prompt_once(service, api):
