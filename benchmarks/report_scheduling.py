@@ -9,11 +9,11 @@ from tables import spread, table
 SCHEDULER = """\
 ## What a step costs beside the model
 
-Microseconds of a step with a model that costs nothing: `schedule` decides who runs, finds the blocks and builds the
-batch, `commit` adds the tokens, stops and ends. Prefix cache, reservations, stop tokens, deadlines and tenants are on.
-In the mixed rows an eighth of the sequences ends in every 16 steps, and others with prompts of 100 tokens take their
-place. Picking the tokens and making their text comes beside that, a sequence. Promised: at most {goal} a sequence of
-2048 that decode, and not more than at 64; measured {measured}.
+Microseconds of a step with a model that costs nothing: `schedule` decides who runs and finds the blocks, `plan` lays
+the batch out for the kernels, `commit` adds the tokens, stops and ends. Prefix cache, reservations, stop tokens,
+deadlines and tenants are on. In the mixed rows an eighth of the sequences ends in every 16 steps, and others with
+prompts of 100 tokens take their place. Picking the tokens and making their text comes beside that, a sequence.
+Promised: at most {goal} a sequence of 2048 that decode, and not more than at 64; measured {measured}.
 
 """
 
@@ -51,13 +51,21 @@ is timed. [scheduling.md](scheduling.md) tells what happens.
 
 
 def scheduler(result: dict[str, Any]) -> str:
-    heads = ("", "sequences", "schedule", "commit", "both, a sequence", "picking, a sequence", "text, a sequence")
+    heads = (
+        "",
+        "sequences",
+        "schedule",
+        "plan",
+        "commit",
+        "all, a sequence",
+        "picking, a sequence",
+        "text, a sequence",
+    )
     rows = [
         (
             row["kind"],
             f"{row['sequences']:,}",
-            spread(row["schedule_us"], 1),
-            spread(row["commit_us"], 1),
+            *(spread(row[f"{part}_us"], 1) for part in ("schedule", "plan", "commit")),
             spread(row["us_per_sequence"], 3),
             *(_known(row[f"{part}_us_per_sequence"], 2) for part in ("sample", "detokenise")),
         )
