@@ -179,7 +179,7 @@ def test_the_sections_take_what_the_benchmarks_write():
         "ratios_2048": {"of_nano_vllm": some(0.11)},
     }  # fmt: skip
     text = scheduler_section(result)
-    assert "| decoding | 2,048 | 60.0 " in text and "fgsnap's over nano-vllm's at 2048: 0.11" in text
+    assert "| decoding | 2,048 | 60.0 " in text and "fgsnap's over nano-vllm's at 2048: 0.110" in text
     assert "loops" not in scheduler_section({**result, "loops": []})
     runs = [splitfuse.Round(1.0, 500, [96, 96, 40], [0.1, 0.1, 0.05], [0.1, 0.1, 0.05], 2)]
     said = {
