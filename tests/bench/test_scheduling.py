@@ -170,12 +170,12 @@ def some(value: float) -> dict[str, float]:
 def test_the_sections_take_what_the_benchmarks_write():
     row = {
         "kind": "decoding", "sequences": 2048, "schedule_us": some(60.0), "plan_us": some(60.0),
-        "commit_us": some(65.0),
-        "us_per_sequence": some(0.061), "sample_us_per_sequence": None, "detokenise_us_per_sequence": some(1.5),
+        "commit_us": some(65.0), "us_per_sequence": some(0.061), "sample_us_per_sequence": None,
+        "detokenise_us_per_sequence": some(1.5),
     }  # fmt: skip
     peers = [{"engine": "nano-vllm", "sequences": 2048, "us_per_sequence": some(0.55)}]
     result = {
-        "us_per_sequence_2048": 0.061, "goals": {"us_per_sequence_2048": 0.5}, "rows": [row], "loops": peers,
+        "us_per_sequence_2048": 0.061, "goals": {"us_per_sequence_2048": 0.5}, "rows": [row, {**row, "kind": "mixed"}], "loops": peers,
         "ratios_2048": {"of_nano_vllm": some(0.11)},
     }  # fmt: skip
     text = scheduler_section(result)
