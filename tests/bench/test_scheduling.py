@@ -175,7 +175,8 @@ def test_the_sections_take_what_the_benchmarks_write():
     }  # fmt: skip
     peers = [{"engine": "nano-vllm", "sequences": 2048, "us_per_sequence": some(0.55)}]
     result = {
-        "us_per_sequence_2048": 0.061, "goals": {"us_per_sequence_2048": 0.5}, "rows": [row, {**row, "kind": "mixed"}], "loops": peers,
+        "us_per_sequence_2048": 0.061, "goals": {"us_per_sequence_2048": 0.5}, "loops": peers,
+        "rows": [row, {**row, "kind": "mixed"}],
         "ratios_2048": {"of_nano_vllm": some(0.11)},
     }  # fmt: skip
     text = scheduler_section(result)
