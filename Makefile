@@ -83,6 +83,7 @@ bench: $(BENCH)/.installed
 	$(BENCH)/bin/python benchmarks/families.py --output benchmarks/results
 	$(BENCH)/bin/python benchmarks/sampling.py --output benchmarks/results
 	$(BENCH)/bin/python benchmarks/scheduler.py --output benchmarks/results $(SCHEDULER_ARGS)
+	$(BENCH)/bin/python benchmarks/idle.py --output benchmarks/results
 	$(BENCH)/bin/python benchmarks/splitfuse.py --output benchmarks/results
 	$(BENCH)/bin/python benchmarks/starvation.py --output benchmarks/results
 	$(BENCH)/bin/python benchmarks/plots.py splitfuse starvation

@@ -18,7 +18,7 @@ from typing import Any
 
 from report_families import families
 from report_peers import peers
-from report_scheduling import scheduler, splitfuse, starvation
+from report_scheduling import idle, scheduler, splitfuse, starvation
 from tables import medians, spread, table
 
 from fgsnap.convert.families import FAMILIES as MODEL_TYPES
@@ -220,6 +220,7 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         "gemma": gemma,
         "sampling": sampling,
         "scheduler": scheduler,
+        "idle": idle,
         "splitfuse": splitfuse,
         "starvation": starvation,
     }

@@ -39,6 +39,16 @@ steps that left prompt tokens behind. Promised: P95 / P50 of at most {goal}.
 
 """
 
+IDLE = """\
+## At rest, and woken up
+
+In {seconds:g} s without a request the HTTP process of a service on SmolLM2 takes {http:g} s of CPU and the engine's
+{engine:g} s, of which the kernel counts hundredths. From a request in the pipe of an idle engine's process to its first
+token, with a model that costs nothing: {wake} microseconds, {p95:.0f} in the slowest of twenty. Promised: no CPU, and
+less than {goal:,}.
+
+"""
+
 STARVATION = """\
 ## Nobody waits for ever
 
@@ -111,6 +121,18 @@ def splitfuse(result: dict[str, Any]) -> str:
         for name, row in result["contestants"].items()
     ]
     return words + table(heads, rows)
+
+
+def idle(result: dict[str, Any]) -> str:
+    http, engine = result["cpu_seconds"]
+    return IDLE.format(
+        seconds=result["seconds"],
+        http=http,
+        engine=engine,
+        wake=spread(result["wake_up_us"], 0),
+        p95=result["wake_up_p95_us"],
+        goal=result["goals"]["wake_up_us"],
+    )
 
 
 def starvation(result: dict[str, Any]) -> str:
