@@ -457,7 +457,7 @@ class Ops(Protocol):
     def sample(self, logits: Tensor, how: Sequence[Sampling], positions: Sequence[int]) -> Samples:
         """One token a row of logits [R, V], as Sampling says, for ``positions`` [R] of their sequences.
 
-        A row with NaN or no finite logit, or none that its edits allow, gives token -1. ``logits`` is given up.
+        A row with NaN or no finite logit, or none that its edits allow, gives token -1. ``logits`` stays as it is.
         """
         ...
 

@@ -328,7 +328,6 @@ class Engine:
             sequence.matcher.close()
 
     def _end_by(self, sequence: Sequence, deadline: float) -> None:
-        sequence.deadline = deadline
         self._deadlines_set += 1
         heappush(self._deadlines, (deadline, self._deadlines_set, sequence))
         if len(self._deadlines) > 2 * len(self._live) + FEW_DEADLINES:

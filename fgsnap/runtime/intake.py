@@ -1,4 +1,4 @@
-"""From a checked call to token ids: long texts aside, a few at a time, and none of them further than the context goes.
+"""From a checked call to token ids: long texts aside, a few at a time, and none much further than the context goes.
 
 Tokenizing takes a second for every one or two megabytes, of which a context holds a small part. So a text that is long
 beside the context is counted piece by piece, and refused at the piece that is one too many. Between pieces it is
@@ -105,8 +105,8 @@ class Intake:
 
     def _tokens(self, call: protocol.Call, texts: Sequence[Prompt], errand: Errand) -> list[tuple[int, ...]]:
         encode = functools.partial(self._text.encode, add_special_tokens=call.add_special_tokens)
-        # What is to be cut is not too long, and what is left of it is known when all has been tokenized.
-        most = self._context() if call.truncate_prompt_tokens is None else protocol.MOST_TOKENS
+        room = protocol.Room(self._context(), cut=call.truncate_prompt_tokens is not None)
+        most = room.most
 
         def encoded(text: str) -> tuple[int, ...]:
             errand.go_on()
@@ -114,7 +114,7 @@ class Intake:
                 least = self._text.least_tokens(text)
                 least = least if least > most else _counted(text, most, encode, errand)
                 if least > most:
-                    raise protocol.beyond_context(call, least, most, counted_all=False)
+                    raise protocol.too_long(call, least, room)
             return tuple(encode(text))
 
         return [encoded(text) if isinstance(text, str) else text for text in texts]

@@ -44,6 +44,8 @@ class Places:
                 "Ask for fewer in one request: fewer prompts, or a lower n or best_of.",
                 param=field,
             )
+        if not wanted:  # who has one keeps it, also where there are fewer now
+            return
         taken = self._taken.total()
         free, kept = self._count - taken, self._kept_from(key)
         if wanted > free:

@@ -19,6 +19,7 @@ from fgsnap.runtime.request import Constraint, SamplingParams
 MAX_CHOICES = 128
 MAX_OBJECTS = 1 << 14  # in the messages of one request, parts of their contents and of tool calls included
 MOST_TOKENS = 1 << 31  # of a context that is not known
+CUT_FROM = 16  # contexts; all of a prompt is tokenized before it is cut
 COMPLETION_MAX_TOKENS = 16  # what OpenAI's completions answer with when max_tokens is left out
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
@@ -149,6 +150,22 @@ CONSTRAINING = (
 """Fields that say what the answer has to be."""
 
 
+class Room(NamedTuple):
+    """How long a prompt may be that is read.
+
+    Attributes:
+        context: the most tokens of a sequence.
+        cut: the prompt is cut to fit it, and may be CUT_FROM times as long.
+    """
+
+    context: int
+    cut: bool
+
+    @property
+    def most(self) -> int:
+        return self.context * CUT_FROM if self.cut else self.context
+
+
 class Call(NamedTuple):
     """One HTTP request, checked. Either ``prompts`` or ``messages`` is filled.
 
@@ -268,9 +285,8 @@ def _object(body: bytes, kind: type[msgspec.Struct], context: int) -> dict[str, 
             raise _wrong("", f"The body must be a JSON object, not {_json_name(msgspec.json.decode(body))}.")
         raws = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
         known = _known_fields(kind)
-        if "truncate_prompt_tokens" in raws:
-            context = MOST_TOKENS  # what is too long is cut
-        sent = {name: _value(name, raw, context) for name, raw in raws.items() if name in known}
+        cut = bytes(raws.get("truncate_prompt_tokens", b"null")).strip() != b"null"
+        sent = {name: _value(name, raw, Room(context, cut)) for name, raw in raws.items() if name in known}
     except RecursionError:
         raise _wrong("", "The body is nested too deeply.") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -294,7 +310,7 @@ def _unreadable(body: bytes, known: Container[str], error: Exception) -> Request
     return _wrong("", f"The body cannot be read as JSON: {_without_path(error)}.")
 
 
-def _value(name: str, raw: msgspec.Raw, context: int) -> Any:
+def _value(name: str, raw: msgspec.Raw, room: Room) -> Any:
     """The field's value. One that is far too long is not read to the end, to find out just that."""
     size = memoryview(raw).nbytes
     if size > LONGEST_LIST:
@@ -303,7 +319,7 @@ def _value(name: str, raw: msgspec.Raw, context: int) -> Any:
         if name in UNSUPPORTED:
             return raw  # none of the values that ask for nothing is long
         if name == "prompt":
-            _bound_lists(bytes(raw), context)
+            _bound_lists(bytes(raw), room)
         if name == "messages":
             _bound_objects(bytes(raw))
     try:
@@ -312,7 +328,7 @@ def _value(name: str, raw: msgspec.Raw, context: int) -> Any:
         raise _wrong(name, f"It cannot be read as JSON: {_without_path(error)}.") from None
 
 
-def _bound_lists(raw: bytes, context: int) -> None:
+def _bound_lists(raw: bytes, room: Room) -> None:
     """Before token ids are read one by one. Where there is a text among them, that is wrong for another reason."""
     if b'"' in raw or not raw.startswith(b"["):
         return
@@ -320,8 +336,8 @@ def _bound_lists(raw: bytes, context: int) -> None:
     if nested:
         _bound_choices(raw.count(b"[") - 1, 1)
     longest = max(part.count(b",") for part in raw.split(b"]")) if nested else raw.count(b",") + 1
-    if longest > context:
-        raise _too_long("prompt", longest, context)
+    if longest > room.most:
+        raise _too_long("prompt", longest, room)
 
 
 def _bound_objects(raw: bytes) -> None:
@@ -557,11 +573,14 @@ def settled(call: Call, prompt_tokens: int, max_length: int, kv_tokens: int, cha
     return length
 
 
-def beyond_context(call: Call, prompt_tokens: int, max_length: int, *, counted_all: bool = True) -> RequestError:
+def too_long(call: Call, least: int, room: Room) -> RequestError:
+    """The refusal of a prompt that has so many tokens at least, and is not read to its end."""
+    return _too_long("messages" if call.chat else "prompt", least, room, about="at least ")
+
+
+def beyond_context(call: Call, prompt_tokens: int, max_length: int) -> RequestError:
     """The refusal of a request that the context does not hold, with the arithmetic and the field that is too large."""
     prompt = "messages" if call.chat else "prompt"
-    if not counted_all:
-        return _too_long(prompt, prompt_tokens, max_length, about="at least ")
     least = 1 if call.max_tokens is None else call.max_tokens
     asked = f"{call.max_tokens} of max_tokens" if call.max_tokens else f"at least {least} to generate"
     alone = prompt_tokens + min(least, 1) > max_length
@@ -574,9 +593,12 @@ def beyond_context(call: Call, prompt_tokens: int, max_length: int, *, counted_a
     )
 
 
-def _too_long(field: str, tokens: int, max_length: int, about: str = "") -> RequestError:
+def _too_long(field: str, tokens: int, room: Room, about: str = "") -> RequestError:
+    rule = f"This model's maximum context length is {room.context} tokens"
+    if room.cut:
+        rule += f", and a prompt that is cut may have {room.most}"
     return RequestError(
-        f"This model's maximum context length is {max_length} tokens; the prompt has {about}{tokens}.",
+        f"{rule}; the prompt has {about}{tokens}.",
         next_step="Shorten the prompt.",
         param=field,
         code="context_length_exceeded",

@@ -40,7 +40,7 @@ class Sequence:
     """
 
     __slots__ = (
-        "cached", "charged", "deadline", "digests", "enders", "forwarded", "found", "how", "id", "last_step", "matcher",
+        "cached", "charged", "digests", "enders", "forwarded", "found", "how", "id", "last_step", "matcher",
         "order",
         "params", "promised", "prompt_length", "request", "root", "row", "scored", "state", "table", "to_score",
         "tokens",
@@ -72,7 +72,6 @@ class Sequence:
         self.digests: list[bytes] = []
         self.order: tuple[int, int] = (0, 0)
         self.charged = 0
-        self.deadline = float("inf")
         self.row = -1
         self.last_step = 0
         self.state = "new"

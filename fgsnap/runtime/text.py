@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -427,12 +428,14 @@ class Characters:
 
     Attributes:
         context: how many tokens of the prompt to begin with.
+        lookback: among how many of its last tokens one with text is looked for.
         patience: a character has at most four bytes, so after so many tokens without a whole one the bytes are wrong,
             not incomplete.
         longest_window: how many tokens to decode again at most.
     """
 
     context = 8
+    lookback = 128
     patience = 8
     longest_window = 64
 
@@ -473,8 +476,11 @@ class Characters:
 
     def _tail(self, prompt: Sequence[int]) -> list[int]:
         """The last few tokens of the prompt that have text: whole characters, or else what belongs to the last one."""
-        ends = range(len(prompt), 0, -1)
-        end = next((end for end in ends if self._decode([prompt[end - 1]])), len(prompt))
+        prompt = prompt[-self.lookback :]
+        # Where nothing but special tokens follows: found by halves, for each choice of a request does this.
+        end = bisect_left(range(len(prompt)), True, key=lambda start: not self._decode(list(prompt[start:]))) or len(
+            prompt
+        )
         begin = max(end - self.context, 0)
         for cut in range(end, max(end - LONGEST_CHARACTER, begin), -1):
             start = next((start for start in range(begin, cut) if self._is_whole(prompt[start:cut])), None)

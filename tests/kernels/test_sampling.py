@@ -338,6 +338,19 @@ def test_a_row_that_allows_nothing_gives_no_token(backend, temperature, forbids)
     assert found.tokens[0] == -1 and found.tokens[1] >= 0 and found.logprobs.keys() == {1}
 
 
+@pytest.mark.parametrize("logprobs", [-1, 2])
+@pytest.mark.parametrize(
+    "made",
+    [edits(banned=(0, 3, 3)), edits(bias={1: -INF}), edits([2], presence=1.0), edits(allowed=mask(5, (1,)))],
+    ids=["banned", "bias", "penalty", "allowed"],
+)
+def test_logits_stay_as_they_are(backend, made, logprobs):
+    held = logits(backend.ops, [[1.0, 2.0, -INF, 3.0, 0.0]])
+    before = list(backend.ops.floats(held))
+    backend.ops.sample(held, [Sampling(1.0, edits=made, logprobs=logprobs)], [0])
+    assert list(backend.ops.floats(held)) == before
+
+
 @pytest.mark.parametrize("settings", [{"top_k": 2}, {"top_p": 0.5}, {"top_k": 40, "top_p": 0.5}])
 def test_a_bias_that_leaves_no_number_gives_no_token(backend, settings):
     """Infinity less infinity, beside a row that has many to choose from."""

@@ -91,6 +91,13 @@ def test_a_text_that_is_to_be_cut_is_not_too_long():
     assert len(prompts(Counting(), call(prompt="a" * 100_000, **fields), 10_000)[0]) == 100_000
     ids = protocol.parse_completion(json.dumps({"prompt": [1] * 100_000, **fields}).encode(), VOCAB, 10_000).prompts
     assert len(ids[0]) == 100_000
+    with pytest.raises(RequestError, match="a prompt that is cut may have 160000; the prompt has at least 1"):
+        prompts(Counting(), call(prompt="a" * 10_000_000, **fields), 10_000)
+    long = json.dumps({"prompt": [1] * 200_000, **fields}).encode()
+    with pytest.raises(RequestError, match="the prompt has 200000"):
+        protocol.parse_completion(long, VOCAB, 10_000)
+    with pytest.raises(RequestError, match="length is 10000 tokens; the prompt has 200000"):  # null is as if left out
+        protocol.parse_completion(long.replace(b'_tokens": 5', b'_tokens": null'), VOCAB, 10_000)
 
 
 def test_a_long_text_of_few_tokens_is_taken():

@@ -1228,6 +1228,15 @@ def test_no_more_places_are_given_than_an_engine_with_a_small_budget_has():
         places.take("0", 1)
 
 
+def test_who_has_a_place_keeps_it_where_there_are_fewer_now():
+    places = Places(4, 0)
+    places.take("", 4)
+    places.resize(3)
+    places.take("", 0, 1)
+    with pytest.raises(RequestError, match="full"):
+        places.take("", 1)
+
+
 def test_a_key_that_fills_the_queue_leaves_places_to_the_others():
     workers = StubWorkers()
     workers.engine = {"max_sequences": 2, "max_waiting": 6}

@@ -211,6 +211,19 @@ def test_special_tokens_do_not_part_a_word_from_its_space(count):
     assert "".join(streamed(tokenizer, [cat], prompt=[the, *[bos] * count])) == " cat"
 
 
+def test_a_prompt_of_special_tokens_is_not_walked_through():
+    calls = []
+
+    class Counting:
+        def decode(self, ids):
+            calls.append(len(ids))
+            return KINDS["llama2"].decode(ids)
+
+    stream = TextStream(Counting(), prompt=[256] * 100_000)
+    assert len(calls) < 50 and max(calls) <= 128
+    assert stream.feed([259]) + stream.flush() in {"cat", " cat"}
+
+
 @pytest.mark.parametrize("kind", ["byte level", "llama2"])
 def test_what_is_checked_of_real_tokenizers_holds_of_these(kind):
     checked = check(KINDS[kind])

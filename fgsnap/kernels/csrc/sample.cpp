@@ -5,6 +5,7 @@
 #include <cstring>
 #include <limits>
 #include <utility>
+#include <vector>
 
 namespace fgsnap {
 namespace {
@@ -438,12 +439,33 @@ class Edited {
     int64_t count_;
 };
 
+// A row of which some tokens are no choice as long as this lives.
+class Without {
+ public:
+    Without(float* logits, int64_t columns, const Edits& edits) : logits_(logits) {
+        kept_.reserve(size_t(edits.banned_size));
+        for (int64_t i = 0; i < edits.banned_size; ++i) {
+            const int64_t token = edits.banned[i];
+            if (token < 0 || token >= columns) continue;
+            kept_.emplace_back(token, logits[token]);
+            logits[token] = -std::numeric_limits<float>::infinity();
+        }
+    }
+    ~Without() {  // backwards: a token that is banned twice was kept first as it was
+        for (auto kept = kept_.rbegin(); kept != kept_.rend(); ++kept) logits_[kept->first] = kept->second;
+    }
+    Without(const Without&) = delete;
+    Without& operator=(const Without&) = delete;
+
+ private:
+    float* const logits_;
+    std::vector<std::pair<int64_t, float>> kept_;
+};
+
 int64_t edited_token(float* logits, int64_t columns, const Kernels& kernels, const Asked& asked, Desk& desk) {
     const Edits& edits = *asked.how->edits;
     if (edits.only_bans()) {
-        for (int64_t i = 0; i < edits.banned_size; ++i)
-            if (edits.banned[i] >= 0 && edits.banned[i] < columns)
-                logits[edits.banned[i]] = -std::numeric_limits<float>::infinity();
+        const Without banned(logits, columns, edits);
         const Row<float> row{logits, columns, nullptr, kernels.floats};
         return token_of(row, kernels, kernels.floats.peak(logits, columns), asked, desk);
     }
@@ -498,7 +520,7 @@ Picked pick(const Kernels& kernels, float* logits, int64_t columns, const Asked&
     if (how.logprobs < 0) return {token(), 0};
     const Logprobs logprobs(row, logits[first], desk);
     logprobs.tell_largest(std::min(how.logprobs, columns), asked, desk);
-    const int64_t picked = token();  // may write to the row, but not where the token is
+    const int64_t picked = token();
     return {picked, picked < 0 ? 0 : logprobs.of(logits[picked])};
 }
 
