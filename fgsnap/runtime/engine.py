@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fgsnap.errors import RequestError
 from fgsnap.kernels.ops import Batch, Sampled, Samples, Sampling
+from fgsnap.runtime.badwords import bad_words
 from fgsnap.runtime.blocks import BlockPool
-from fgsnap.runtime.request import EngineStats, Output, Request, SamplingParams, Step, Token
+from fgsnap.runtime.request import MOST_BAD_TOKENS, EngineStats, Output, Request, SamplingParams, Step, Token
 from fgsnap.runtime.roster import NO_CHOICE, NO_TOKEN
 from fgsnap.runtime.scheduler import Admission, Scheduler, Work
 from fgsnap.runtime.sequence import Sequence
@@ -360,15 +361,15 @@ class Engine:
         if not request.prompt:
             raise RequestError("The prompt is empty.", "A model continues at least one token.", param="prompt")
         vocab = self._model.vocab_size
-        stray = next((token for token in request.prompt if not 0 <= token < vocab), None)
+        stray = _stray(request.prompt, vocab)
         if stray is not None:
             raise RequestError(f"The prompt holds token id {stray}.", f"The ids are 0 to {vocab - 1}.", param="prompt")
         for name, tokens in (
             ("logit_bias", [t for t, _ in request.params.logit_bias]),
             ("stop_token_ids", request.params.stop_token_ids),
-            ("bad_words", [t for word in request.params.bad_words for t in word]),
+            ("bad_words", bad_words(request.params.bad_words).tokens),
         ):
-            stray = next((token for token in tokens if not 0 <= token < vocab), None)
+            stray = _stray(tokens, vocab)
             if stray is not None:
                 raise RequestError(f"{name} names token id {stray}.", f"The ids are 0 to {vocab - 1}.", param=name)
         if request.params.allowed and len(request.params.allowed) != -(-vocab // 32) * 4:
@@ -463,9 +464,15 @@ MOST_BIASES = 1024
 """Entries of one logit_bias."""
 
 
+def _stray(tokens: Collection[int], vocab: int) -> int | None:
+    """A token that is none of the vocabulary."""
+    return next((token for token in tokens if not 0 <= token < vocab), None)
+
+
 def _check_params(request: Request) -> None:
     params = request.params
     biases = [bias for _, bias in params.logit_bias]
+    bad = sum(map(len, params.bad_words))
     rules = (
         ("max_tokens", params.max_tokens, params.max_tokens >= 0, "0 or more"),
         ("temperature", params.temperature, 0 <= params.temperature < math.inf, "a number from 0 up"),
@@ -478,6 +485,7 @@ def _check_params(request: Request) -> None:
         ("logit_bias", f"of {len(biases)} tokens", len(biases) <= MOST_BIASES, f"of at most {MOST_BIASES}"),
         ("logit_bias", biases, all(map(math.isfinite, biases)), "of finite numbers"),
         ("bad_words", params.bad_words, all(params.bad_words), "of at least one token each"),
+        ("bad_words", f"of {bad} tokens", bad <= MOST_BAD_TOKENS, f"of at most {MOST_BAD_TOKENS} in all"),
         ("min_tokens", params.min_tokens, 0 <= params.min_tokens <= params.max_tokens, "from 0 to max_tokens"),
         ("logprobs", params.logprobs, -1 <= params.logprobs < MOST, "-1 (none) or more"),
         ("prompt_logprobs", params.prompt_logprobs, -1 <= params.prompt_logprobs < MOST, "-1 (none) or more"),

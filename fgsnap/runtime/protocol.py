@@ -131,8 +131,12 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 
-BRIEF = frozenset(("stop", "stop_token_ids", "logit_bias", "bad_words", "cache_salt", "model"))
-LONGEST_LIST = 1 << 16  # bytes of JSON that one of these takes at most
+LONGEST_LIST = 1 << 16  # bytes of JSON
+BRIEF = {
+    **dict.fromkeys(("stop", "stop_token_ids", "logit_bias", "cache_salt", "model"), LONGEST_LIST),
+    "bad_words": 1 << 19,  # a character may take 12, as "\ud83d\ude00" does
+}
+"""Bytes of JSON that these take at most, whatever they hold and however it is spelled; nothing more is read."""
 LONGEST_SEARCH = 1 << 20  # bytes of a body in which the field is looked for that is no JSON
 
 NO_MARKS = bytes(byte for byte in range(256) if byte not in b'{"')
@@ -313,9 +317,9 @@ def _unreadable(body: bytes, known: Container[str], error: Exception) -> Request
 def _value(name: str, raw: msgspec.Raw, room: Room) -> Any:
     """The field's value. One that is far too long is not read to the end, to find out just that."""
     size = memoryview(raw).nbytes
-    if size > LONGEST_LIST:
+    if size > BRIEF.get(name, LONGEST_LIST):
         if name in BRIEF:
-            raise _wrong(name, f"It is {size} bytes long, of at most {LONGEST_LIST}.")
+            raise _wrong(name, f"It is {size} bytes long, of at most {BRIEF[name]}.")
         if name in UNSUPPORTED:
             return raw  # none of the values that ask for nothing is long
         if name == "prompt":

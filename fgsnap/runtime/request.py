@@ -10,6 +10,10 @@ import msgspec
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
+MOST_BAD_TOKENS = 4096
+"""Of all the bad words of one request."""
+
+
 class Constraint(msgspec.Struct, frozen=True, array_like=True):
     """What an answer has to be.
 
@@ -35,7 +39,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     only computes the prompt. ``constraint``: what the answer has to be; once it cannot go on it ends, whatever
     ``ignore_eos`` and ``min_tokens`` say. ``allowed`` has a bit for each token, as ops.Edits has them: only those are
     picked, unless it is empty; not with a constraint. ``bad_words``: the last token of each is not picked after the
-    others, as far as these are the answer's. Stop *strings* belong to the text side.
+    others, as far as these are the answer's; together they have at most ``MOST_BAD_TOKENS``. Stop *strings* belong to
+    the text side.
     """
 
     max_tokens: int

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from fgsnap.kernels.ops import BlockTable, Edits, Sampling
+from fgsnap.runtime.badwords import bad_words
 from fgsnap.runtime.request import Request, SamplingParams
 
 if TYPE_CHECKING:
@@ -35,15 +36,15 @@ class Sequence:
         found: how many the prefix cache had when it first started.
         scored: positions of the prompt before this one have told the logprob of the token after them.
         to_score: where that ends; 0 where prompt logprobs are not wanted.
+        bad_words: tells which tokens would complete one of them after ``heard``, where it has any.
         matcher: tells which tokens its constraint allows next, where it has one; whoever makes it sets it.
         state: "new" before it is scheduled for the first time, "waiting", "running" or "gone".
     """
 
     __slots__ = (
-        "cached", "charged", "digests", "enders", "forwarded", "found", "how", "id", "last_step", "matcher",
-        "order",
-        "params", "promised", "prompt_length", "request", "root", "row", "scored", "state", "table", "to_score",
-        "tokens",
+        "bad_words", "cached", "charged", "digests", "enders", "forwarded", "found", "heard", "how", "id",
+        "last_step", "matcher", "order", "params", "promised", "prompt_length", "request", "root", "row", "scored",
+        "state", "table", "to_score", "tokens",
     )  # fmt: skip
 
     def __init__(self, request: Request, seed: int, eos: Collection[int], root: bytes) -> None:
@@ -57,9 +58,11 @@ class Sequence:
         heeds_eos = params.constraint is not None or not params.ignore_eos
         self.enders = frozenset(params.stop_token_ids) | (frozenset(eos) if heeds_eos else frozenset())
         self.matcher: Matcher | None = None
+        self.bad_words = bad_words(params.bad_words) if params.bad_words else None
+        self.heard = 0
         edits = _edits(params, request.prompt, self.enders)
         if edits is not None:
-            self._ban(edits)
+            edits.banned = self._banned()
         self.how = _sampling(params, seed, edits)
         self.cached = 0
         self.forwarded = 0
@@ -115,24 +118,23 @@ class Sequence:
         if edits is not None and token >= 0:
             if edits.penalizes:
                 edits.count(token)
-            if self.params.bad_words:
-                self._ban(edits)
-            elif edits.banned and self.generated >= self.params.min_tokens:
-                _unban(edits)
+            if self._hears_others(token) or self.generated == self.params.min_tokens:
+                _ban(edits, self._banned())
             if self.matcher is not None and token not in self.enders:
                 self.matcher.accept(token)
 
-    def _ban(self, edits: Edits) -> None:
-        """Ban what may not come next: the ends, as long as there are too few tokens, and what completes a bad word."""
-        held_off = sorted(self.enders) if self.generated < self.params.min_tokens else ()
-        banned = (*held_off, *(word[-1] for word in self.params.bad_words if self._said(word[:-1])))
-        if banned != edits.banned:
-            edits.banned = banned
-            edits.version += 1
+    def _hears_others(self, token: int) -> bool:
+        """Whether other bad words lack only one token after this one than did before it."""
+        words = self.bad_words
+        if words is None:
+            return False
+        before, self.heard = self.heard, words.after(self.heard, token)
+        return words.saying[before] != words.saying[self.heard]
 
-    def _said(self, words: tuple[int, ...]) -> bool:
-        """Whether the answer ends with these tokens."""
-        return len(words) <= self.generated and tuple(self.tokens[len(self.tokens) - len(words) :]) == words
+    def _banned(self) -> tuple[int, ...]:
+        """What may not come next: the ends, as long as there are too few tokens, and what completes a bad word."""
+        bad = () if self.bad_words is None else self.bad_words.banned(self.heard)
+        return (*sorted(self.enders), *bad) if self.generated < self.params.min_tokens else bad
 
     def constrain(self) -> None:
         """Have the next token picked as its constraint says, if that is known."""
@@ -141,13 +143,14 @@ class Sequence:
         if matcher.pending:
             return
         edits.allowed = matcher.mask()
-        if matcher.complete and edits.banned:
-            _unban(edits)
+        if matcher.complete:
+            _ban(edits, ())
 
 
-def _unban(edits: Edits) -> None:
-    edits.banned = ()
-    edits.version += 1
+def _ban(edits: Edits, banned: tuple[int, ...]) -> None:
+    if banned != edits.banned:
+        edits.banned = banned
+        edits.version += 1
 
 
 def _sampling(params: SamplingParams, seed: int, edits: Edits | None) -> Sampling:

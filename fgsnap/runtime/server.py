@@ -25,7 +25,7 @@ from fgsnap.runtime.connections import show_failure
 from fgsnap.runtime.intake import Intake, Tokenizes
 from fgsnap.runtime.link import Inbox, Link, Lost, unavailable
 from fgsnap.runtime.places import Places
-from fgsnap.runtime.request import Constraint, Output, Token
+from fgsnap.runtime.request import MOST_BAD_TOKENS, Constraint, Output, Token
 from fgsnap.runtime.request import Request as EngineRequest
 
 if TYPE_CHECKING:
@@ -309,6 +309,16 @@ class App:
             found[first] = None
             if spaced[0] != first[0] and len(spaced) == len(first):
                 found[spaced] = None
+        total = sum(map(len, found))
+        if total > MOST_BAD_TOKENS:
+            raise RequestError(
+                f"bad_words: they have {total} tokens.",
+                f"Those of one request have at most {MOST_BAD_TOKENS} together, at the beginning of a text and after a "
+                "space.",
+                "Send fewer or shorter ones.",
+                param="bad_words",
+                code="invalid_value",
+            )
         return tuple(found)
 
     async def _until_ready(self) -> wire.Ready:

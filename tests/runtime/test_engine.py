@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from fgsnap.errors import RequestError
 from fgsnap.kernels.ops import Batch, Edits, Sampled, Samples, Sampling
 from fgsnap.runtime.engine import Engine
-from fgsnap.runtime.request import Constraint, Output, Request, SamplingParams, Step, Token
+from fgsnap.runtime.request import MOST_BAD_TOKENS, Constraint, Output, Request, SamplingParams, Step, Token
 from fgsnap.runtime.roster import NO_CHOICE, NO_TOKEN
 from fgsnap.runtime.scheduler import MOST_SCORED, Work
 from fgsnap.runtime.sequence import Sequence
@@ -772,6 +772,9 @@ def test_an_idle_engine_does_nothing():
         (request("r", top_k=-1), "top_k"),
         (request("r", logprobs=-2), "logprobs"),
         (request("r", prompt_logprobs=-2), "prompt_logprobs"),
+        (request("r", bad_words=((1,), ())), "bad_words"),
+        (request("r", bad_words=((1, 2), (3, VOCAB))), "bad_words"),
+        (request("r", bad_words=((1, 2),) * (MOST_BAD_TOKENS // 2) + ((1,),)), "bad_words"),
     ],
 )
 def test_malformed_requests_are_refused_naming_the_field(wrong, param):

@@ -200,6 +200,14 @@ def test_bad_words_are_not_said(api):
     assert not any(word in held for word in bad) and "cc" in held and "bc" in held
 
 
+def test_bad_words_of_too_many_tokens_are_refused_by_name(service):
+    words = [f"{index:0256}" for index in range(17)]
+    asked = {"prompt": "x", "max_tokens": 1}
+    reply = ask(service.url, "POST", "/v1/completions", {**asked, "bad_words": words})
+    assert (reply.status, reply.error()["param"]) == (400, "bad_words") and "4352 tokens" in reply.error()["message"]
+    assert ask(service.url, "POST", "/v1/completions", {**asked, "bad_words": words[1:]}).status == 200
+
+
 def test_a_prompt_is_cut_to_its_last_tokens(api):
     for prompt, end in (("long before the very end", "the very end"), ([*range(50), 7, 8, 9], [7, 8, 9])):
         whole = api.completions.create(prompt=end, max_tokens=5, **GREEDY)

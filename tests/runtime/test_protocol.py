@@ -249,6 +249,7 @@ def test_an_echo_asks_for_the_prompt_s_logprobs_where_it_has_any():
     [
         ("stop", ["x"] * 10**6),
         ("stop", "x" * 7_000_000),
+        ("bad_words", ["x"] * 100_000),
         ("logit_bias", {str(i): 1.0 for i in range(75_000)}),
         ("stop_token_ids", [5] * 10**6),
         ("cache_salt", "x" * 7_000_000),
@@ -441,6 +442,20 @@ def test_more_token_ids_than_the_context_has_are_not_read_one_by_one(prompt, mon
     with pytest.raises(RequestError, match="context length is 100 tokens; the prompt has 1") as caught:
         protocol.parse_completion(body, VOCAB, 100)
     assert (caught.value.param, caught.value.code) == ("prompt", "context_length_exceeded")
+
+
+@pytest.mark.parametrize("character", ["é", "😀", "\0", '"'])
+@pytest.mark.parametrize("escaping", [True, False])
+def test_bad_words_are_as_long_as_they_may_be_however_they_are_spelled(character, escaping):
+    body = {"prompt": "hi", "bad_words": [character * 256] * 128, "stop": [character * 256] * 16}
+    call = protocol.parse_completion(json.dumps(body, ensure_ascii=escaping, indent=2).encode(), VOCAB)
+    assert call.bad_words == (character * 256,) * 128 and call.stop == (character * 256,) * 16
+
+
+def test_bad_words_that_are_longer_in_any_spelling_are_not_read():
+    with pytest.raises(RequestError, match="of at most 524288") as caught:
+        completion(bad_words=["x" * 600_000])
+    assert caught.value.param == "bad_words"
 
 
 def test_what_is_no_list_of_token_ids_is_not_counted_as_one(monkeypatch):
