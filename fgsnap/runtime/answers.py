@@ -12,7 +12,13 @@ import msgspec
 from fgsnap.errors import RequestError
 from fgsnap.runtime.request import Token
 
+PART = 64  # tokens of a prompt whose logprobs are encoded at once: nothing else runs meanwhile
+INLINE_ENTRIES = 1 << 12  # more logprobs than so are made JSON on a thread, so that the streams of others flow on
+
+MARK = b"\0"  # JSON has none: texts have it escaped
+
 Spell = Callable[[int], bytes]  # the bytes a token stands for
+Place = tuple[int, tuple[bytes, int]]  # characters before it, and what the decoder has of the next
 
 
 class Piece(NamedTuple):
@@ -73,6 +79,7 @@ class Answer:
         usage: a stream's client wants the token counts at its end.
         echo_top: the prompt's tokens have log probabilities too, with so many of the likeliest; -1: they have not.
         prompt_top: the same, told in a field of its own, as vLLM does; it needs ``prompt_spell``.
+        entries: of the prompts' logprobs, in all choices together.
     """
 
     def __init__(
@@ -88,6 +95,7 @@ class Answer:
         echo_top: int = -1,
         prompt_top: int = -1,
         prompt_spell: Spell = lambda token: b"",
+        entries: int = 0,
     ) -> None:
         self._heading = heading
         self._each = each
@@ -98,6 +106,11 @@ class Answer:
         self._echo_top = echo_top
         self._prompt_top = prompt_top
         self._prompt_spell = prompt_spell
+        self.large = entries > INLINE_ENTRIES
+        # By prompt: its choices tell the same of it, so it is encoded once.
+        self._tables: dict[int, msgspec.Raw] = {}
+        self._echoes: dict[int, _Echo] = {}
+        self._inserts: list[list[bytes]] = []
         self._completion_tokens = 0
         self._cached = [0] * choices
         self._places = [_Places() for _ in range(choices)]
@@ -139,13 +152,13 @@ class Answer:
         self._completion_tokens += len(piece.tokens)
         self._cached[piece.choice] = max(self._cached[piece.choice], piece.cached)
 
-    def whole(self) -> bytes:
-        """The answer that the added pieces make."""
+    def whole(self) -> list[bytes]:
+        """The answer that the added pieces make, in parts: what choices share is not copied for each."""
         choices = [self._choice(*each) for each in enumerate(self._best())]
         body: dict[str, Any] = {**self._heading.body(streamed=False), "choices": choices, "usage": self.usage()}
         if self._heading.chat and self._prompt_top >= 0:
             body["prompt_logprobs"] = self._prompt_logprobs(self._pieces[0])
-        return msgspec.json.encode(body)
+        return self._encoded(body)
 
     def _best(self) -> list[list[Piece]]:
         """The pieces of the choices that the client gets."""
@@ -182,7 +195,20 @@ class Answer:
     def _chunk(self, choices: list[dict[str, Any]]) -> bytes:
         # A client that asked for usage gets the key in every chunk, null until the last.
         waiting = {"usage": None} if self._usage else {}
-        return event(msgspec.json.encode({**self._heading.body(streamed=True), "choices": choices, **waiting}))
+        body = {**self._heading.body(streamed=True), "choices": choices, **waiting}
+        return event(b"".join(self._encoded(body)))
+
+    def _encoded(self, body: dict[str, Any]) -> list[bytes]:
+        """The body in parts, with what was put aside in its place."""
+        parts: list[bytes] = []
+        for number, part in enumerate(msgspec.json.encode(body).split(MARK)):
+            parts += self._inserts[int(part)] if number % 2 else (part,)
+        return parts
+
+    def _aside(self, parts: list[bytes]) -> msgspec.Raw:
+        """What stands in a body for these parts of it."""
+        self._inserts.append(parts)
+        return msgspec.Raw(MARK + b"%d" % (len(self._inserts) - 1) + MARK)
 
     def _logprobs(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any] | None:
         if self._spell is None:
@@ -190,27 +216,69 @@ class Answer:
         tokens = [token for piece in pieces for token in piece.shown]
         if self._heading.chat:
             return _chat_logprobs(tokens, self._spell)
-        echoed, places = self._echoed(pieces), self._places[index]
-        if echoed:
-            # Spelled tokens may be longer than the text by a bos or a space: so they are laid to its end.
-            spelled = _readable(b"".join(self._spell(token.id) for token in echoed))
-            places.at = len(pieces[0].text) - len(spelled)
-        body = _completion_logprobs([*echoed, *tokens], self._spell, places)
-        if echoed:
-            body["token_logprobs"][0] = body["top_logprobs"][0] = None
-        return body
+        echo = self._echo(pieces)
+        if echo is None:
+            return _completion_logprobs(tokens, self._spell, self._places[index])
+        self._places[index] = places = _Places(*echo.end)
+        own = _completion_logprobs(tokens, self._spell, places)
+        return {name: [of_prompt, *own[name]] for name, of_prompt in echo.columns.items()}
 
-    def _echoed(self, pieces: Sequence[Piece]) -> list[Token]:
+    def _echo(self, pieces: Sequence[Piece]) -> _Echo | None:
         """The prompt's tokens that are told as if they were the answer's."""
-        count = self._echo_top
-        if count < 0:
-            return []
-        return [Token(token.id, token.logprob, token.top[:count]) for piece in pieces for token in piece.prompt]
+        if self._spell is None or self._echo_top < 0 or not pieces[0].prompt:
+            return None
+        prompt = self._prompt_of(pieces)
+        if prompt not in self._echoes:
+            columns, end = _echoed(pieces[0], self._echo_top, self._spell)
+            self._echoes[prompt] = _Echo({name: self._aside(parts) for name, parts in columns.items()}, end)
+        return self._echoes[prompt]
 
-    def _prompt_logprobs(self, pieces: Sequence[Piece]) -> list[dict[str, Any] | None]:
+    def _prompt_logprobs(self, pieces: Sequence[Piece]) -> msgspec.Raw:
         """An entry for each token of the prompt, as vLLM has it: by token id, itself and the likeliest."""
-        _, *others = (token for piece in pieces for token in piece.prompt)
-        return [None, *(_ranked(token, token.top[: self._prompt_top], self._prompt_spell) for token in others)]
+        prompt = self._prompt_of(pieces)
+        if prompt not in self._tables:
+            self._tables[prompt] = self._aside(_table(pieces[0].prompt, self._prompt_top, self._prompt_spell))
+        return self._tables[prompt]
+
+    def _prompt_of(self, pieces: Sequence[Piece]) -> int:
+        return pieces[0].choice // self._each
+
+
+class _Echo(NamedTuple):
+    """A prompt told as a part of the answers.
+
+    Attributes:
+        columns: by the name of a list in the logprobs, what it begins with.
+        end: where the answers' own tokens begin.
+    """
+
+    columns: dict[str, msgspec.Raw]
+    end: Place
+
+
+def _echoed(piece: Piece, count: int, spell: Spell) -> tuple[dict[str, list[bytes]], Place]:
+    """The columns of an echo, each encoded in parts and without its brackets, and where it ends."""
+    # Spelled tokens may be longer than the text by a bos or a space: so they are laid to its end.
+    spelled = _readable(b"".join(spell(token.id) for token in piece.prompt))
+    places = _Places(len(piece.text) - len(spelled))
+    parts: dict[str, list[bytes]] = {}
+    for start in range(0, len(piece.prompt), PART):
+        tokens = [Token(token.id, token.logprob, token.top[:count]) for token in piece.prompt[start : start + PART]]
+        body = _completion_logprobs(tokens, spell, places)
+        if start == 0:
+            body["token_logprobs"][0] = body["top_logprobs"][0] = None
+        for name, column in body.items():
+            parts.setdefault(name, []).append(b"," * (start > 0) + msgspec.json.encode(column)[1:-1])
+    return parts, places.now()
+
+
+def _table(prompt: Sequence[Token], count: int, spell: Spell) -> list[bytes]:
+    """The prompt's logprobs as vLLM has them, encoded in parts."""
+    parts = [b"[null"]
+    for start in range(1, len(prompt), PART):
+        entries = [_ranked(token, token.top[:count], spell) for token in prompt[start : start + PART]]
+        parts.append(b"," + msgspec.json.encode(entries)[1:-1])
+    return [*parts, b"]"]
 
 
 def _likelihood(pieces: Sequence[Piece]) -> float:
@@ -235,9 +303,14 @@ def _chat_logprobs(tokens: Sequence[Token], spell: Spell) -> dict[str, Any]:
 class _Places:
     """Where the tokens of one text begin, in characters; one that begins within a character has the place of that."""
 
-    def __init__(self) -> None:
-        self.at = 0  # characters that are whole
+    def __init__(self, at: int = 0, state: tuple[bytes, int] = (b"", 0)) -> None:
+        self.at = at  # characters that are whole
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder.setstate(state)
+
+    def now(self) -> Place:
+        """What to make another with, that goes on from here."""
+        return self.at, self._decoder.getstate()
 
     def next(self, raw: bytes) -> int:
         at = self.at

@@ -17,6 +17,7 @@ from fgsnap.errors import RequestError
 from fgsnap.runtime.request import Constraint, SamplingParams
 
 MAX_CHOICES = 128
+MAX_ENTRIES = 1 << 20  # logprobs of prompts' tokens in one answer: about 70 MB of it
 MAX_OBJECTS = 1 << 14  # in the messages of one request, parts of their contents and of tool calls included
 MOST_TOKENS = 1 << 31  # of a context that is not known
 CUT_FROM = 16  # contexts; all of a prompt is tokenized before it is cut
@@ -580,6 +581,28 @@ def settled(call: Call, prompt_tokens: int, max_length: int, kv_tokens: int, cha
 def too_long(call: Call, least: int, room: Room) -> RequestError:
     """The refusal of a prompt that has so many tokens at least, and is not read to its end."""
     return _too_long("messages" if call.chat else "prompt", least, room, about="at least ")
+
+
+def entries(call: Call, prompt_tokens: Sequence[int]) -> int:
+    """How many logprobs of its prompts' tokens the answer tells; RequestError with the arithmetic where too many.
+
+    A few numbers ask for them, and each choice has them all.
+    """
+    tops = {"prompt_logprobs": call.prompt_top, "logprobs": call.params.logprobs if call.echo else -1}
+    told = {field: top + 1 for field, top in tops.items() if top >= 0}
+    total, times = sum(prompt_tokens), 1 if call.chat else call.kept
+    count = total * times * sum(told.values())
+    if count <= MAX_ENTRIES:
+        return count
+    each = " + ".join(f"{field} {of_token - 1} + 1" for field, of_token in told.items())
+    choices = "" if times == 1 else f" x {times} choices"
+    raise RequestError(
+        f"The answer would tell {count} logprobs of the prompt, of at most {MAX_ENTRIES}.",
+        f"That is {total} tokens of prompt{choices} x ({each}).",
+        f"Lower {' or '.join((*told, *(() if times == 1 else ('n',))))}, or send fewer or shorter prompts.",
+        param=max(told, key=lambda field: told[field]),
+        code="invalid_value",
+    )
 
 
 def beyond_context(call: Call, prompt_tokens: int, max_length: int) -> RequestError:

@@ -38,6 +38,7 @@ BODY_LIMIT = 8 << 20
 DISCARD_LIMIT = 64 << 20  # of a body that is too long, read on so far, that its sender gets to see the refusal
 BODY_SECONDS = 60.0
 KEEP_ALIVE_SECONDS = 10.0
+SENT_AT_ONCE = 1 << 18  # bytes of an answer
 INLINE_BYTES = 1 << 18  # longer bodies are read on a thread, so that the streams of others flow on
 CONSTRAINT_STATUS = {"constraint": 400, "not_supported": 501, "unavailable": 503}
 PUBLIC = frozenset(("/health", "/health/live", "/health/ready", "/health/startup"))
@@ -234,6 +235,7 @@ class App:
             protocol.settled(call, len(prompt), engine.max_length, kv_tokens, self._default_max_tokens)
             for prompt in prompts
         ]
+        entries = protocol.entries(call, [*map(len, prompts)])
         heading = self._heading(call)
         works = _works(heading.id, call, prompts, lengths, tenant, self._echoes(call, prompts), deadline.rest())
         answer = answers.Answer(
@@ -247,6 +249,7 @@ class App:
             echo_top=call.params.logprobs if call.echo else -1,
             prompt_top=call.prompt_top,
             prompt_spell=self._text.token_bytes,
+            entries=entries,
         )
         async with (
             aclosing(self._pieces(works, call, deadline)) as pieces,
@@ -259,13 +262,13 @@ class App:
         started = False
         try:
             async for piece in pieces:
-                data = answers.KEEP_ALIVE if piece is None else answer.chunk(piece)
+                data = answers.KEEP_ALIVE if piece is None else await _chunk(answer, piece)
                 if not started:
                     started = True
                     await send(_head(200, b"text/event-stream", (b"cache-control", b"no-cache")))
                     data = answer.opening() + data
                 if data:
-                    await send(_part(data))
+                    await _send_all(send, [data], more=True)
                 if data and piece is not None and piece.tokens:
                     self._on_token()
             last = answer.closing()
@@ -279,9 +282,9 @@ class App:
         async for piece in pieces:
             if piece is not None:
                 answer.add(piece)
-        body = answer.whole()
-        await send(_head(200, b"application/json", (b"content-length", str(len(body)).encode())))
-        await send(_part(body, more=False))
+        body = await asyncio.to_thread(answer.whole) if answer.large else answer.whole()
+        await send(_head(200, b"application/json", (b"content-length", str(sum(map(len, body))).encode())))
+        await _send_all(send, body)
         self._on_token()
 
     def _truncated(self, call: protocol.Call, prompts: list[tuple[int, ...]], max_length: int) -> list[tuple[int, ...]]:
@@ -565,6 +568,11 @@ class _Prompt:
     def known(self) -> bool:
         return len(self.tokens) >= self._awaited
 
+    @functools.cached_property
+    def told(self) -> tuple[Token, ...]:
+        """All of them, once they are known: one tuple for all choices."""
+        return tuple(self.tokens)
+
 
 class _Choice:
     """One choice in the making: its text, and the tokens that the text does not show yet."""
@@ -589,7 +597,7 @@ class _Choice:
         if not self._prompt.known:
             return
         if not self._opened and (self._echo or self._prompt.tokens):
-            yield Piece(self._index, self._echo, (), (), None, tuple(self._prompt.tokens))
+            yield Piece(self._index, self._echo, (), (), None, self._prompt.told)
         self._opened = True
         heard, self._heard = self._heard, []
         for output in heard:
@@ -726,6 +734,26 @@ def _route_name(scope: Scope) -> str:
 
 def _head(status: int, content_type: bytes, *headers: tuple[bytes, bytes]) -> Message:
     return {"type": "http.response.start", "status": status, "headers": [(b"content-type", content_type), *headers]}
+
+
+async def _chunk(answer: answers.Answer, piece: Piece) -> bytes:
+    if answer.large and piece.prompt:
+        return await asyncio.to_thread(answer.chunk, piece)
+    return answer.chunk(piece)
+
+
+async def _send_all(send: Send, parts: Sequence[bytes], *, more: bool = False) -> None:
+    """The parts, many small ones at once but never megabytes: to copy these takes a while."""
+    waiting: list[bytes] = []
+    size = 0
+    for part in parts:
+        for start in range(0, len(part), SENT_AT_ONCE):
+            if size >= SENT_AT_ONCE:
+                await send(_part(b"".join(waiting)))
+                waiting, size = [], 0
+            waiting.append(part[start : start + SENT_AT_ONCE])
+            size += len(waiting[-1])
+    await send(_part(b"".join(waiting), more=more))
 
 
 def _part(data: bytes, *, more: bool = True) -> Message:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 
 import msgspec
 import pytest
@@ -506,10 +507,42 @@ def answer(chat: bool, **settings) -> Answer:
 TOKENS = (Token(1, -0.5, ((1, -0.5), (2, -1.0))), Token(3, -0.25, ((4, -0.125), (3, -0.25))))
 
 
+@pytest.mark.parametrize("how", [{"echo_top": 2}, {"prompt_top": 2, "spell": None}, {"echo_top": 1, "prompt_top": 2}])
+def test_a_prompt_s_logprobs_are_made_once_for_all_its_choices(how):
+    prompt = (Token(2), *TOKENS, Token(4, -0.5, ((1, -0.5),)), *TOKENS * 50)
+    spelled = Counter()
+
+    def counted(token: int) -> bytes:
+        spelled[token] += 1
+        return spell(token)
+
+    def made(choices: int, each: int) -> tuple[list[dict], int]:
+        spelled.clear()
+        making = answer(False, **{"choices": choices, "each": each, "prompt_spell": counted, "spell": counted, **how})
+        for index in range(choices):
+            own = Token(1 + index % 2, -float(index))
+            making.add(Piece(index, "bca", (), (), None, prompt[index // each :]))
+            making.add(Piece(index, "x", (own,), (own,), "length"))
+        told = json.loads(b"".join(making.whole()))["choices"]
+        return [{**choice, "index": 0} for choice in told], spelled.total()
+
+    once, cost = made(2, each=1)
+    all_three, cost_of_six = made(6, each=3)
+    assert cost_of_six <= cost + 4 * 2, "only the answers' own tokens"
+    assert [one.get("prompt_logprobs") for one in all_three] == [
+        once[0].get("prompt_logprobs")] * 3 + [once[1].get("prompt_logprobs")] * 3  # fmt: skip
+    if "spell" not in how:
+        for index, choice in enumerate(all_three):
+            expected = once[index // 3]["logprobs"]
+            assert choice["logprobs"]["text_offset"] == expected["text_offset"]
+            assert choice["logprobs"]["top_logprobs"][:-1] == expected["top_logprobs"][:-1]
+            assert choice["logprobs"]["token_logprobs"][-1] == -index
+
+
 def test_completion_logprobs_keep_the_picked_token_s_own_number():
     made = answer(chat=False)
     made.add(Piece(0, "a", TOKENS, TOKENS, "stop"))
-    logprobs = json.loads(made.whole())["choices"][0]["logprobs"]
+    logprobs = json.loads(b"".join(made.whole()))["choices"][0]["logprobs"]
     assert logprobs["tokens"] == ["a", "�"]
     assert logprobs["token_logprobs"] == [-0.5, -0.25]
     assert logprobs["top_logprobs"] == [{"a": -0.5, "bc": -1.0}, {"�": -0.25}]
@@ -528,7 +561,7 @@ def test_offsets_go_on_from_chunk_to_chunk():
 def test_chat_logprobs_tell_the_bytes():
     made = answer(chat=True)
     made.add(Piece(0, "a", TOKENS, TOKENS, "stop"))
-    content = json.loads(made.whole())["choices"][0]["logprobs"]["content"]
+    content = json.loads(b"".join(made.whole()))["choices"][0]["logprobs"]["content"]
     assert content[1] == {
         "token": "�", "logprob": -0.25, "bytes": [0xC3],
         "top_logprobs": [
@@ -567,7 +600,7 @@ def test_the_token_that_ended_an_answer_counts_for_its_likelihood():
     made.add(Piece(3, "unknown", (), (), "stop"))
     made.add(Piece(4, "empty", (), (), "stop", ending=Token(9, -3.0)))
     made.add(Piece(5, "likely empty", (), (), "stop", ending=Token(9, -0.2)))
-    texts = [choice["text"] for choice in json.loads(made.whole())["choices"]]
+    texts = [choice["text"] for choice in json.loads(b"".join(made.whole()))["choices"]]
     assert texts == ["likely empty", "ended", "long", "unlikely end", "empty", "unknown"]
 
 

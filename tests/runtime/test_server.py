@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fgsnap.errors import RequestError
 from fgsnap.kernels.ops import Batch, Sampled, Sampling
-from fgsnap.runtime import intake, server
+from fgsnap.runtime import answers, intake, protocol, server
 from fgsnap.runtime import service as service_module
 from fgsnap.runtime.link import Link
 from fgsnap.runtime.options import EngineOptions, ServeOptions
@@ -330,6 +330,65 @@ def test_a_prompt_is_scored_once_for_all_its_choices(caching):
                 if entry
             ]
             assert told == expected
+
+
+def plain(answer):
+    """What was told, without what differs between two answers."""
+    return answer.model_dump(exclude={"id", "created"})
+
+
+@pytest.mark.parametrize("asked", [{"logprobs": 2, "echo": True}, {"extra_body": {"prompt_logprobs": 2}}])
+def test_many_logprobs_of_a_prompt_are_made_json_on_a_thread(api, monkeypatch, asked):
+    prompts = ["häß" * 50, "and a prompt of many words " * 4]
+    wanted = {"prompt": prompts, "n": 3, "seed": 5, "max_tokens": 3, "model": MODEL, **asked}
+    few = api.completions.create(**wanted)
+    streamed = pieced(api.completions.create(**wanted, stream=True)) if "echo" in asked else None
+    threads, spell = set(), ByteText.token_bytes
+    monkeypatch.setattr(
+        ByteText, "token_bytes", lambda self, id: (threads.add(threading.current_thread().name), spell(self, id))[1]
+    )
+    monkeypatch.setattr(answers, "INLINE_ENTRIES", 0)
+    monkeypatch.setattr(server, "SENT_AT_ONCE", 1000)
+    assert plain(api.completions.create(**wanted)) == plain(few)
+    assert threads and all(name.startswith("asyncio_") for name in threads)
+    if streamed is not None:
+        threads.clear()
+        chunks = pieced(api.completions.create(**wanted, stream=True))
+        assert chunks == streamed == {one.index: (one.text, one.logprobs) for one in few.choices}
+        assert any(name.startswith("asyncio_") for name in threads)
+
+
+@pytest.mark.parametrize(
+    ("asked", "each", "param"),
+    [
+        ({"prompt_logprobs": 3}, 4, "prompt_logprobs"), ({"echo": True, "logprobs": 3}, 4, "logprobs"),
+        ({"prompt_logprobs": 0, "echo": True, "logprobs": 2}, 4, "logprobs"),
+        ({"prompt_logprobs": 1, "n": 2}, 4, "prompt_logprobs"),
+        ({"prompt_logprobs": 1, "n": 2, "best_of": 3}, 4, "prompt_logprobs"),
+        ({"echo": True, "logprobs": 1, "n": 2, "stream": True}, 4, "logprobs"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_so_many_logprobs_of_prompts_are_told_and_no_more(service, monkeypatch, asked, each, param):
+    prompts = ["x" * 30, "y" * 20]
+    body = {"model": MODEL, "max_tokens": 1, "prompt": prompts, **asked}
+    monkeypatch.setattr(protocol, "MAX_ENTRIES", 50 * each)
+    assert ask(service.url, "POST", "/v1/completions", body).status == 200
+    monkeypatch.setattr(protocol, "MAX_ENTRIES", 50 * each - 1)
+    reply = ask(service.url, "POST", "/v1/completions", body)
+    error = reply.error()
+    assert (reply.status, error["param"], error["code"]) == (400, param, "invalid_value")
+    assert f"{50 * each} logprobs" in error["message"] and "50 tokens of prompt" in error["message"]
+    assert "Lower " in error["message"] and (" or n," in error["message"]) == ("n" in asked)
+
+
+def test_a_chat_tells_its_prompt_s_logprobs_once_for_all_choices(service, monkeypatch):
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1, "n": 5, "prompt_logprobs": 1}
+    size = len("user: x\nassistant:")
+    monkeypatch.setattr(protocol, "MAX_ENTRIES", 2 * size)
+    assert ask(service.url, "POST", "/v1/chat/completions", body).status == 200
+    monkeypatch.setattr(protocol, "MAX_ENTRIES", 2 * size - 1)
+    assert ask(service.url, "POST", "/v1/chat/completions", body).error()["param"] == "prompt_logprobs"
 
 
 @pytest.mark.parametrize("stream", [False, True])
