@@ -218,6 +218,21 @@ class TestOptions:
                 stream()
             assert error.value.param == "best_of"
 
+    def test_the_best_are_no_empty_ones_that_were_unlikely_to_end(self, pipe):
+        """The token that ended an answer counts; what it was worth is asked of it as one of a prompt."""
+        asked = {"max_new_tokens": 4, "seed": 2, "top_p": 1.0, "logit_bias": {257: 5.0}}
+        every = pipe("a", **asked, n=16)
+        assert 0 < sum(not response.generated_length for response in every) < 16
+
+        def mean(made):
+            text = encoded(pipe, "a") + ids([made])[0] + [257] * (made.finish_reason == "stop")
+            [read] = pipe(text, max_new_tokens=1, prompt_logprobs=0)
+            return sum(token.logprob for token in read.prompt_tokens[1:]) / (len(text) - 1)
+
+        means = sorted(map(mean, every), reverse=True)
+        best = pipe("a", **asked, n=4, best_of=16)
+        assert [mean(response) for response in best] == pytest.approx(means[:4], abs=1e-4)
+
     def test_a_timeout_ends_the_call(self, pipe):
         with pytest.raises(RequestError, match="timeout of 1e-09 s is over") as error:
             pipe(PROMPTS, **GREEDY, timeout=1e-9)
