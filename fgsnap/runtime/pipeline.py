@@ -18,6 +18,7 @@ import msgspec
 
 from fgsnap.errors import FgsnapError, RequestError, UsageError
 from fgsnap.runtime.budget import settled_budget
+from fgsnap.runtime.counting import tokens_beyond
 from fgsnap.runtime.options import EngineOptions
 from fgsnap.runtime.protocol import (
     Bias,
@@ -43,9 +44,6 @@ Prompt = str | Sequence[Message] | Sequence[int]
 """A text to continue; a conversation, as messages with ``role`` and ``content``; or token ids."""
 
 MAX_LENGTH = 1024  # of prompt and answer, as in MII, where a call says nothing of lengths
-CHARACTERS, MARGIN = 8, 16
-"""Of a longer text than CHARACTERS for each token that there is room for, the beginning is tokenized first."""
-
 CONSTRAINING = ("json_schema", "regex", "choice", "grammar")
 MAX_WAITING = 1 << 40  # a batch is as long as its caller makes it
 
@@ -274,7 +272,7 @@ class Pipeline:
         """A prompt as text, where an answer begins with it, and as tokens. One that is far too long is not read."""
         told = options.get("return_full_text")
         if isinstance(prompt, str):
-            return prompt if told else "", self._text.encode(self._bounded(prompt, options))
+            return prompt if told else "", self._tokens(prompt, options)
         if _begins_with(int, prompt):
             _room(options, len(prompt), self._max_length)
             if _all_are(int, prompt):
@@ -288,19 +286,17 @@ class Pipeline:
                 "A conversation is a list of messages, each with 'role' and 'content'.",
                 param="prompt",
             )
-        messages = conversation(cast(Sequence[Message], prompt))
-        text = self._bounded(self._text.render_chat(messages), options)
-        return text if told else "", self._text.encode_chat(messages)
+        text = self._text.render_chat(conversation(cast(Sequence[Message], prompt)))
+        # A template writes its own special tokens.
+        return text if told else "", self._tokens(text, options, add_special_tokens=False)
 
-    def _bounded(self, text: str, options: Options) -> str:
-        """The text, unless its beginning has clearly more tokens than there is room for: that takes no time to say."""
+    def _tokens(self, text: str, options: Options, *, add_special_tokens: bool = True) -> list[int]:
+        """The tokens of a text; RequestError, without tokenizing it to its end, where they are far too many."""
+        encode = functools.partial(self._text.encode, add_special_tokens=add_special_tokens)
         limit, _ = _limit(options, self._max_length)
-        begin = text[: CHARACTERS * limit]
-        if len(begin) < len(text):
-            tokens = len(self._text.encode(begin))
-            if tokens > limit + limit // 4 + MARGIN:  # the cut may have made some more of them, but not so many
-                raise _too_long(f"more than {tokens}", options, self._max_length)
-        return text
+        if least := tokens_beyond(text, limit - 1, self._text.least_tokens, encode):
+            raise _too_long(f"at least {least}", options, self._max_length)
+        return encode(text)
 
     def _pieces(self, wanted: _Wanted, endings: dict[int, Token]) -> Iterator[list[Response]]:
         """The pieces of each step. ``endings`` gets the tokens that end answers and are no part of them."""

@@ -20,6 +20,7 @@ from fgsnap.bench.budget import keep
 from fgsnap.errors import FgsnapError, HostError, NotFound, RequestError, UsageError
 from fgsnap.kernels import native
 from fgsnap.runtime.budget import host_of
+from fgsnap.runtime.counting import PIECE
 from fgsnap.runtime.engine import Engine
 from fgsnap.runtime.request import SamplingParams
 from fgsnap.runtime.shared import Ask, SharedEngine, uninterrupted
@@ -360,20 +361,62 @@ def test_ids_that_cannot_fit_are_not_looked_at(pipe):
         assert prompt.looked_at < 10
 
 
-@pytest.mark.parametrize("wrap", [lambda text: text, lambda text: [{"role": "user", "content": text}]])
-def test_a_text_that_cannot_fit_is_not_tokenized_to_its_end(pipe, monkeypatch, wrap):
-    sizes = []
+WRAPS = [lambda text: text, lambda text: [{"role": "user", "content": text}]]
+
+
+@pytest.fixture
+def sizes(pipe, monkeypatch):
+    """Of the texts that are tokenized."""
+    noted = []
     encode = pipe._text.tokenizer.encode
-    monkeypatch.setattr(pipe._text.tokenizer, "encode", lambda text: sizes.append(len(text)) or encode(text))
-    with pytest.raises(RequestError, match="It has more than 2048 tokens and the context 256") as error:
+    monkeypatch.setattr(pipe._text.tokenizer, "encode", lambda text: noted.append(len(text)) or encode(text))
+    return noted
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("word", ["word ", "     "])
+def test_where_the_length_of_a_text_says_enough_nothing_is_tokenized(pipe, sizes, wrap, word):
+    with pytest.raises(RequestError, match=r"It has at least 10000\d tokens and the context 256") as error:
+        pipe(wrap(word * 10**5), max_new_tokens=1)
+    assert error.value.code == "context_length_exceeded" and sizes == []
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_a_text_that_cannot_fit_is_not_tokenized_to_its_end(pipe, monkeypatch, sizes, wrap):
+    monkeypatch.setattr(pipe._text.tokenizer, "least_tokens", lambda text: 0)
+    with pytest.raises(RequestError, match=r"It has at least \d+ tokens and the context 256") as error:
         pipe(wrap("word " * 10**5), max_new_tokens=1)
-    assert error.value.code == "context_length_exceeded" and sizes == [2048]
+    assert error.value.code == "context_length_exceeded" and 0 < sum(sizes) <= PIECE
+
+
+def test_a_text_whose_beginning_has_few_tokens_is_not_tokenized_to_its_end(pipe, monkeypatch):
+    """As of spaces, of which a token may be many."""
+    sizes = []
+
+    def encode(text, add_special_tokens=True):
+        sizes.append(len(text))
+        return [72] * (len(text) // 128 + text.count("a"))
+
+    monkeypatch.setattr(pipe._text, "encode", encode)
+    monkeypatch.setattr(pipe._text.tokenizer, "least_tokens", lambda text: 0)
+    with pytest.raises(RequestError, match="It has at least"):
+        pipe(" " * 10_000 + "a" * 10**6, max_new_tokens=1)
+    assert sum(sizes) <= 10_000 + 2 * PIECE
 
 
 def test_a_text_of_few_tokens_may_be_long(pipe, monkeypatch):
-    """One whose beginning does not tell is tokenized to its end."""
-    monkeypatch.setattr(pipe._text, "encode", lambda text: [72] * (len(text) // 40))
+    """One of which no count tells is tokenized to its end."""
+    monkeypatch.setattr(pipe._text, "encode", lambda text, add_special_tokens: [72] * (len(text) // 40))
+    monkeypatch.setattr(pipe._text.tokenizer, "least_tokens", lambda text: 0)
     assert pipe("word " * 900, max_new_tokens=1)[0].prompt_length == 4500 // 40
+
+
+def test_a_conversation_is_rendered_once(pipe, monkeypatch):
+    rendered = []
+    render = pipe._text.render_chat
+    monkeypatch.setattr(pipe._text, "render_chat", lambda messages: rendered.append(messages) or render(messages))
+    pipe([{"role": "user", "content": "Hi"}], **GREEDY)
+    assert len(rendered) == 1
 
 
 def test_what_a_callback_raises_ends_the_call(pipe):
