@@ -282,11 +282,6 @@ class ByteText:
             return turns.removesuffix("\n")
         return turns + ("assistant:" if add_generation_prompt else "")
 
-    def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], *args: Any, add_special_tokens: bool = False, **variables: Any
-    ) -> list[int]:
-        return self.encode(self.render_chat(messages, *args, **variables), add_special_tokens)
-
     def token_bytes(self, token: int) -> bytes:
         return bytes([token]) if token < 256 else b""
 

@@ -31,7 +31,8 @@ class Fgsnap:
         self._engine = engine_as_chosen(decoder, self._snapshot, options, default_budget(decoder.ops.device))
 
     def answer(self, question: str, tokens: int) -> str:
-        prompt = self._text.encode_chat([{"role": "user", "content": question}])
+        asked = self._text.render_chat([{"role": "user", "content": question}])
+        prompt = self._text.encode(asked, add_special_tokens=False)
         steps = SharedEngine(self._engine, self._text).generate([Ask(prompt, SamplingParams(tokens, temperature=0.0))])
         return "".join(delta.text for deltas in steps for delta in deltas)
 

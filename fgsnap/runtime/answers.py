@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import codecs
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 
 from fgsnap.errors import RequestError
-from fgsnap.runtime.request import Token
+from fgsnap.runtime.request import Token, likelihood
 
 PART = 64  # tokens of a prompt whose logprobs are encoded at once: nothing else runs meanwhile
 INLINE_ENTRIES = 1 << 12  # more logprobs than so are made JSON on a thread, so that the streams of others flow on
@@ -282,9 +281,7 @@ def _table(prompt: Sequence[Token], count: int, spell: Spell) -> list[bytes]:
 
 
 def _likelihood(pieces: Sequence[Piece]) -> float:
-    """The mean logprob of the tokens, with that of the one that ended it: to end is a choice as any other."""
-    tokens = [token for piece in pieces for token in (*piece.tokens, *([piece.ending] if piece.ending else ()))]
-    return sum(token.logprob for token in tokens) / len(tokens) if tokens else -math.inf
+    return likelihood([token for piece in pieces for token in piece.tokens], pieces[-1].ending)
 
 
 def _chat_logprobs(tokens: Sequence[Token], spell: Spell) -> dict[str, Any]:

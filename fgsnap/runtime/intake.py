@@ -1,28 +1,24 @@
 """From a checked call to token ids: long texts aside, a few at a time, and none much further than the context goes.
 
-Tokenizing takes a second for every one or two megabytes, of which a context holds a small part. So a text that is long
-beside the context is counted piece by piece, and refused at the piece that is one too many. Between pieces it is
-dropped when its client has left.
+A text that is long beside the context is counted piece by piece (see counting), and refused at the piece that is one
+too many. Between pieces it is dropped when its client has left.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from fgsnap.runtime import protocol
+from fgsnap.runtime.counting import tokens_beyond
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
 INLINE = 1 << 14  # bytes; longer texts are tokenized on a thread, so that the streams of others flow on
 AT_ONCE = 2  # threads for that: the engine computes on the same cores
-PIECE = 1 << 12  # characters, a few milliseconds' work
-SEAM = 1 << 8  # characters at the end of a piece among which a space is looked for, to cut there
-CUT_TOKENS = 16  # by which a cut may raise the count: of a word, a number, a special token in two, with a BOS each
-DENSE = 8  # characters a token that few texts have; below, a text that is too long is found out by tokenizing it
 
 T = TypeVar("T")
 Prompt = str | tuple[int, ...]
@@ -110,34 +106,8 @@ class Intake:
 
         def encoded(text: str) -> tuple[int, ...]:
             errand.go_on()
-            if len(text) > DENSE * most:
-                least = self._text.least_tokens(text)
-                least = least if least > most else _counted(text, most, encode, errand)
-                if least > most:
-                    raise protocol.too_long(call, least, room)
+            if least := tokens_beyond(text, most, self._text.least_tokens, encode, errand.go_on):
+                raise protocol.too_long(call, least, room)
             return tuple(encode(text))
 
         return [encoded(text) if isinstance(text, str) else text for text in texts]
-
-
-def _counted(text: str, most: int, encode: Callable[[str], list[int]], errand: Errand) -> int:
-    """How many tokens the text has at least, as far as it was counted: until they are more than ``most``."""
-    counted = 0
-    for cuts, piece in enumerate(pieces(text)):
-        errand.go_on()
-        counted += len(encode(piece)) - (CUT_TOKENS if cuts else 0)
-        if counted > most:
-            break
-    return counted
-
-
-def pieces(text: str) -> Iterator[str]:
-    """The text in pieces, cut before a space or a line's end where one is near."""
-    start = 0
-    while len(text) - start > PIECE:
-        end = start + PIECE
-        near = max(text.rfind(space, end - SEAM, end) for space in " \n")
-        end = near if near > start else end
-        yield text[start:end]
-        start = end
-    yield text[start:]

@@ -18,6 +18,7 @@ import msgspec
 
 from fgsnap.errors import FgsnapError, RequestError, UsageError
 from fgsnap.runtime.budget import settled_budget
+from fgsnap.runtime.counting import tokens_beyond
 from fgsnap.runtime.options import EngineOptions
 from fgsnap.runtime.protocol import (
     Bias,
@@ -32,7 +33,7 @@ from fgsnap.runtime.protocol import (
     typed,
 )
 from fgsnap.runtime.ranks import load_as_chosen
-from fgsnap.runtime.request import Constraint, EngineStats, SamplingParams, Token
+from fgsnap.runtime.request import Constraint, EngineStats, SamplingParams, Token, likelihood
 from fgsnap.runtime.shared import Ask, Delta, SharedEngine, placed
 from fgsnap.runtime.text import Text
 from fgsnap.runtime.worker import begin_grammars, check_canary, engine_as_chosen
@@ -43,9 +44,6 @@ Prompt = str | Sequence[Message] | Sequence[int]
 """A text to continue; a conversation, as messages with ``role`` and ``content``; or token ids."""
 
 MAX_LENGTH = 1024  # of prompt and answer, as in MII, where a call says nothing of lengths
-CHARACTERS, MARGIN = 8, 16
-"""Of a longer text than CHARACTERS for each token that there is room for, the beginning is tokenized first."""
-
 CONSTRAINING = ("json_schema", "regex", "choice", "grammar")
 MAX_WAITING = 1 << 40  # a batch is as long as its caller makes it
 
@@ -73,7 +71,8 @@ class Options(TypedDict, total=False):
         json_schema, regex, choice, grammar: what an answer has to be, one of them: JSON by a schema (an object or its
             text), a match of an expression, one of these texts, or what a Lark grammar derives.
         n: answers of each prompt.
-        best_of: make so many, and give the ``n`` whose tokens are likeliest in the mean. They cannot be streamed.
+        best_of: make so many, and give the ``n`` whose tokens, with the one that ended each, are likeliest in the mean.
+            They cannot be streamed.
         timeout: seconds after which a call fails that is not done, looked at after every step.
         priority: those of a lower one go first, among the answers that wait.
         cache_salt: beginnings of prompts are computed once only among calls with the same one.
@@ -211,13 +210,14 @@ class Pipeline:
         if streaming_fn is not None:
             _check_streamable(wanted)
         parts: list[list[Response]] = [[] for _ in wanted.asks]
-        for pieces in self._pieces(wanted):
+        endings: dict[int, Token] = {}
+        for pieces in self._pieces(wanted, endings):
             for piece in pieces:
                 parts[piece.index].append(piece)
             if streaming_fn is not None:
                 streaming_fn(pieces)
         answers = [_joined(pieces) for pieces in parts]
-        return answers if wanted.best is None else _best(answers, *wanted.best)
+        return answers if wanted.best is None else _best(answers, endings, *wanted.best)
 
     def stream(self, prompts: Prompt | Sequence[Prompt], **options: Unpack[Options]) -> Pieces:
         """The same answers piece by piece, as they come; ``index`` says which one a piece belongs to.
@@ -229,7 +229,7 @@ class Pipeline:
         """
         wanted = self._wanted(prompts, options)
         _check_streamable(wanted)
-        return (piece for pieces in self._pieces(wanted) for piece in pieces)
+        return (piece for pieces in self._pieces(wanted, {}) for piece in pieces)
 
     def stats(self) -> EngineStats:
         """Gauges and counters of the engine as of now."""
@@ -272,7 +272,7 @@ class Pipeline:
         """A prompt as text, where an answer begins with it, and as tokens. One that is far too long is not read."""
         told = options.get("return_full_text")
         if isinstance(prompt, str):
-            return prompt if told else "", self._text.encode(self._bounded(prompt, options))
+            return prompt if told else "", self._tokens(prompt, options)
         if _begins_with(int, prompt):
             _room(options, len(prompt), self._max_length)
             if _all_are(int, prompt):
@@ -286,26 +286,27 @@ class Pipeline:
                 "A conversation is a list of messages, each with 'role' and 'content'.",
                 param="prompt",
             )
-        messages = conversation(cast(Sequence[Message], prompt))
-        text = self._bounded(self._text.render_chat(messages), options)
-        return text if told else "", self._text.encode_chat(messages)
+        text = self._text.render_chat(conversation(cast(Sequence[Message], prompt)))
+        # A template writes its own special tokens.
+        return text if told else "", self._tokens(text, options, add_special_tokens=False)
 
-    def _bounded(self, text: str, options: Options) -> str:
-        """The text, unless its beginning has clearly more tokens than there is room for: that takes no time to say."""
+    def _tokens(self, text: str, options: Options, *, add_special_tokens: bool = True) -> list[int]:
+        """The tokens of a text; RequestError, without tokenizing it to its end, where they are far too many."""
+        encode = functools.partial(self._text.encode, add_special_tokens=add_special_tokens)
         limit, _ = _limit(options, self._max_length)
-        begin = text[: CHARACTERS * limit]
-        if len(begin) < len(text):
-            tokens = len(self._text.encode(begin))
-            if tokens > limit + limit // 4 + MARGIN:  # the cut may have made some more of them, but not so many
-                raise _too_long(f"more than {tokens}", options, self._max_length)
-        return text
+        if least := tokens_beyond(text, limit - 1, self._text.least_tokens, encode):
+            raise _too_long(f"at least {least}", options, self._max_length)
+        return encode(text)
 
-    def _pieces(self, wanted: _Wanted) -> Iterator[list[Response]]:
+    def _pieces(self, wanted: _Wanted, endings: dict[int, Token]) -> Iterator[list[Response]]:
+        """The pieces of each step. ``endings`` gets the tokens that end answers and are no part of them."""
         lengths = [0] * len(wanted.asks)
         openings = list(wanted.openings)
         firsts = [(Token(ask.prompt[0]),) if ask.params.prompt_logprobs >= 0 else () for ask in wanted.asks]
 
         def piece(delta: Delta) -> Response:
+            if delta.ending is not None:
+                endings[delta.answer] = delta.ending
             lengths[delta.answer] += len(delta.tokens)
             opening, openings[delta.answer] = openings[delta.answer], ""
             first, firsts[delta.answer] = firsts[delta.answer], ()
@@ -560,12 +561,12 @@ def _joined(pieces: list[Response]) -> Response:
     )
 
 
-def _best(answers: list[Response], kept: int, made: int) -> list[Response]:
-    """Of each ``made`` answers the ``kept`` likeliest, by the mean logprob of their tokens."""
+def _best(answers: list[Response], endings: Mapping[int, Token], kept: int, made: int) -> list[Response]:
+    """Of each ``made`` answers the ``kept`` likeliest, by the mean logprob of what was generated."""
+
+    def likely(answer: Response) -> float:
+        return likelihood(answer.tokens, endings.get(answer.index))
+
     groups = [answers[first : first + made] for first in range(0, len(answers), made)]
-    best = [answer for group in groups for answer in sorted(group, key=_likelihood, reverse=True)[:kept]]
+    best = [answer for group in groups for answer in sorted(group, key=likely, reverse=True)[:kept]]
     return [msgspec.structs.replace(answer, index=index) for index, answer in enumerate(best)]
-
-
-def _likelihood(answer: Response) -> float:
-    return sum(token.logprob for token in answer.tokens) / max(len(answer.tokens), 1)

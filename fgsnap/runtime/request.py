@@ -2,7 +2,8 @@
 
 # Annotations are not postponed here: msgspec would have to compile each one from its text at every start.
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import msgspec
@@ -90,6 +91,14 @@ class Token(msgspec.Struct, frozen=True, array_like=True):
     id: int
     logprob: float = 0.0
     top: tuple[tuple[int, float], ...] = ()
+
+
+def likelihood(tokens: Iterable[Token], ending: Token | None) -> float:
+    """The mean logprob of an answer's tokens, with that of the one that ended it: to end is a choice as any other."""
+    logprobs = [token.logprob for token in tokens]
+    if ending is not None:
+        logprobs.append(ending.logprob)
+    return sum(logprobs) / len(logprobs) if logprobs else -math.inf
 
 
 class Output(msgspec.Struct, frozen=True, array_like=True):

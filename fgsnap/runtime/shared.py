@@ -39,6 +39,7 @@ class Delta(NamedTuple):
     """What one step added to answer number ``answer``. Its last one carries ``finish``.
 
     ``prompt`` are the next of the prompt's tokens with their logprobs, where these are wanted; the first has none.
+    ``ending`` is the token that ended the answer, if one did, and is not among ``tokens``.
     """
 
     answer: int
@@ -46,6 +47,7 @@ class Delta(NamedTuple):
     tokens: tuple[Token, ...]
     finish: FinishReason | None
     prompt: tuple[Token, ...] = ()
+    ending: Token | None = None
 
 
 class Streams(Protocol):
@@ -213,7 +215,8 @@ def _delta(output: Output, answer: int, stream: TextStream, constraint: Constrai
     text = stream.feed([token.id for token in output.tokens])
     if output.finish is not None:
         text += stream.flush()
-    return Delta(answer, text, output.tokens, "stop" if stream.finished else output.finish, output.prompt)
+    finish = "stop" if stream.finished else output.finish
+    return Delta(answer, text, output.tokens, finish, output.prompt, output.ending)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Text to tokens and back: the tokenizer and chat template that travel in the snapshot.
 
-Going in: ``encode`` for plain prompts, ``render_chat`` and ``encode_chat`` for conversations. Coming out: a TextStream
+Going in: ``encode`` for plain prompts, and for conversations as ``render_chat`` writes them. Coming out: a TextStream
 an answer, which turns tokens into text as they arrive, never shows half a character, and holds back what may yet become
 a stop string. A template is data of strangers: it runs in minijinja, which has no way to the host, with bounded fuel.
 """
@@ -83,7 +83,10 @@ class Text:
         return self._template is not None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The tokens of a plain prompt, after a BOS token if the model wants one, unless it is to go without."""
+        """The tokens of a text, after a BOS token if the model wants one, unless it is to go without.
+
+        A conversation goes without: its template writes its own.
+        """
         return (self._bos if add_special_tokens else []) + self._ids(text)
 
     def least_tokens(self, text: str) -> int:
@@ -124,19 +127,6 @@ class Text:
             variables["add_generation_prompt"] = False
             return _within_last(plain, functools.partial(self._template.render, **variables))
         return self._template.render(**variables, messages=plain, add_generation_prompt=add_generation_prompt)
-
-    def encode_chat(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        add_special_tokens: bool = False,
-        **variables: Any,
-    ) -> list[int]:
-        """The tokens of a conversation. The template writes its own BOS token, so none is added unless asked for."""
-        text = self.render_chat(messages, tools, add_generation_prompt, continue_final_message, **variables)
-        return self.encode(text, add_special_tokens)
 
     def token_bytes(self, token: int) -> bytes:
         """The exact bytes that a token stands for; half a character for some. Empty for an id without a token."""

@@ -135,6 +135,10 @@ def greedy(opened, prompt: list[int], count: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
+def encoded_chat(text: Text, messages: list[dict[str, str]]) -> list[int]:
+    return text.encode(text.render_chat(messages), add_special_tokens=False)
+
+
 def on_reference(**settings):
     return EngineOptions(backend="reference", device="cpu", **settings)
 
@@ -143,7 +147,7 @@ def on_reference(**settings):
 @pytest.mark.parametrize("budget", [3, 512])
 def test_a_snapshot_answers_as_plain_greedy_decoding_does(snapshot, opened, raw, budget):
     text = Text(opened)
-    prompt = text.encode("Hi") if raw else text.encode_chat([{"role": "user", "content": "Hi"}])
+    prompt = text.encode("Hi") if raw else encoded_chat(text, [{"role": "user", "content": "Hi"}])
     expected = greedy(opened, prompt, 20)
     pieces: list[str] = []
     result = answer(
@@ -173,7 +177,7 @@ def test_a_conversation_remembers_what_was_said(snapshot, opened):
     text, messages, expected = Text(opened), [{"role": "system", "content": "S"}], ""
     for question in ("Hi", "And?"):
         messages.append({"role": "user", "content": question})
-        said = text.decode(greedy(opened, text.encode_chat(messages), 9))
+        said = text.decode(greedy(opened, encoded_chat(text, messages), 9))
         messages.append({"role": "assistant", "content": said})
         expected += said + "\n"
     assert "".join(shown) == expected
@@ -196,7 +200,8 @@ def test_an_interrupt_ends_the_answer_and_not_the_conversation(snapshot, opened)
         {"role": "assistant", "content": cut},
         {"role": "user", "content": "And?"},
     ]
-    assert "".join(shown[shown.index("\n") + 1 :]) == text.decode(greedy(opened, text.encode_chat(messages), 9)) + "\n"
+    said = text.decode(greedy(opened, encoded_chat(text, messages), 9))
+    assert "".join(shown[shown.index("\n") + 1 :]) == said + "\n"
 
 
 def test_a_second_interrupt_ends_the_conversation(snapshot):

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fgsnap.errors import RequestError
-from fgsnap.runtime import intake, protocol
-from fgsnap.runtime.intake import Dropped, Errand, Intake, pieces
+from fgsnap.runtime import counting, intake, protocol
+from fgsnap.runtime.counting import pieces
+from fgsnap.runtime.intake import Dropped, Errand, Intake
 from tests.doubles import ByteText
 from tests.serving import StubWorkers, ask, send_only, stub_service, until
 
@@ -55,8 +56,8 @@ def prompts(text: ByteText, called: protocol.Call, context: int, size: int = 10*
 @given(st.text(alphabet="ab \n", max_size=200), st.integers(1, 20))
 def test_pieces_are_the_text(text, size):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(intake, "PIECE", size)
-        patch.setattr(intake, "SEAM", size // 2)
+        patch.setattr(counting, "PIECE", size)
+        patch.setattr(counting, "SEAM", size // 2)
         parts = list(pieces(text))
     assert "".join(parts) == text and all(len(part) <= size for part in parts)
 
@@ -73,7 +74,7 @@ def test_a_text_is_tokenized_no_further_than_the_context_goes(letters, chat):
     fields = {"messages": [{"role": "user", "content": long}]} if chat else {"prompt": long}
     with pytest.raises(RequestError, match="is 10000 tokens; the prompt has at least 1") as caught:
         prompts(text, call(**fields), 10_000)
-    assert text.given <= 10_000 + 2 * intake.PIECE
+    assert text.given <= 10_000 + 2 * counting.PIECE
     assert (caught.value.status, caught.value.code) == (400, "context_length_exceeded")
     assert caught.value.param == ("messages" if chat else "prompt")
 
@@ -109,7 +110,7 @@ def test_a_long_text_of_few_tokens_is_taken():
 
 def test_a_text_that_only_its_cuts_make_too_long_is_taken(monkeypatch):
     """Each piece has a token that is half of one of the whole text."""
-    monkeypatch.setattr(intake, "PIECE", 1000)  # 63 tokens where the whole has 62.5
+    monkeypatch.setattr(counting, "PIECE", 1000)  # 63 tokens where the whole has 62.5
     assert len(prompts(Dense(), call(prompt="a" * 160_000), 10_000)[0]) == 10_000
 
 

@@ -20,6 +20,7 @@ from fgsnap.bench.budget import keep
 from fgsnap.errors import FgsnapError, HostError, NotFound, RequestError, UsageError
 from fgsnap.kernels import native
 from fgsnap.runtime.budget import host_of
+from fgsnap.runtime.counting import PIECE
 from fgsnap.runtime.engine import Engine
 from fgsnap.runtime.request import SamplingParams
 from fgsnap.runtime.shared import Ask, SharedEngine, uninterrupted
@@ -218,6 +219,21 @@ class TestOptions:
                 stream()
             assert error.value.param == "best_of"
 
+    def test_the_best_are_no_empty_ones_that_were_unlikely_to_end(self, pipe):
+        """The token that ended an answer counts; what it was worth is asked of it as one of a prompt."""
+        asked = {"max_new_tokens": 4, "seed": 2, "top_p": 1.0, "logit_bias": {257: 5.0}}
+        every = pipe("a", **asked, n=16)
+        assert 0 < sum(not response.generated_length for response in every) < 16
+
+        def mean(made):
+            text = encoded(pipe, "a") + ids([made])[0] + [257] * (made.finish_reason == "stop")
+            [read] = pipe(text, max_new_tokens=1, prompt_logprobs=0)
+            return sum(token.logprob for token in read.prompt_tokens[1:]) / (len(text) - 1)
+
+        means = sorted(map(mean, every), reverse=True)
+        best = pipe("a", **asked, n=4, best_of=16)
+        assert [mean(response) for response in best] == pytest.approx(means[:4], abs=1e-4)
+
     def test_a_timeout_ends_the_call(self, pipe):
         with pytest.raises(RequestError, match="timeout of 1e-09 s is over") as error:
             pipe(PROMPTS, **GREEDY, timeout=1e-9)
@@ -345,20 +361,62 @@ def test_ids_that_cannot_fit_are_not_looked_at(pipe):
         assert prompt.looked_at < 10
 
 
-@pytest.mark.parametrize("wrap", [lambda text: text, lambda text: [{"role": "user", "content": text}]])
-def test_a_text_that_cannot_fit_is_not_tokenized_to_its_end(pipe, monkeypatch, wrap):
-    sizes = []
+WRAPS = [lambda text: text, lambda text: [{"role": "user", "content": text}]]
+
+
+@pytest.fixture
+def sizes(pipe, monkeypatch):
+    """Of the texts that are tokenized."""
+    noted = []
     encode = pipe._text.tokenizer.encode
-    monkeypatch.setattr(pipe._text.tokenizer, "encode", lambda text: sizes.append(len(text)) or encode(text))
-    with pytest.raises(RequestError, match="It has more than 2048 tokens and the context 256") as error:
+    monkeypatch.setattr(pipe._text.tokenizer, "encode", lambda text: noted.append(len(text)) or encode(text))
+    return noted
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("word", ["word ", "     "])
+def test_where_the_length_of_a_text_says_enough_nothing_is_tokenized(pipe, sizes, wrap, word):
+    with pytest.raises(RequestError, match=r"It has at least 10000\d tokens and the context 256") as error:
+        pipe(wrap(word * 10**5), max_new_tokens=1)
+    assert error.value.code == "context_length_exceeded" and sizes == []
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_a_text_that_cannot_fit_is_not_tokenized_to_its_end(pipe, monkeypatch, sizes, wrap):
+    monkeypatch.setattr(pipe._text.tokenizer, "least_tokens", lambda text: 0)
+    with pytest.raises(RequestError, match=r"It has at least \d+ tokens and the context 256") as error:
         pipe(wrap("word " * 10**5), max_new_tokens=1)
-    assert error.value.code == "context_length_exceeded" and sizes == [2048]
+    assert error.value.code == "context_length_exceeded" and 0 < sum(sizes) <= PIECE
+
+
+def test_a_text_whose_beginning_has_few_tokens_is_not_tokenized_to_its_end(pipe, monkeypatch):
+    """As of spaces, of which a token may be many."""
+    sizes = []
+
+    def encode(text, add_special_tokens=True):
+        sizes.append(len(text))
+        return [72] * (len(text) // 128 + text.count("a"))
+
+    monkeypatch.setattr(pipe._text, "encode", encode)
+    monkeypatch.setattr(pipe._text.tokenizer, "least_tokens", lambda text: 0)
+    with pytest.raises(RequestError, match="It has at least"):
+        pipe(" " * 10_000 + "a" * 10**6, max_new_tokens=1)
+    assert sum(sizes) <= 10_000 + 2 * PIECE
 
 
 def test_a_text_of_few_tokens_may_be_long(pipe, monkeypatch):
-    """One whose beginning does not tell is tokenized to its end."""
-    monkeypatch.setattr(pipe._text, "encode", lambda text: [72] * (len(text) // 40))
+    """One of which no count tells is tokenized to its end."""
+    monkeypatch.setattr(pipe._text, "encode", lambda text, add_special_tokens: [72] * (len(text) // 40))
+    monkeypatch.setattr(pipe._text.tokenizer, "least_tokens", lambda text: 0)
     assert pipe("word " * 900, max_new_tokens=1)[0].prompt_length == 4500 // 40
+
+
+def test_a_conversation_is_rendered_once(pipe, monkeypatch):
+    rendered = []
+    render = pipe._text.render_chat
+    monkeypatch.setattr(pipe._text, "render_chat", lambda messages: rendered.append(messages) or render(messages))
+    pipe([{"role": "user", "content": "Hi"}], **GREEDY)
+    assert len(rendered) == 1
 
 
 def test_what_a_callback_raises_ends_the_call(pipe):
