@@ -6,6 +6,7 @@ what Python and click cost. Results go to stdout, bars and hints to stderr.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -54,6 +55,16 @@ progress_option = option(
 )  # fmt: skip
 
 
+class Number(click.FloatRange):
+    """A float within bounds; NaN, which no comparison excludes, and infinity are none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
 def engine_options(command: Command) -> Command:
     """The options that ``serve`` and ``run`` share."""
     for decorate in reversed(
@@ -70,7 +81,7 @@ def engine_options(command: Command) -> Command:
             ),
             option("--max-model-len", type=click.IntRange(min=1), help="Longest context; default: the model's."),
             option(
-                "--max-batch-tokens", type=click.IntRange(min=1),
+                "--max-batch-tokens", type=click.IntRange(1, 1 << 20),
                 help="Token budget of one forward; default: what 'fgsnap bench budget' measured here, else 128 on a "
                 "CPU and 512 on a GPU.",
             ),
@@ -87,10 +98,10 @@ def sampling_options(command: Command) -> Command:
     for decorate in reversed(
         (
             option("--max-tokens", type=click.IntRange(min=1), default=256, help="Most tokens to generate."),
-            option("--temperature", type=click.FloatRange(0, 2), default=0.0, help="0 is greedy."),
+            option("--temperature", type=Number(0, 2), default=0.0, help="0 is greedy."),
             option("--top-k", type=click.IntRange(min=0), default=0, help="Sample among the k most likely; 0: off."),
             option(
-                "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0,
+                "--top-p", type=Number(0, 1, min_open=True), default=1.0,
                 help="Sample within this probability.",
             ),
             option("--seed", type=int, help="Makes sampling repeatable."),
@@ -378,7 +389,7 @@ def _print_plan(as_json: bool, source: str, **settings: Any) -> None:
     help="What is hashed: before start only the manifest; touch: the rest too, while serving; full: all before start.",
 )  # fmt: skip
 @option("--startup-report", type=click.Path(path_type=Path), help="Write the phases of start-up to this JSON file.")
-@option("--grace", type=click.FloatRange(min=0), default=30.0, help="Seconds that SIGTERM lets open requests finish.")
+@option("--grace", type=Number(min=0), default=30.0, help="Seconds that SIGTERM lets open requests finish.")
 @option("--default-max-tokens", type=click.IntRange(min=1), default=2048, help="Length of a chat that names none.")
 def serve(snapshot: Path, **settings: Any) -> None:
     """Serve a snapshot over the OpenAI API.

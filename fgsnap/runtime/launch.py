@@ -137,7 +137,8 @@ def _read_keys(path: str | None) -> tuple[bytes, ...]:
         raise NotFound(
             f"The API key file {path} cannot be read.", f"{error.strerror}.", "Write one key a line into it."
         ) from error
-    keys = tuple(line.strip() for line in lines if line.strip())
+    stripped = [line.strip() for line in lines]
+    keys = tuple(dict.fromkeys(line for line in stripped if line and not line.startswith(b"#")))
     if not keys:
         raise UsageError(f"The API key file {path} holds no key.", "", "Write one key a line into it.")
     return keys

@@ -127,10 +127,25 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "guided_whitespace_pattern": (None,),
     "json_schema": (None, {}),
     "grammar": (None, ""),
+    "max_new_tokens": (None,),
+    "n_predict": (None,),
+    "do_sample": (None,),
+    "repeat_penalty": (None, 1),
+    "prompt_embeds": (None,),
+    "return_token_ids": (None, False),
     "chat_template": (None,),
     "chat_template_kwargs": (None, {}),
 }
 
+OFFERED_AS = {
+    "max_new_tokens": "max_tokens",
+    "n_predict": "max_tokens",
+    "do_sample": "temperature, of which 0 is greedy",
+    "repeat_penalty": "repetition_penalty",
+    "grammar": "guided_grammar",
+    "json_schema": "guided_json",
+}
+"""What other servers' fields are called here."""
 
 LONGEST_LIST = 1 << 16  # bytes of JSON
 BRIEF = {
@@ -142,6 +157,7 @@ LONGEST_SEARCH = 1 << 20  # bytes of a body in which the field is looked for tha
 
 NO_MARKS = bytes(byte for byte in range(256) if byte not in b'{"')
 
+UNSUPPORTED_IN_COMPLETIONS: dict[str, tuple[Any, ...]] = {"top_logprobs": (None, 0)}
 UNSUPPORTED_IN_CHAT: dict[str, tuple[Any, ...]] = {"echo": (None, False), "best_of": (None, 1)}
 
 CONSTRAINING = (
@@ -220,6 +236,7 @@ def parse_completion(body: bytes, vocab_size: int, context: int = MOST_TOKENS) -
     Token ids beyond the ``context`` are not read one by one.
     """
     sent = _object(body, CompletionBody, context)
+    _refuse_unsupported(sent, UNSUPPORTED_IN_COMPLETIONS)
     _bound_prompts(sent.get("prompt"))
     wanted = typed(sent, CompletionBody)
     if wanted.max_tokens == 0 and not wanted.echo:
@@ -301,7 +318,7 @@ def _object(body: bytes, kind: type[msgspec.Struct], context: int) -> dict[str, 
 
 
 def _known_fields(kind: type[msgspec.Struct]) -> set[str]:
-    return {*kind.__struct_fields__, *UNSUPPORTED, *UNSUPPORTED_IN_CHAT, *CONSTRAINING}
+    return {*kind.__struct_fields__, *UNSUPPORTED, *UNSUPPORTED_IN_COMPLETIONS, *UNSUPPORTED_IN_CHAT, *CONSTRAINING}
 
 
 def _unreadable(body: bytes, known: Container[str], error: Exception) -> RequestError:
@@ -375,7 +392,7 @@ def _refuse_unsupported(sent: Mapping[str, Any], unsupported: Mapping[str, tuple
         if field in sent and not _among(sent[field], neutral):
             raise RequestError(
                 f"'{field}' is not supported by this server.",
-                next_step=f"Leave '{field}' out.",
+                next_step=f"It is called {OFFERED_AS[field]} here." if field in OFFERED_AS else f"Leave '{field}' out.",
                 param=field,
                 code="unsupported_parameter",
             )

@@ -16,7 +16,7 @@ from fgsnap.snapshot.format import CHUNK
 
 def refused(path: Path, why: str) -> SnapshotRefused:
     """The error for a snapshot that is damaged or never was one."""
-    return SnapshotRefused(f"The snapshot {path} is refused.", why, "Convert or pull it again.")
+    return SnapshotRefused(f"The snapshot {path} is refused.", why, "Convert it again, or copy it again.")
 
 
 def changed(path: Path, name: str) -> SnapshotRefused:

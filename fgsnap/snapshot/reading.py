@@ -276,7 +276,7 @@ def _read_commit(path: Path) -> Commit:
         raise SnapshotRefused(
             f"{path} is not a finished snapshot.",
             f"It has no {COMMIT}, which is written last.",
-            "Convert or pull it again; a checkpoint becomes a snapshot by 'fgsnap convert'.",
+            "Convert it again, or copy it again; a checkpoint becomes a snapshot by 'fgsnap convert'.",
         )
     raw = _read_json(path, COMMIT)
     _check_version(path, COMMIT, raw)

@@ -604,12 +604,13 @@ def test_a_report_to_nowhere_is_a_usage_error(snapshot, tmp_path):
 
 def test_keys_come_from_a_file_and_are_asked_for(snapshot, tmp_path):
     path = tmp_path / "keys"
-    path.write_text("one\n\ntwo\n")
+    path.write_text("one\n\n# gone\n two \ntwo\n")
     with real_service(snapshot, *SMALL, "--api-key-file", str(path), "--served-model-name", "mine") as service:
         with client(service.url, "two") as api:
             assert api.completions.create(prompt="x", model="mine", max_tokens=1).model == "mine"
-        with client(service.url, "three") as api, pytest.raises(openai.AuthenticationError):
-            api.models.list()
+        for key in ("three", "# gone", "gone"):
+            with client(service.url, key) as api, pytest.raises(openai.AuthenticationError):
+                api.models.list()
         assert ask(service.url, "GET", "/health/ready").status == 200
 
 

@@ -287,6 +287,13 @@ def test_an_unsupported_field_is_refused_unless_it_asks_for_nothing(field):
     with pytest.raises(RequestError, match=field) as caught:
         completion(**{field: ["something"]})
     assert caught.value.param == field and caught.value.code == "unsupported_parameter"
+    assert protocol.OFFERED_AS.get(field, f"Leave '{field}' out") in caught.value.next_step
+
+
+def test_how_many_logprobs_is_said_in_logprobs_of_completions():
+    assert completion(top_logprobs=0).choices == 1
+    with pytest.raises(RequestError, match="top_logprobs"):
+        completion(top_logprobs=3)
 
 
 def test_unknown_fields_are_ignored():
