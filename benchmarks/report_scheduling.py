@@ -46,7 +46,6 @@ In {seconds:g} s without a request the HTTP process of a service on SmolLM2 take
 {engine:g} s, of which the kernel counts hundredths. From a request in the pipe of an idle engine's process to its first
 token, with a model that costs nothing: {wake} microseconds, {p95:.0f} in the slowest of twenty. Promised: no CPU, and
 less than {goal:,}.
-
 """
 
 STARVATION = """\
