@@ -463,7 +463,7 @@ def nothing_is_left(engine: Engine) -> None:
     assert roster._enders == {NO_TOKEN: 1, NO_CHOICE: 1}
 
 
-@pytest.mark.timeout(1200)  # a failure is made smaller, which takes long
+@pytest.mark.timeout(1200 + HISTORIES)  # one takes 20 ms; a failure is made smaller, which takes long
 class Life(EngineLife.TestCase):
     """Each of these has to have happened often enough, or what the histories show is worth little."""
 
